@@ -1,0 +1,84 @@
+"""Each distinct audio file is encoded once, however many rows use it and whichever worker meets it first.
+
+Keyed by the sha256 of the file's bytes, kept in OUT/encoded until the job is finished: a clip that is the target of one
+row and the reference of others is decoded and encoded for the first of them only. A worker that wants a file another
+one is encoding waits for it (flock, which the kernel releases when its holder dies). The price is two small files per
+distinct clip while the job runs.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+
+class EncodedCodes(msgspec.Struct, frozen=True):
+    """Codec codes of a file and what decoding told about it."""
+
+    codes_npy: bytes  # .npy uint16 [8, T]
+    num_frames: int
+    duration_s: float
+    sample_rate: int
+
+
+class EncodedMel(msgspec.Struct, frozen=True):
+    """Whisper mel of a file, as the shard stores it."""
+
+    mel_zst: bytes  # zstd of .npy float16 [128, Tm]
+    num_samples: int  # at 16 kHz
+    floor: float
+
+
+Entry = TypeVar("Entry", EncodedCodes, EncodedMel)
+
+
+class Cache:
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.num_encoded = 0
+        self.num_reused = 0
+
+    def get(self, kind: type[Entry], sha256: str, encode: Callable[[], Entry]) -> Entry:
+        """The stored entry, or the one `encode` makes."""
+        path = self._folder / sha256[:2] / f"{sha256}.{kind.__name__}"
+        entry = _read(path, kind)
+        if entry is None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with _locked(path.with_suffix(".lock")):
+                entry = _read(path, kind)
+                if entry is None:
+                    entry = encode()
+                    _write(path, entry)
+                    self.num_encoded += kind is EncodedCodes
+                    return entry
+        self.num_reused += kind is EncodedCodes
+        return entry
+
+
+def _read(path: Path, kind: type[Entry]) -> Entry | None:
+    try:
+        return msgspec.msgpack.decode(path.read_bytes(), type=kind)
+    except FileNotFoundError:
+        return None
+    except msgspec.DecodeError:
+        return None  # torn by a power cut: encoded again, to the same bytes
+
+
+def _write(path: Path, entry: EncodedCodes | EncodedMel) -> None:
+    partial = path.with_name(f"{path.name}.tmp.{os.getpid()}")
+    partial.write_bytes(msgspec.msgpack.encode(entry))
+    partial.replace(path)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+        path.unlink(missing_ok=True)

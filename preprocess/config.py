@@ -1,0 +1,32 @@
+"""Sections of pipeline.toml that stage one reads; units and reasons stand in pipeline.toml beside each key."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+from shards.config import FeaturesSection, ModelSection
+
+
+class PreprocessSection(msgspec.Struct, frozen=True, kw_only=True):
+    seed: Annotated[int, msgspec.Meta(ge=0)] = 0
+    workers: Annotated[int, msgspec.Meta(ge=0)] = 0  # 0: one per usable core
+    samples_per_shard: Annotated[int, msgspec.Meta(ge=1)] = 1024
+    max_reject_fraction: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] = 0.05
+    min_duration_s: Annotated[float, msgspec.Meta(ge=0.1)] = 0.5
+    max_duration_s: Annotated[float, msgspec.Meta(gt=0.0, le=30.0)] = 30.0  # Whisper's window
+
+
+class PreprocessConfig(msgspec.Struct, frozen=True, kw_only=True):
+    model: ModelSection
+    features: FeaturesSection
+    preprocess: PreprocessSection
+
+
+def deciding_keys(config: PreprocessConfig) -> dict[str, object]:
+    """What decides the output bytes: everything but the models' names (their fingerprints do) and the worker count."""
+    return {
+        "features": msgspec.to_builtins(config.features),
+        "preprocess": {key: value for key, value in msgspec.to_builtins(config.preprocess).items() if key != "workers"},
+    }

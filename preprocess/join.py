@@ -1,0 +1,101 @@
+"""Joins finished shards into a data set: index.npy, rejects.jsonl, and last dataset.json."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+from collections import Counter
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from shards.errors import DataError, ShardError
+from shards.index import read_index
+from shards.manifest import Dataset, Job, read_record
+from shards.writer import ShardDone, shard_path, write_bytes, write_json
+
+FRAMES_PER_SECOND = 25
+HISTOGRAM_EDGES_S = (0, 2, 5, 10, 15, 20, 30)
+
+
+def pending_shards(out: Path, job: Job) -> list[int]:
+    return [shard for shard in range(job.num_shards) if not shard_path(out, shard, ".done.json").is_file()]
+
+
+def join_dataset(out: Path, job: Job, max_reject_fraction: float) -> Dataset:
+    """Write the data set's own files. Raises ShardError for a missing shard, DataError for too many rejects."""
+    missing = pending_shards(out, job)
+    if missing:
+        raise ShardError(f"{out}: shard {missing[0]} has no done marker ({len(missing)} missing); run preprocess again")
+    shards = [read_record(shard_path(out, shard, ".done.json"), ShardDone) for shard in range(job.num_shards)]
+    rejects = join_rejects(out, job)
+    check_rejects(out, job, rejects, max_reject_fraction)
+    indexes = [read_index(shard_path(out, shard, ".idx.npy")) for shard in range(job.num_shards)]
+    index = np.concatenate(indexes)
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, index, version=(1, 0), allow_pickle=False)
+    write_bytes(out / "index.npy", buffer.getvalue())
+
+    seconds = index["target_frames"] / FRAMES_PER_SECOND
+    counts, _ = np.histogram(seconds, bins=[*HISTOGRAM_EDGES_S[:-1], np.inf])
+    edges = itertools.pairwise(HISTOGRAM_EDGES_S)
+    text_tokens = index["num_reference_text_tokens"].sum(dtype=np.int64) + index["num_target_text_tokens"].sum(
+        dtype=np.int64
+    )
+    dataset = Dataset(
+        config=job.config,
+        fingerprints=job.fingerprints,
+        num_rows=job.num_rows,
+        num_samples=len(index),
+        num_text_tokens=int(text_tokens),
+        reference_hours=round(sum(shard.reference_s for shard in shards) / 3600, 6),
+        target_hours=round(sum(shard.target_s for shard in shards) / 3600, 6),
+        speakers=_sum(shard.speakers for shard in shards),
+        rejects=rejects,
+        warnings=_sum(shard.warnings for shard in shards),
+        target_seconds_histogram={f"{low}-{high}": int(n) for (low, high), n in zip(edges, counts, strict=True)},
+        shards=shards,
+        digest="",
+    )
+    digest = hashlib.sha256(msgspec.json.encode(dataset)).hexdigest()
+    dataset = msgspec.structs.replace(dataset, digest=digest)
+    write_json(out / "dataset.json", dataset)
+    return dataset
+
+
+def join_rejects(out: Path, job: Job) -> dict[str, int]:
+    """Concatenate all rejects, in row order, into OUT/rejects.jsonl; returns counts by reason."""
+    paths = [out / "job" / "rejects.jsonl"]
+    paths += [shard_path(out, shard, ".rejects.jsonl") for shard in range(job.num_shards)]
+    rejects = [msgspec.json.decode(line) for path in paths if path.is_file() for line in path.read_bytes().splitlines()]
+    rejects.sort(key=lambda reject: reject["row"])
+    write_bytes(out / "rejects.jsonl", b"".join(msgspec.json.encode(reject) + b"\n" for reject in rejects))
+    return dict(sorted(Counter(reject["reason"] for reject in rejects).items()))
+
+
+def check_rejects(out: Path, job: Job, rejects: dict[str, int], max_reject_fraction: float) -> None:
+    total = sum(rejects.values())
+    reasons = ", ".join(f"{reason} {count}" for reason, count in rejects.items())
+    first = (out / "rejects.jsonl").read_bytes().splitlines()[:1]
+    if total and total >= job.num_rows:
+        raise DataError(f"no usable row in {job.input_path}: {reasons}; first: {_tell(first)}; see {out}/rejects.jsonl")
+    if total > max_reject_fraction * job.num_rows:
+        raise DataError(
+            f"{total} of {job.num_rows} rows rejected, more than preprocess.max_reject_fraction = {max_reject_fraction:g}: "
+            f"{reasons}; first: {_tell(first)}; see {out}/rejects.jsonl, mend the list or raise the limit"
+        )
+
+
+def _tell(lines: list[bytes]) -> str:
+    reject = msgspec.json.decode(lines[0])
+    place = f" {reject['path']}" if reject["path"] else ""
+    return f"row {reject['row']}{place}: {reject['detail']}"
+
+
+def _sum(counts) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for count in counts:
+        total.update(count)
+    return dict(sorted(total.items()))

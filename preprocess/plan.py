@@ -1,0 +1,176 @@
+"""The plan of a job: which rows go into which shard, fixed before the first shard is made.
+
+    OUT/job/rows.jsonl     the rows with the right form, one per line
+    OUT/job/offsets.npy    [n + 1] byte offset of each line
+    OUT/job/order.npy      [n] the seeded shuffle; shard k holds the lines order[k * size : (k + 1) * size]
+    OUT/job/rejects.jsonl  rows without the right form
+    OUT/job.json           last: from here on the job can be continued
+
+Another configuration, list, codec or tokenizer on the same OUT is another job and is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from preprocess.config import PreprocessConfig, deciding_keys
+from preprocess.sources import SourceRow, read_rows
+from shards.errors import DataError
+from shards.manifest import Fingerprints, Job, read_record
+from shards.writer import Reject, sync, temporary, write_bytes, write_json
+
+
+class Request(msgspec.Struct, frozen=True):
+    """What the command line asks for."""
+
+    data: Path
+    out: Path
+    limit: int | None = None
+    new_job: bool = False
+
+
+def plan_job(request: Request, config: PreprocessConfig, fingerprints: Fingerprints) -> Job:
+    """Begin a job or recognise the one that stands in OUT. Raises DataError when they differ."""
+    out = request.out
+    if not request.data.is_file():
+        next(iter(read_rows(request.data)))  # tells what is wrong with it
+    wanted: dict[str, Any] = {
+        "config": {**deciding_keys(config), "limit": request.limit},
+        "fingerprints": fingerprints,
+        "input_sha256": _file_sha256(request.data),
+    }
+    if request.new_job:
+        _remove_job(out)
+    if (out / "job.json").is_file():
+        job = read_record(out / "job.json", Job)
+        _refuse_other_job(out, job, wanted)
+        return job
+    _refuse_foreign_folder(out)
+    num_rows, num_valid = _take_in(request)
+    size = config.preprocess.samples_per_shard
+    order = np.random.Generator(np.random.Philox(key=config.preprocess.seed)).permutation(num_valid)
+    _write_array(out / "job" / "order.npy", order)
+    job = Job(
+        **wanted,
+        input_path=str(request.data),
+        num_rows=num_rows,
+        num_shards=-(-num_valid // size),
+        rows_per_shard=size,
+    )
+    write_json(out / "job.json", job)
+    return job
+
+
+class JobRows:
+    """Random access to the rows of a planned job."""
+
+    def __init__(self, out: Path, rows_per_shard: int) -> None:
+        self._rows_per_shard = rows_per_shard
+        self._offsets = np.load(out / "job" / "offsets.npy", mmap_mode="r")
+        self._order = np.load(out / "job" / "order.npy", mmap_mode="r")
+        self._file = (out / "job" / "rows.jsonl").open("rb")
+        self._decoder = msgspec.json.Decoder(SourceRow)
+
+    def of_shard(self, shard: int) -> Iterator[SourceRow]:
+        start = shard * self._rows_per_shard
+        for line in self._order[start : start + self._rows_per_shard]:
+            begin, end = int(self._offsets[line]), int(self._offsets[line + 1])
+            yield self._decoder.decode(os.pread(self._file.fileno(), end - begin, begin))
+
+
+def _take_in(request: Request) -> tuple[int, int]:
+    """Read the list once, in constant memory, and write job/. Returns rows read and rows with the right form."""
+    folder = request.out / "job"
+    folder.mkdir(parents=True, exist_ok=True)
+    offsets, num_rows = [0], 0
+    encoder = msgspec.json.Encoder()
+    with (
+        temporary(folder / "rows.jsonl") as partial_rows,
+        temporary(folder / "rejects.jsonl") as partial_rejects,
+        partial_rows.open("xb") as rows,
+        partial_rejects.open("xb") as rejects,
+    ):
+        for item in read_rows(request.data):
+            if request.limit is not None and num_rows == request.limit:
+                break
+            num_rows += 1
+            if isinstance(item, Reject):
+                rejects.write(encoder.encode(item) + b"\n")
+                continue
+            offsets.append(offsets[-1] + rows.write(encoder.encode(item) + b"\n"))
+        sync(rows)
+        sync(rejects)
+    _write_array(folder / "offsets.npy", np.array(offsets, np.uint64))
+    return num_rows, len(offsets) - 1
+
+
+def _refuse_other_job(out: Path, job: Job, wanted: dict[str, Any]) -> None:
+    before = {**_flat(job.config), **_flat(msgspec.to_builtins(job.fingerprints)), "input": job.input_sha256}
+    after = {
+        **_flat(wanted["config"]),
+        **_flat(msgspec.to_builtins(wanted["fingerprints"])),
+        "input": wanted["input_sha256"],
+    }
+    names = sorted(before.keys() | after.keys())
+    differing = [
+        f"{name} was {_short(before.get(name))}, is {_short(after.get(name))}"
+        for name in names
+        if before.get(name) != after.get(name)
+    ]
+    if differing:
+        raise DataError(
+            f"{out}: holds another job: {'; '.join(differing)}; give another OUT, or --new-job to delete it and start over"
+        )
+
+
+def _refuse_foreign_folder(out: Path) -> None:
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise DataError(f"{out}: is a file; OUT must be a folder")
+    foreign = sorted(path.name for path in out.iterdir() if path.name != "job")
+    if foreign:
+        raise DataError(
+            f"{out}: not empty ({', '.join(foreign[:3])} ...) and no job of ours; give an empty or new folder"
+        )
+
+
+def _remove_job(out: Path) -> None:
+    """Remove exactly what a job writes, job.json first so that a kill in between leaves no half-believable job."""
+    for name in ("dataset.json", "job.json", "index.npy", "rejects.jsonl"):
+        (out / name).unlink(missing_ok=True)
+    for name in ("shards", "job", "encoded"):
+        shutil.rmtree(out / name, ignore_errors=True)
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        flat |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def _short(value: Any) -> str:
+    return value[:12] if isinstance(value, str) and len(value) == 64 else repr(value)
+
+
+def _write_array(path: Path, array: np.ndarray) -> None:
+    import io
+
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    write_bytes(path, buffer.getvalue())
+
+
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,198 @@
+"""The unit of work: one shard. A fixed slice of the shuffled rows in, a committed shard out.
+
+Idempotent: whoever runs it, however often, the bytes are the same. Rows with a fault become rejects of the shard; the
+shard is then shorter, and no other row moves.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from preprocess.audio import CODEC_RATE, WHISPER_RATE, AudioFault, AudioFile, decode, read_bytes
+from preprocess.cache import Cache, EncodedCodes, EncodedMel
+from preprocess.codec import Codec, load_codec
+from preprocess.config import PreprocessConfig
+from preprocess.features import stored_mel
+from preprocess.plan import JobRows
+from preprocess.sources import Pair, SourceRow, find_pair
+from shards.artifacts import load_tokenizer
+from shards.config import SequenceSection
+from shards.sample import AudioFacts, MelFacts, Sample, SampleFacts, TextItem, Turn, compress, read_npy, write_npy
+from shards.sequence import SequenceBuilder, encode_text
+from shards.writer import Reject, ShardDone, sample_key, write_shard
+
+
+class TaskSetup(msgspec.Struct, frozen=True):
+    """All a worker needs to make any shard of a job; travels to the worker process."""
+
+    config: PreprocessConfig
+    out: str
+    model_dir: str
+    codec_dir: str
+    device: str
+
+
+class TaskResult(msgspec.Struct, frozen=True):
+    """What a finished shard adds to the progress line."""
+
+    done: ShardDone
+    num_encoded: int
+    num_reused: int
+
+
+class ShardTask:
+    """A loaded codec and tokenizer, ready to make shards."""
+
+    def __init__(self, setup: TaskSetup) -> None:
+        self._config = setup.config
+        self._out = Path(setup.out)
+        self._rows = JobRows(self._out, setup.config.preprocess.samples_per_shard)
+        self._tokenizer = load_tokenizer(Path(setup.model_dir))
+        self._builder = SequenceBuilder(self._tokenizer, SequenceSection(layout="as_written"))
+        self._codec: Codec = load_codec(Path(setup.codec_dir), setup.device)
+
+    def run(self, shard: int) -> TaskResult:
+        cache = Cache(self._out / "encoded")
+        samples: list[Sample] = []
+        rejects: list[Reject] = []
+        for position, row in enumerate(self._rows.of_shard(shard)):
+            try:
+                samples.append(self._sample(sample_key(shard, position), row, cache))
+            except RowFault as fault:
+                rejects.append(
+                    Reject(
+                        row=row.row,
+                        id=row.id,
+                        stage=fault.stage,
+                        reason=fault.reason,
+                        detail=fault.detail,
+                        path=fault.path,
+                    )
+                )
+        done = write_shard(self._out, shard, samples, rejects)
+        return TaskResult(done, cache.num_encoded, cache.num_reused)
+
+    def _sample(self, key: str, row: SourceRow, cache: Cache) -> Sample:
+        try:
+            pair = find_pair(row.chat)
+        except AudioFault as fault:
+            raise RowFault("pair", fault, None) from None
+        reference, reference_sha = self._codes(pair.reference_path, cache)
+        target, target_sha = self._codes(pair.target_path, cache)
+        mel = self._mel(pair.reference_path, reference_sha, cache) if self._config.features.whisper == "mel" else None
+
+        turns, texts = stored_turns(row)
+        roles = [_index_of(texts, text) for text in (pair.reference_text, pair.target_text)]
+        system = _index_of(texts, pair.system_text) if pair.system_text is not None else None
+        ids = [encode_text(self._tokenizer, text) for text in texts]
+        facts = SampleFacts(
+            id=row.id,
+            row=row.row,
+            speaker=row.chat.speaker or "unknown",
+            turns=turns,
+            texts=texts,
+            text_token_counts=[len(item) for item in ids],
+            system_text=system,
+            reference_text=roles[0],
+            target_text=roles[1],
+            num_as_written_tokens=0,
+            reference=_audio_facts(pair.reference_path, reference_sha, reference),
+            target=_audio_facts(pair.target_path, target_sha, target),
+            mel=MelFacts(mel.num_samples, mel.floor) if mel else None,
+            start_index=row.chat.start_index,
+            misc=row.chat.misc,
+            extra=row.extra,
+            warnings=pair.warnings + same_file_warning(pair, reference_sha, target_sha),
+        )
+        sample = Sample(
+            key=key,
+            facts=facts,
+            text_ids=np.concatenate(ids),
+            reference_codes=read_npy(reference.codes_npy),
+            target_codes=read_npy(target.codes_npy),
+            reference_mel_zst=mel.mel_zst if mel else None,
+        )
+        facts = msgspec.structs.replace(facts, num_as_written_tokens=self._builder.num_as_written_tokens(sample))
+        return Sample(
+            key, facts, sample.text_ids, sample.reference_codes, sample.target_codes, sample.reference_mel_zst
+        )
+
+    def _codes(self, path: str, cache: Cache) -> tuple[EncodedCodes, str]:
+        try:
+            data = read_bytes(path)
+            sha256 = _sha256(data)
+
+            def encode() -> EncodedCodes:
+                audio = self._decode(data)
+                codes = self._codec.encode(audio.at(CODEC_RATE))
+                return EncodedCodes(write_npy(codes), codes.shape[1], audio.duration_s, audio.sample_rate)
+
+            return cache.get(EncodedCodes, sha256, encode), sha256
+        except AudioFault as fault:
+            raise RowFault("audio", fault, path) from None
+
+    def _mel(self, path: str, sha256: str, cache: Cache) -> EncodedMel:
+        def encode() -> EncodedMel:
+            wave = self._decode(read_bytes(path)).at(WHISPER_RATE)
+            frames, floor = stored_mel(wave)
+            return EncodedMel(compress(write_npy(frames.astype("<f2"))), len(wave), floor)
+
+        try:
+            return cache.get(EncodedMel, sha256, encode)
+        except AudioFault as fault:
+            raise RowFault("audio", fault, path) from None
+
+    def _decode(self, data: bytes) -> AudioFile:
+        section = self._config.preprocess
+        return decode(data, section.min_duration_s, section.max_duration_s)
+
+
+class RowFault(Exception):
+    """Why one row is left out."""
+
+    def __init__(self, stage: str, fault: AudioFault, path: str | None) -> None:
+        super().__init__(fault.detail)
+        self.stage, self.reason, self.detail, self.path = stage, fault.reason, fault.detail, path
+
+
+def stored_turns(row: SourceRow) -> tuple[list[Turn], list[str]]:
+    """The row's turns with text items numbered, and the texts as written."""
+    turns: list[Turn] = []
+    texts: list[str] = []
+    audios = iter(("reference", "target"))
+    for message in row.chat.messages:
+        content = [TextItem(message.content)] if isinstance(message.content, str) else message.content
+        items: list = []
+        for item in content:
+            if isinstance(item, TextItem):
+                items.append(len(texts))
+                texts.append(item.text)
+            else:
+                items.append(next(audios))
+        turns.append(Turn(message.role, items))
+    return turns, texts
+
+
+def _index_of(texts: list[str], text: str) -> int:
+    """Where `text` stands among the texts; a stripped or shortened one is added behind them."""
+    if text not in texts:
+        texts.append(text)
+    return texts.index(text)
+
+
+def same_file_warning(pair: Pair, reference_sha: str, target_sha: str) -> list[str]:
+    """A reference identical to its target teaches copying."""
+    return ["reference_is_target"] if reference_sha == target_sha else []
+
+
+def _audio_facts(path: str, sha256: str, encoded: EncodedCodes) -> AudioFacts:
+    return AudioFacts(path, sha256, encoded.duration_s, encoded.sample_rate, encoded.num_frames)
+
+
+def _sha256(data: bytes) -> str:
+    import hashlib
+
+    return hashlib.sha256(data).hexdigest()

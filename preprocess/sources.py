@@ -1,0 +1,188 @@
+"""Reads the user's list: a JSON array or JSON Lines of ChatML rows, plain, .gz or .zst, in constant memory.
+
+In: a path. Out: one `SourceRow` per row, or a `Reject` for a row that does not have the form; a syntax error ends the
+list, because nothing behind it can be trusted. A row's cloning pair (who is the reference, what is the target) is found
+by `find_pair`; the rules stand there.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import ijson
+import msgspec
+import zstandard
+
+from preprocess.audio import AudioFault
+from shards.errors import DataError
+from shards.sample import AudioItem, ChatRow, TextItem
+from shards.writer import Reject
+
+INSTRUCTION_PREFIX = "Please generate speech for given text in reference audio's voice:"
+CONTROL_TOKEN = re.compile(r"<\|.*?\|>")
+KNOWN_KEYS = frozenset(field.name for field in msgspec.structs.fields(ChatRow))
+
+
+class SourceRow(msgspec.Struct, frozen=True):
+    """A row with the right form; `extra` holds the keys ChatML does not know, to be kept."""
+
+    row: int
+    id: str
+    chat: ChatRow
+    extra: dict[str, Any]
+
+
+def read_rows(path: Path) -> Iterator[SourceRow | Reject]:
+    """Every row of the list in order. Raises DataError for a list that is missing, empty or not JSON."""
+    number = -1
+    with _open(path) as file:
+        for number, value in enumerate(_values(file, path)):
+            yield _typed(number, value)
+    if number < 0:
+        raise DataError(f"{path}: the list is empty; it must hold at least one ChatML row")
+
+
+def _typed(number: int, value: Any) -> SourceRow | Reject:
+    name = str(value.get("id", f"row-{number}")) if isinstance(value, dict) else f"row-{number}"
+    try:
+        chat = msgspec.convert(value, ChatRow)
+    except msgspec.ValidationError as error:
+        return Reject(row=number, id=name, stage="intake", reason="row_invalid", detail=f"row {number}: {error}")
+    return SourceRow(number, name, chat, {key: item for key, item in value.items() if key not in KNOWN_KEYS})
+
+
+def _open(path: Path) -> BinaryIO:
+    if path.is_dir():
+        raise DataError(f"{path}: a folder; give the ChatML list (a .json or .jsonl file) inside it")
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; give a ChatML list (.json or .jsonl, also .gz or .zst)") from None
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from None
+    if path.suffix == ".gz":
+        return io.BufferedReader(gzip.GzipFile(fileobj=file))  # pyright: ignore - a GzipFile is a raw reader
+    if path.suffix == ".zst":
+        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(file, closefd=True))
+    return file  # pyright: ignore[reportReturnType]
+
+
+def _values(file: BinaryIO, path: Path) -> Iterator[Any]:
+    buffered = file if isinstance(file, io.BufferedReader) else io.BufferedReader(file)  # pyright: ignore
+    if buffered.peek(3)[:3] == b"\xef\xbb\xbf":
+        buffered.read(3)  # a byte order mark, which JSON parsers refuse
+    first = buffered.peek(4096).lstrip()[:1]
+    if first == b"[":
+        yield from _array(buffered, path)
+    elif first == b"{":
+        yield from _lines(buffered, path)
+    elif first:
+        raise DataError(f"{path}: begins with {first!r}; expected a JSON array of ChatML rows, or one row per line")
+
+
+def _array(file: BinaryIO, path: Path) -> Iterator[Any]:
+    number = 0
+    try:
+        for value in ijson.items(file, "item", use_float=True):
+            yield value
+            number += 1
+    except (ijson.JSONError, UnicodeDecodeError, OSError, zstandard.ZstdError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise DataError(f"{path}: row {number}: not valid JSON: {reason}; nothing behind it was read") from None
+
+
+def _lines(file: BinaryIO, path: Path) -> Iterator[Any]:
+    number = 0
+    try:
+        for line in file:
+            if not line.strip():
+                continue
+            if number == 0:
+                _refuse_wrapped_list(line, path)
+            yield msgspec.json.decode(line)
+            number += 1
+    except (msgspec.DecodeError, UnicodeDecodeError, OSError, zstandard.ZstdError) as error:
+        raise DataError(f"{path}: row {number}: not valid JSON: {error}; nothing behind it was read") from None
+
+
+def _refuse_wrapped_list(line: bytes, path: Path) -> None:
+    """`{"data": [...]}` would otherwise look like one strange row."""
+    head = line.strip()[:4096]
+    if b'"messages"' not in head or re.match(rb'\{\s*"(?!messages|speaker|misc|start_index|id)\w+"\s*:\s*\[', head):
+        raise DataError(
+            f"{path}: the top level is an object, {head[:40].decode('utf-8', 'replace')} ...; the list itself must be the "
+            "top level: [ {row}, {row}, ... ], or one row per line"
+        )
+
+
+# --- who is cloned, and what is said --------------------------------------------------------------------------------
+
+
+class Pair(msgspec.Struct, frozen=True):
+    """The cloning pair of a row. `*_text` are the texts as the clone layout says them: stripped, without instruction."""
+
+    reference_path: str
+    target_path: str
+    system_text: str | None
+    reference_text: str
+    target_text: str
+    warnings: list[str]
+
+
+def find_pair(chat: ChatRow) -> Pair:
+    """Find reference and target of a row. Raises AudioFault with a reason when it has no clear pair.
+
+    The last audio is the target and stands in the last assistant turn; the only other audio is the reference. The
+    reference text is the last user text before the reference. The target text is the text of the target's turn, else
+    the last user text before the target, without the known instruction prefix.
+    """
+    reference_path = target_path = ""
+    audios: list[tuple[str, str]] = []  # (role, path)
+    user_text = reference_text = target_text = ""
+    system_text: str | None = None
+    for message in chat.messages:
+        items = [TextItem(message.content)] if isinstance(message.content, str) else message.content
+        turn_text = ""
+        for item in items:
+            if isinstance(item, AudioItem):
+                audios.append((message.role, item.audio_url))
+                if len(audios) == 1:
+                    reference_text = user_text
+                continue
+            _refuse_control_tokens(item.text)
+            if message.role == "system" and system_text is None:
+                system_text = item.text.strip()
+            elif message.role == "user":
+                user_text = item.text.strip()
+            elif message.role == "assistant":
+                turn_text = turn_text or item.text.strip()
+        if message.role == "assistant" and len(audios) == 2:
+            target_text = turn_text
+    if len(audios) != 2 or audios[1][0] != "assistant":
+        where = ", ".join(role for role, _ in audios) or "none"
+        raise AudioFault(
+            "audio_count", f"{len(audios)} audio items ({where}); expected a reference, then an assistant's target"
+        )
+    reference_path, target_path = audios[0][1], audios[1][1]
+    instructed = user_text.removeprefix(INSTRUCTION_PREFIX).strip() if user_text != reference_text else ""
+    warnings: list[str] = []
+    if not target_text:
+        target_text = instructed
+        warnings.append("target_text_from_instruction")
+    elif instructed and instructed != target_text and user_text.startswith(INSTRUCTION_PREFIX):
+        warnings.append("instruction_text_differs")
+    for name, text in (("reference", reference_text), ("target", target_text)):
+        if not text:
+            raise AudioFault("text_missing", f"no {name} text")
+    return Pair(reference_path, target_path, system_text, reference_text, target_text, warnings)
+
+
+def _refuse_control_tokens(text: str) -> None:
+    found = CONTROL_TOKEN.search(text)
+    if found:
+        raise AudioFault("text_control_token", f"{found.group()!r} in {text[:60]!r}")

@@ -1,0 +1,77 @@
+"""Where models come from and how they are named: folders or pinned hub repositories, and their fingerprints.
+
+A fingerprint is the sha256 of the files that decide a result: tokenizer.json for token ids, config and weights for codec
+codes. It names files, not mathematics, so the same codec stored in another layout counts as another codec; the price of
+a check that never needs to run the model.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from shards.errors import ConfigError
+
+# Whisper large-v3's features (openai/whisper-large-v3 preprocessor_config.json): 128 mels, 16 kHz, 25 ms windows, 10 ms
+# hop, 30 s. The model wants exactly these whatever the checkpoint folder holds, so they are constants, not a download.
+WHISPER_FEATURES = {"feature_size": 128, "sampling_rate": 16000, "hop_length": 160, "chunk_length": 30, "n_fft": 400}
+MEL_FORMAT = "float16, ceil(n/160)+2 frames, floor, zstd"
+
+
+def resolve(name: str, revision: str, key: str) -> Path:
+    """A folder for a path or a hub id. `key` is the configuration key named in errors. Raises ConfigError."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_absolute() or name.startswith(".") or name.count("/") != 1:
+        raise ConfigError(f"{key} = {name!r}: no such folder, and not a hub id of the form owner/name")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision or None))
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"{key} = {name!r}: no such folder here, and the hub did not give revision {revision or 'main'!r}: "
+            f"{first_line}; connect, download it once, or name a local folder"
+        ) from None
+
+
+def load_tokenizer(model_dir: Path) -> Tokenizer:
+    path = model_dir / "tokenizer.json"
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file; model.base must be a Higgs Audio v2 folder with its tokenizer")
+    return Tokenizer.from_file(str(path))
+
+
+def tokenizer_fingerprint(model_dir: Path) -> str:
+    return _sha256_of_files((model_dir / "tokenizer.json",))
+
+
+def codec_fingerprint(codec_dir: Path) -> str:
+    weights = sorted(p for p in codec_dir.iterdir() if p.suffix in (".safetensors", ".pth", ".bin"))
+    config = codec_dir / "config.json"
+    if not weights or not config.is_file():
+        raise ConfigError(f"{codec_dir}: no codec here: expected config.json and model.safetensors or model.pth")
+    return _sha256_of_files((config, *weights))
+
+
+def mel_fingerprint() -> str:
+    recipe = json.dumps({**WHISPER_FEATURES, "format": MEL_FORMAT}, sort_keys=True)
+    return hashlib.sha256(recipe.encode()).hexdigest()
+
+
+@functools.cache
+def _sha256_of_files(paths: tuple[Path, ...]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            digest.update(path.name.encode() + b"\0")
+            while block := file.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,113 @@
+"""job.json, dataset.json and the check that a data set fits a model.
+
+job.json is written before the first shard and fixes everything that decides the output; a run with another job on the
+same folder is refused. dataset.json is written after the last shard and is the only file a trainer needs to be given.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import numpy as np
+
+from shards.errors import ShardError
+from shards.index import read_index
+from shards.writer import ShardDone
+
+SCHEMA_VERSION = 1
+
+
+class Fingerprints(msgspec.Struct, frozen=True):
+    """sha256 names of what made the features (`shards.artifacts`); `mel` is None in a data set without mels."""
+
+    codec: str
+    tokenizer: str
+    mel: str | None
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True):
+    """job.json: the fixed plan of one stage-one job."""
+
+    schema_version: int = SCHEMA_VERSION
+    config: dict[str, Any]  # the sections that decide the output
+    fingerprints: Fingerprints
+    input_sha256: str
+    input_path: str
+    num_rows: int
+    num_shards: int
+    rows_per_shard: int
+
+
+class Dataset(msgspec.Struct, frozen=True, kw_only=True):
+    """dataset.json: the finished data set."""
+
+    schema_version: int = SCHEMA_VERSION
+    config: dict[str, Any]
+    fingerprints: Fingerprints
+    num_rows: int  # read from the list
+    num_samples: int  # written to shards
+    num_text_tokens: int  # reference and target text
+    reference_hours: float
+    target_hours: float
+    speakers: dict[str, int]
+    rejects: dict[str, int]
+    warnings: dict[str, int]
+    target_seconds_histogram: dict[str, int]
+    shards: list[ShardDone]
+    digest: str  # sha256 over everything above
+
+
+Record = TypeVar("Record", bound=msgspec.Struct)
+
+
+def read_record(path: Path, kind: type[Record]) -> Record:
+    """Read a JSON file of ours. Raises ShardError naming the file."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=kind)
+    except (OSError, msgspec.DecodeError) as error:
+        raise ShardError(f"{path}: unreadable {kind.__name__} record: {error}") from None
+
+
+def open_dataset(folder: Path) -> tuple[Dataset, np.ndarray]:
+    """dataset.json and the memory-mapped index [n]. Explains what else was given when it is not a data set."""
+    path = folder / "dataset.json" if folder.is_dir() else folder
+    if not folder.exists():
+        raise ShardError(f"{folder}: no such folder; give the OUT folder of `preprocess`")
+    if path.name != "dataset.json":
+        raise ShardError(
+            f"{folder}: this is a file, but a folder of shards is needed; "
+            f"if it is a ChatML list, run first: preprocess {folder} OUT"
+        )
+    if not path.is_file():
+        if (folder / "job.json").is_file():
+            raise ShardError(f"{folder}: stage one has not finished here; run the same `preprocess` command again")
+        raise ShardError(f"{folder}: no dataset.json, so not a data set; give the OUT folder of `preprocess`")
+    dataset = read_record(path, Dataset)
+    if dataset.schema_version != SCHEMA_VERSION:
+        raise ShardError(f"{path}: schema {dataset.schema_version}, this version reads {SCHEMA_VERSION}")
+    index = read_index(path.parent / "index.npy")
+    if len(index) != dataset.num_samples:
+        raise ShardError(f"{path}: counts {dataset.num_samples} samples, index.npy holds {len(index)}")
+    return dataset, index
+
+
+def check_fingerprints(dataset: Dataset, expected: Fingerprints) -> None:
+    """Refuse features made by another codec, tokenizer or mel recipe than the model's; every difference is told."""
+    pairs = [
+        ("codec", "model.codec", dataset.fingerprints.codec, expected.codec),
+        ("tokenizer", "model.base", dataset.fingerprints.tokenizer, expected.tokenizer),
+    ]
+    if dataset.fingerprints.mel is not None and expected.mel is not None:
+        pairs.append(("mel", "features.whisper", dataset.fingerprints.mel, expected.mel))
+    problems = [
+        f"{name}: shards were made with {found[:16]}, {key} is {wanted[:16]}"
+        for name, key, found, wanted in pairs
+        if found != wanted
+    ]
+    if problems:
+        raise ShardError(
+            "the shards do not fit the model: " + "; ".join(problems) + "; run preprocess again with this "
+            "pipeline.toml, or name the model the shards were made for"
+        )

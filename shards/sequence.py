@@ -1,0 +1,276 @@
+"""The one sequence builder: index lengths, training, speaking, serving and evaluation all use it.
+
+In: a `Sample` (facts). Out: a `Sequence`, what the model reads at each position and what each position must predict.
+The targets are stored already shifted (`next_token`, `next_codes`): the most expensive bug of this field is a shift
+that was forgotten later. The price is that they do not line up with `token_ids` when printed side by side.
+
+Letters: K = 8 codebooks, T = codec frames of one audio, A = T + K + 1 delayed columns, L = positions of the sequence.
+Formats: prompt and labels of boson-ai/higgs-audio `prepare_chatml_sample` and its collator, delay pattern of the released
+model; facts and measurements in NOTES.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from shards.config import SequenceSection
+from shards.errors import ConfigError
+from shards.sample import Sample
+
+NUM_CODEBOOKS = 8
+CODEBOOK_SIZE = 1024  # codes; the model's vocabulary per codebook adds the two markers below
+STREAM_BOS = 1024
+STREAM_EOS = 1025
+NUM_MARKER_COLUMNS = NUM_CODEBOOKS + 1  # one BOS, one EOS and K - 1 of delay: A = T + 9
+IGNORE = -100
+
+BEGIN_OF_TEXT = 128000
+EOM = 128008
+EOT = 128009
+AUDIO_BOS = 128011
+AUDIO_EOS = 128012
+AUDIO_OUT_BOS = 128013
+AUDIO_OUT = 128016  # the id at every audio column; the embedding there comes from the codes
+SPECIAL_TOKENS = {
+    "<|begin_of_text|>": BEGIN_OF_TEXT,
+    "<|start_header_id|>": 128006,
+    "<|end_header_id|>": 128007,
+    "<|eom_id|>": EOM,
+    "<|eot_id|>": EOT,
+    "<|audio_bos|>": AUDIO_BOS,
+    "<|audio_eos|>": AUDIO_EOS,
+    "<|audio_out_bos|>": AUDIO_OUT_BOS,
+    "<|AUDIO|>": 128015,
+    "<|AUDIO_OUT|>": AUDIO_OUT,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Sequence:
+    """One sample as the model sees it. Audio columns appear in `codes` in the order of their positions."""
+
+    token_ids: np.ndarray  # [L] int32, AUDIO_OUT at audio columns
+    codes: np.ndarray  # [K, A] int16, markers included; A over all audios of the sample
+    next_token: np.ndarray  # [L] int32, what the text head must say at this position; IGNORE = not learned
+    next_codes: np.ndarray  # [K, A] int16, what the audio head must say at this column; IGNORE = not learned
+    reference_columns: tuple[int, int]  # [start, end) of the reference in A
+    target_columns: tuple[int, int]  # [start, end) of the target in A; empty in a prompt
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+
+# --- delay pattern --------------------------------------------------------------------------------------------------
+
+
+def delay(codes: np.ndarray) -> np.ndarray:
+    """Raw codes [K, T] -> delayed columns [K, T + K + 1] int16.
+
+    Codebook k is shifted right by k: k + 1 BOS, then the codes, then EOS to the end, so that one column holds frame
+    t - k of codebook k. For K = 2, T = 3: `B 1 2 3 E E` / `B B 11 12 13 E`.
+    """
+    num_codebooks, num_frames = codes.shape
+    columns = np.full((num_codebooks, num_frames + num_codebooks + 1), STREAM_EOS, dtype=np.int16)
+    for k in range(num_codebooks):
+        columns[k, : k + 1] = STREAM_BOS
+        columns[k, k + 1 : k + 1 + num_frames] = codes[k]
+    return columns
+
+
+def undelay(columns: np.ndarray) -> np.ndarray:
+    """Delayed columns [K, A] -> raw codes [K, T] uint16 of the frames that are complete in every codebook.
+
+    Markers are cut away, never clipped to 1023: a clipped EOS is audible as a click or a breath at the end.
+    """
+    num_codebooks, num_columns = columns.shape
+    rows = [columns[k, k + 1 : num_columns - (num_codebooks - 1 - k)] for k in range(num_codebooks)]
+    frames = np.stack(rows)  # [K, A - K]; a frame with a marker in any codebook is not audio
+    is_marker = (frames >= CODEBOOK_SIZE).any(axis=0)
+    end = int(np.argmax(is_marker)) if is_marker.any() else frames.shape[1]
+    return frames[:, :end].astype(np.uint16)
+
+
+def next_columns(codes: np.ndarray) -> np.ndarray:
+    """Targets [K, A] int16 of the delayed columns of `codes` [K, T]: column j must predict column j + 1.
+
+    Learned are the T codes and exactly one EOS per codebook. The BOS staircase and the EOS fill behind the first EOS
+    are forced at generation, so they are IGNORE.
+    """
+    num_codebooks, num_frames = codes.shape
+    targets = np.full((num_codebooks, num_frames + num_codebooks + 1), IGNORE, dtype=np.int16)
+    for k in range(num_codebooks):
+        targets[k, k : k + num_frames] = codes[k]
+        targets[k, k + num_frames] = STREAM_EOS
+    return targets
+
+
+# --- layouts --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    ids: np.ndarray  # [n] int32
+    learned: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Audio:
+    codes: np.ndarray  # [K, T] raw
+    is_target: bool
+
+
+Segment = Text | Audio
+
+
+class SequenceBuilder:
+    """Builds sequences of one layout. Holds only token ids, so it is cheap to send to loader processes."""
+
+    def __init__(self, tokenizer: Tokenizer, section: SequenceSection) -> None:
+        """Raises ConfigError when the tokenizer does not have Higgs Audio v2's special tokens."""
+        check_special_tokens(tokenizer)
+        self.layout = section.layout
+        self._headers = {
+            role: encode_text(tokenizer, f"<|start_header_id|>{role}<|end_header_id|>\n\n")
+            for role in ("system", "user", "assistant")
+        }
+        # None: every row's own system text.
+        self._system = encode_text(tokenizer, section.system_prompt) if section.system_prompt else None
+
+    def training(self, sample: Sample) -> Sequence:
+        """The whole sequence with its targets."""
+        return assemble(self._segments(sample))
+
+    def prompt(self, sample: Sample) -> Sequence:
+        """The training sequence cut right before the target's first column: what generation continues.
+
+        The sample's target codes are not read.
+        """
+        segments = self._segments(sample)
+        cut = next(i for i, segment in enumerate(segments) if isinstance(segment, Audio) and segment.is_target)
+        return assemble(segments[:cut])
+
+    def lengths(self, index: np.ndarray) -> np.ndarray:
+        """Sequence length [n] int64 of each index row, without reading a sample."""
+        if self.layout == "as_written":
+            text = index["num_as_written_tokens"].astype(np.int64)
+        else:
+            system = index["num_system_tokens"] if self._system is None else len(self._system)
+            texts = index["num_reference_text_tokens"].astype(np.int64) + index["num_target_text_tokens"]
+            text = self._clone_fixed_tokens + system + texts
+        return text + index["reference_frames"] + index["target_frames"] + 2 * NUM_MARKER_COLUMNS
+
+    def num_as_written_tokens(self, sample: Sample) -> int:
+        """Text-path positions of the as_written layout: a fact that stage one stores in the index."""
+        return sum(len(segment.ids) for segment in self._as_written(sample) if isinstance(segment, Text))
+
+    @property
+    def _clone_fixed_tokens(self) -> int:
+        headers = self._headers
+        turns = len(headers["system"]) + 2 * len(headers["user"]) + 2 * len(headers["assistant"])
+        return 1 + turns + 5 + 2 * 2  # begin of text, 5 end of turn, 2 x (audio_out_bos, audio_eos)
+
+    def _segments(self, sample: Sample) -> list[Segment]:
+        return self._clone(sample) if self.layout == "clone" else self._as_written(sample)
+
+    def _clone(self, sample: Sample) -> list[Segment]:
+        """The released model's cloning prompt: the reference as an earlier assistant turn."""
+        facts = sample.facts
+        system = self._system
+        if system is None:
+            system = sample.text_item_ids(facts.system_text) if facts.system_text is not None else _ids()
+        return [
+            Text(_ids(BEGIN_OF_TEXT)),
+            Text(self._headers["system"]),
+            Text(system),
+            Text(_ids(EOT)),
+            Text(self._headers["user"]),
+            Text(sample.text_item_ids(facts.reference_text)),
+            Text(_ids(EOT)),
+            Text(self._headers["assistant"]),
+            Text(_ids(AUDIO_OUT_BOS)),
+            Audio(sample.reference_codes, is_target=False),
+            Text(_ids(AUDIO_EOS, EOT)),
+            Text(self._headers["user"]),
+            Text(sample.text_item_ids(facts.target_text)),
+            Text(_ids(EOT)),
+            Text(self._headers["assistant"]),
+            Text(_ids(AUDIO_OUT_BOS), learned=True),
+            Audio(sample.target_codes, is_target=True),
+            Text(_ids(AUDIO_EOS, EOT), learned=True),
+        ]
+
+    def _as_written(self, sample: Sample) -> list[Segment]:
+        """The ChatML turns as they stand, ids and text labels as boson's `prepare_chatml_sample`."""
+        facts = sample.facts
+        segments: list[Segment] = [Text(_ids(BEGIN_OF_TEXT))]
+        for number, turn in enumerate(facts.turns):
+            is_assistant = turn.role == "assistant"
+            learned = is_assistant and number >= (facts.start_index or 0)
+            segments.append(Text(self._headers[turn.role]))
+            for item in turn.items:
+                if isinstance(item, int):
+                    segments.append(Text(sample.text_item_ids(item), learned))
+                    continue
+                codes = sample.reference_codes if item == "reference" else sample.target_codes
+                opening = AUDIO_OUT_BOS if is_assistant else AUDIO_BOS
+                segments.append(Text(_ids(opening), learned))
+                segments.append(Audio(codes, is_target=item == "target"))
+                segments.append(Text(_ids(AUDIO_EOS), learned))
+            goes_on = is_assistant and number + 1 < len(facts.turns) and facts.turns[number + 1].role == "assistant"
+            segments.append(Text(_ids(EOM if goes_on else EOT), learned))
+        return segments
+
+
+def assemble(segments: list[Segment]) -> Sequence:
+    """Concatenate segments and shift the labels by one."""
+    ids: list[np.ndarray] = []
+    labels: list[np.ndarray] = []
+    columns: list[np.ndarray] = []
+    targets: list[np.ndarray] = []
+    spans = {False: (0, 0), True: (0, 0)}  # is_target -> columns
+    num_columns = 0
+    for segment in segments:
+        if isinstance(segment, Text):
+            ids.append(segment.ids)
+            labels.append(segment.ids if segment.learned else np.full_like(segment.ids, IGNORE))
+            continue
+        delayed = delay(segment.codes)
+        spans[segment.is_target] = (num_columns, num_columns + delayed.shape[1])
+        num_columns += delayed.shape[1]
+        columns.append(delayed)
+        targets.append(next_columns(segment.codes) if segment.is_target else np.full_like(delayed, IGNORE))
+        ids.append(np.full(delayed.shape[1], AUDIO_OUT, dtype=np.int32))
+        labels.append(np.full(delayed.shape[1], IGNORE, dtype=np.int32))
+    label = np.concatenate(labels)
+    return Sequence(
+        token_ids=np.concatenate(ids),
+        codes=np.concatenate(columns, axis=1) if columns else np.zeros((NUM_CODEBOOKS, 0), np.int16),
+        next_token=np.append(label[1:], np.int32(IGNORE)),
+        next_codes=np.concatenate(targets, axis=1) if targets else np.zeros((NUM_CODEBOOKS, 0), np.int16),
+        reference_columns=spans[False],
+        target_columns=spans[True],
+    )
+
+
+# --- text -----------------------------------------------------------------------------------------------------------
+
+
+def encode_text(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """Token ids [n] int32 of one text item, without begin-of-text; items are tokenised apart and concatenated."""
+    return np.asarray(tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int32)
+
+
+def check_special_tokens(tokenizer: Tokenizer) -> None:
+    wrong = {
+        token: tokenizer.token_to_id(token) for token, i in SPECIAL_TOKENS.items() if tokenizer.token_to_id(token) != i
+    }
+    if wrong:
+        found = ", ".join(f"{token} is {found}, expected {SPECIAL_TOKENS[token]}" for token, found in wrong.items())
+        raise ConfigError(f"model.base has a tokenizer that is not Higgs Audio v2's: {found}")
+
+
+def _ids(*token_ids: int) -> np.ndarray:
+    return np.asarray(token_ids, dtype=np.int32)

@@ -1,0 +1,165 @@
+"""Shared fixtures: the tiny random model, the Arabic mini set, and samples with random codes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def arabic_mini() -> Path:
+    """ChatML list of 72 real clips; its audio paths are relative to the repository."""
+    return REPOSITORY / "tests" / "data" / "arabic-mini" / "chatml.json"
+
+
+@pytest.fixture(scope="session")
+def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `tiny OUT` writes: model/, codec/, pipeline.toml."""
+    from tools.tiny import write_tiny
+
+    out = tmp_path_factory.mktemp("tiny")
+    write_tiny(out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny_dir: Path):
+    from shards.artifacts import load_tokenizer
+
+    return load_tokenizer(tiny_dir / "model")
+
+
+@pytest.fixture(scope="session")
+def make_sample(tokenizer):
+    """A function (seed, reference_frames, target_frames) -> Sample in the user's ChatML form with random codes."""
+    return SampleMaker(tokenizer)
+
+
+class SampleMaker:
+    def __init__(self, tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def __call__(self, seed: int, reference_frames: int = 7, target_frames: int = 9, speaker: str | None = None):
+        from shards.sample import AudioFacts, Sample, SampleFacts, Turn
+        from shards.sequence import encode_text
+
+        rng = np.random.default_rng(seed)
+        words = ["مرحبا", "صباح", "الخير", "كيف", "حالك", "اليوم", "شكرا"]
+        reference_text, target_text = (" ".join(rng.choice(words, size=int(rng.integers(1, 5)))) for _ in range(2))
+        texts = [
+            "You are a helpful assistant.",
+            reference_text,
+            f"Please generate speech for given text in reference audio's voice: {target_text}",
+            target_text,
+        ]
+        ids = [encode_text(self._tokenizer, text) for text in texts]
+        facts = SampleFacts(
+            id=f"sample-{seed}",
+            row=seed,
+            speaker=speaker or f"speaker-{seed % 3}",
+            turns=[Turn("system", [0]), Turn("user", [1, "reference", 2]), Turn("assistant", [3, "target"])],
+            texts=texts,
+            text_token_counts=[len(item) for item in ids],
+            system_text=0,
+            reference_text=1,
+            target_text=3,
+            num_as_written_tokens=0,
+            reference=AudioFacts("reference.wav", "0", reference_frames / 25, 24000, reference_frames),
+            target=AudioFacts("target.wav", "0", target_frames / 25, 24000, target_frames),
+        )
+        return Sample(
+            key=f"{seed:012d}",
+            facts=facts,
+            text_ids=np.concatenate(ids),
+            reference_codes=rng.integers(0, 1024, (8, reference_frames)).astype(np.uint16),
+            target_codes=rng.integers(0, 1024, (8, target_frames)).astype(np.uint16),
+        )
+
+
+@pytest.fixture(scope="session")
+def run_command():
+    """Run a console command in a process of its own, from the repository: (status, stdout, stderr)."""
+    import os
+    import subprocess
+
+    functions = {
+        "preprocess": "preprocess.cli",
+        "train": "train.cli",
+        "inspect-shards": "tools.inspect_shards",
+        "checkpoints": "tools.checkpoints",
+        "speak": "tools.speak",
+        "tiny": "tools.tiny",
+    }
+
+    def run(name: str, *arguments: object, env: dict[str, str] | None = None):
+        code = f"import sys; sys.argv[0] = {name!r}; from {functions[name]} import main; main()"
+        return subprocess.run(
+            [sys.executable, "-c", code, *map(str, arguments)],
+            cwd=REPOSITORY,
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY), **(env or {})},
+            capture_output=True,
+            text=True,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def make_dataset(tiny_dir: Path, tokenizer):
+    """A function (folder, samples) -> folder: a finished data set with one shard, without running stage one."""
+    import dataclasses
+
+    import msgspec
+
+    from shards.artifacts import codec_fingerprint, mel_fingerprint, tokenizer_fingerprint
+    from shards.config import SequenceSection
+    from shards.manifest import Dataset, Fingerprints
+    from shards.sequence import SequenceBuilder
+    from shards.writer import sample_key, shard_path, write_json, write_shard
+
+    builder = SequenceBuilder(tokenizer, SequenceSection())
+
+    def make(folder: Path, samples: list) -> Path:
+        numbered = [
+            dataclasses.replace(
+                sample,
+                key=sample_key(0, position),
+                facts=msgspec.structs.replace(
+                    sample.facts, num_as_written_tokens=builder.num_as_written_tokens(sample)
+                ),
+            )
+            for position, sample in enumerate(samples)
+        ]
+        done = write_shard(folder, 0, numbered, [])
+        (folder / "index.npy").write_bytes(shard_path(folder, 0, ".idx.npy").read_bytes())
+        dataset = Dataset(
+            config={},
+            fingerprints=Fingerprints(
+                codec_fingerprint(tiny_dir / "codec"), tokenizer_fingerprint(tiny_dir / "model"), mel_fingerprint()
+            ),
+            num_rows=len(samples),
+            num_samples=len(samples),
+            num_text_tokens=0,
+            reference_hours=0.0,
+            target_hours=0.0,
+            speakers=done.speakers,
+            rejects={},
+            warnings={},
+            target_seconds_histogram={},
+            shards=[done],
+            digest=done.sha256,
+        )
+        write_json(folder / "dataset.json", dataset)
+        return folder
+
+    return make

@@ -1,0 +1,171 @@
+"""Codec and mel: both layouts give equal codes, padding is to whole frames, mels rebuild bit for bit."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from preprocess.audio import decode
+from preprocess.codec import load_codec
+from preprocess.features import stored_mel
+from shards.artifacts import WHISPER_FEATURES
+from shards.errors import CheckpointError
+from shards.mel import rebuild_mel
+
+
+@pytest.fixture(scope="module")
+def wave(repository: Path) -> np.ndarray:
+    data = (repository / "tests/data/arabic-mini/spk_03_06.flac").read_bytes()
+    return decode(data, 0.5, 30).wave
+
+
+@pytest.fixture(scope="module")
+def codec(tiny_dir: Path):
+    return load_codec(tiny_dir / "codec")
+
+
+def test_codes_have_the_released_shape_and_follow_the_sound(codec, wave):
+    codes = codec.encode(wave)
+    assert codes.dtype == np.uint16
+    assert codes.shape == (8, -(-len(wave) // 960))
+    assert codes.max() < 1024
+    assert all(len(np.unique(book)) > 30 for book in codes)
+    assert codec.decode(codes).shape == (codes.shape[1] * 960,)
+
+
+def test_a_wave_is_padded_to_whole_frames(codec, wave):
+    cut = wave[: 50 * 960 + 300]
+    padded = np.pad(cut, (0, 960 - 300))
+    np.testing.assert_array_equal(codec.encode(cut), codec.encode(padded))
+
+
+def boson_state(native: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The inverse of the key map, written apart from it: native names -> boson names with weight_norm pairs."""
+    state = {}
+    for name, tensor in native.items():
+        renamed = boson_name(name)
+        if renamed.endswith(".weight") and re.match(r"(encoder|decoder_2)\.", renamed) and tensor.dim() > 1:
+            scale = torch.linspace(0.5, 2, tensor.shape[0]).view(-1, *[1] * (tensor.dim() - 1))
+            state[f"{renamed}_v"] = tensor * scale
+            state[f"{renamed}_g"] = tensor.flatten(1).norm(dim=1).view(-1, *[1] * (tensor.dim() - 1))
+        else:
+            state[renamed] = tensor
+    return state
+
+
+def boson_name(name: str) -> str:
+    rules = [
+        (r"^quantizer\.quantizers\.(\d+)\.codebook\.", r"quantizer.vq.layers.\1._codebook."),
+        (r"^quantizer\.quantizers\.", "quantizer.vq.layers."),
+        (r"^fc\.", "fc_prior."),
+        (r"^fc1\.", "fc_post1."),
+        (r"^fc2\.", "fc_post2."),
+        (r"^((?:en|de)coder_semantic\.conv_blocks\.\d+)\.conv\.", r"\1.conv.conv."),
+        (r"^((?:en|de)coder_semantic\..*res_units\.\d+\.conv1)\.", r"\1.conv."),
+        (r"^((?:en|de)coder_semantic\.conv[12]?)\.", r"\1.conv."),
+    ]
+    for pattern, replacement in rules:
+        renamed, count = re.subn(pattern, replacement, name)
+        if count:
+            return renamed
+    ends = {"conv1": "0", "snake1": "6", "conv2": "7"}
+    found = re.match(r"^acoustic_(encoder|decoder)\.(conv1|snake1|conv2)\.(.+)$", name)
+    if found:
+        side = "encoder.block" if found[1] == "encoder" else "decoder_2.model"
+        return f"{side}.{ends[found[2]]}.{found[3]}"
+    found = re.match(r"^acoustic_(encoder|decoder)\.block\.(\d+)\.(.+)$", name)
+    if not found:
+        return name
+    block = f"{'encoder.block' if found[1] == 'encoder' else 'decoder_2.model'}.{int(found[2]) + 1}.block"
+    unit = re.match(r"^res_unit(\d)\.(snake1|conv1|snake2|conv2)\.(.+)$", found[3])
+    if unit:
+        inner = int(unit[1]) + (-1 if found[1] == "encoder" else 1)
+        return f"{block}.{inner}.block.{['snake1', 'conv1', 'snake2', 'conv2'].index(unit[2])}.{unit[3]}"
+    leaf, rest = found[3].split(".", 1)
+    return f"{block}.{ {'snake1': 3, 'conv1': 4}[leaf] if found[1] == 'encoder' else {'snake1': 0, 'conv_t1': 1}[leaf] }.{rest}"
+
+
+@pytest.fixture(scope="module")
+def boson_folder(tiny_dir: Path, tmp_path_factory) -> Path:
+    from safetensors.torch import load_file
+
+    folder = tmp_path_factory.mktemp("boson-codec")
+    native_config = json.loads((tiny_dir / "codec" / "config.json").read_text())
+    semantic = native_config["semantic_model_config"]
+    config = {
+        "n_filters": 8,
+        "D": 16,
+        "codebook_dim": 64,
+        "target_bandwidths": [0.5, 1, 1.5, 2, 4],
+        "ratios": [8, 5, 4, 2, 3],
+        "sample_rate": 24000,
+        "bins": 1024,
+        "n_q": 8,
+        "encoder_hidden_size": 8,
+        "decoder_hidden_size": 32,
+        "semantic_config": {
+            key: semantic[key]
+            for key in (
+                "hidden_size",
+                "num_hidden_layers",
+                "num_attention_heads",
+                "intermediate_size",
+                "conv_dim",
+                "num_conv_pos_embeddings",
+                "num_conv_pos_embedding_groups",
+            )
+        },
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    torch.save(boson_state(load_file(tiny_dir / "codec" / "model.safetensors")), folder / "model.pth")
+    return folder
+
+
+def test_the_older_layout_gives_equal_codes(codec, boson_folder, wave):
+    state = torch.load(boson_folder / "model.pth", weights_only=True)
+    assert sum(name.endswith("weight_g") for name in state) == 74, "as many weight_norm pairs as the released codec"
+    older = load_codec(boson_folder)
+    np.testing.assert_array_equal(older.encode(wave), codec.encode(wave))
+
+
+def test_a_codec_with_a_missing_tensor_is_refused(boson_folder, tmp_path):
+    state = torch.load(boson_folder / "model.pth", weights_only=True)
+    del state["fc_post1.bias"]
+    (tmp_path / "config.json").write_text((boson_folder / "config.json").read_text())
+    torch.save(state, tmp_path / "model.pth")
+    with pytest.raises(CheckpointError, match=r"missing fc1\.bias"):
+        load_codec(tmp_path)
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        load_codec(tmp_path / "nowhere")
+
+
+def test_tiny_codec_is_the_same_twice(tiny_dir, tmp_path):
+    from tools.tiny_codec import write_codec
+
+    write_codec(tmp_path, seed=0)
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / name).read_bytes() == (tiny_dir / "codec" / name).read_bytes()
+
+
+@pytest.mark.parametrize("num_samples", [8000, 8001, 16000, 47999, 77777, 160000, 333333, 479999, 480000])
+def test_mel_is_rebuilt_bit_for_bit(num_samples):
+    from transformers import WhisperFeatureExtractor
+
+    rng = np.random.default_rng(num_samples)
+    envelope = np.abs(np.sin(np.arange(num_samples) / 9000))
+    wave = (rng.standard_normal(num_samples) * 0.1 * envelope).astype(np.float32)
+    expected = WhisperFeatureExtractor(**WHISPER_FEATURES)(  # pyright: ignore[reportArgumentType]
+        wave, sampling_rate=16000, return_tensors="np", return_attention_mask=True
+    )
+    frames, floor = stored_mel(wave)
+    features, mask = rebuild_mel(frames, floor, num_samples)
+    np.testing.assert_array_equal(features, expected["input_features"][0])
+    np.testing.assert_array_equal(mask, expected["attention_mask"][0].astype(bool))
+    halved, _ = rebuild_mel(frames.astype(np.float16), floor, num_samples)
+    kept = frames.shape[1]
+    np.testing.assert_array_equal(halved[:, :kept], expected["input_features"][0].astype(np.float16)[:, :kept])

@@ -1,0 +1,189 @@
+"""The heart of the suite: the whole road by its real commands, on real Arabic speech, ending in the proof of overfitting.
+
+If a tiny model trained on four samples and merged does not speak these samples' codes and stop by itself, something
+between ChatML and speech is wrong: the shift, the delay, the end of speech, the template, the merge.
+"""
+
+from __future__ import annotations
+
+import json
+import wave
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from shards.config import SequenceSection
+from shards.manifest import open_dataset
+from shards.reader import SampleReader
+from shards.sequence import SequenceBuilder
+from train.packing import pack
+from train.weights import load_model
+
+NUM_SAMPLES = 4
+OVERFIT = """
+[lora]
+rank = 64
+alpha = 64
+[loss]
+contrastive_loss_weight = 0.0
+[train]
+batch_tokens = 4096
+packs_per_step = 1
+max_steps = 110
+learning_rate = 3e-3
+save_every = 1000
+log_every = 10
+num_workers = 1
+"""
+
+
+@pytest.fixture(scope="module")
+def road(tmp_path_factory, tiny_dir, arabic_mini, run_command) -> Path:
+    """A folder with shards/, run/ and merged/ made by the commands."""
+    folder = tmp_path_factory.mktemp("road")
+    models = (tiny_dir / "pipeline.toml").read_text().split("[preprocess]")[0]
+    config = folder / "pipeline.toml"
+    config.write_text(models + OVERFIT)
+    steps = [
+        ("preprocess", arabic_mini, folder / "shards", "--limit", NUM_SAMPLES),
+        ("train", folder / "shards", folder / "run"),
+    ]
+    for name, *arguments in steps:
+        result = run_command(name, *arguments, "--config", config)
+        assert result.returncode == 0, result.stderr
+    result = run_command("checkpoints", "merge", folder / "run", folder / "merged")
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+@pytest.mark.slow
+def test_overfit_model_speaks_its_targets_and_stops(road: Path, run_command):
+    dataset, index = open_dataset(road / "shards")
+    assert dataset.num_samples == NUM_SAMPLES
+    equal = total = 0
+    for row in index:
+        sample = SampleReader(road / "shards").read(row)
+        facts = sample.facts
+        result = run_command(
+            "speak",
+            road / "merged",
+            *("--reference", facts.reference.path, "--reference-text", facts.texts[facts.reference_text]),
+            *("--text", facts.texts[facts.target_text], "--greedy", "--max-seconds", 12, "--json"),
+            *("--out", road / "speech.wav", "--codes", road / "codes.npy", "--config", road / "pipeline.toml"),
+        )
+        assert result.returncode == 0, result.stderr
+        spoken = json.loads(result.stdout)
+        assert spoken["stopped"], "speech must end by itself"
+        codes = np.load(road / "codes.npy")
+        num_frames = max(codes.shape[1], sample.target_codes.shape[1])
+        shorter = min(codes.shape[1], sample.target_codes.shape[1])
+        equal += int((codes[:, :shorter] == sample.target_codes[:, :shorter]).all(axis=0).sum())
+        total += num_frames
+        with wave.open(str(road / "speech.wav")) as file:
+            assert (file.getframerate(), file.getnchannels()) == (24000, 1)
+            assert file.getnframes() == codes.shape[1] * 960
+    assert equal / total >= 0.95, f"{equal} of {total} frames are equal in all 8 codebooks"
+
+
+@pytest.mark.slow
+def test_target_codes_are_worth_learning(road: Path):
+    """The proof above would be empty if the tiny codec gave every clip the same codes."""
+    _, index = open_dataset(road / "shards")
+    samples = [SampleReader(road / "shards").read(row) for row in index]
+    for sample in samples:
+        assert all(len(np.unique(book)) > 20 for book in sample.target_codes)
+    first, second = samples[0].target_codes, samples[1].target_codes
+    num_frames = min(first.shape[1], second.shape[1])
+    assert (first[:, :num_frames] == second[:, :num_frames]).mean() < 0.1
+
+
+@pytest.mark.slow
+def test_merged_model_equals_base_with_adapter_and_loads_in_transformers(road: Path, tiny_dir, tokenizer):
+    from train.checkpoint import complete_checkpoints
+    from train.lora import load_adapter
+
+    transformers = pytest.importorskip("transformers", minversion="5.3", reason="the native class came with 5.3")
+    _, index = open_dataset(road / "shards")
+    sample = SampleReader(road / "shards").read(index[0])
+    sequence = SequenceBuilder(tokenizer, SequenceSection()).training(sample)
+    batch = pack([sequence], [0], ["k"])
+    adapted = load_model(tiny_dir / "model", torch.float32)
+    load_adapter(adapted, complete_checkpoints(road / "run")[-1] / "adapter")
+    merged = load_model(road / "merged", torch.float32)
+    native = transformers.HiggsAudioV2ForConditionalGeneration.from_pretrained(
+        road / "merged", use_text_head=True, dtype=torch.float32
+    )
+    is_audio = torch.from_numpy(sequence.token_ids == 128016)
+    with torch.no_grad():
+        num_text = len(batch.text_ids)
+        expected = adapted.audio_logits(adapted.hidden(batch)[num_text:])
+        ours = merged.audio_logits(merged.hidden(batch)[num_text:])
+        theirs = native(
+            input_ids=torch.from_numpy(sequence.token_ids.astype(np.int64))[None],
+            audio_input_ids=torch.from_numpy(sequence.codes.T.astype(np.int64))[None],
+            audio_input_ids_mask=torch.ones((1, sequence.codes.shape[1]), dtype=torch.bool),
+        ).logits[0, is_audio]
+    scale = expected.abs().max().item()
+    # Merging rounds base + delta once per weight: a little more than pure summation order.
+    torch.testing.assert_close(ours, expected, rtol=0, atol=3e-5 * scale)
+    torch.testing.assert_close(theirs.view_as(expected), expected, rtol=0, atol=3e-5 * scale)
+
+
+@pytest.mark.slow
+def test_sampled_speech_is_reproducible_by_seed(road: Path, run_command):
+    def speak(seed: int) -> np.ndarray:
+        result = run_command(
+            "speak",
+            road / "merged",
+            *("--reference", "tests/data/arabic-mini/spk_03_06.flac", "--reference-text", "نص", "--text", "نص آخر"),
+            *("--seed", seed, "--temperature", 1.5, "--max-seconds", 2, "--codes", road / "sampled.npy"),
+            *("--out", road / "sampled.wav", "--config", road / "pipeline.toml"),
+        )
+        assert result.returncode == 0, result.stderr
+        return np.load(road / "sampled.npy")
+
+    first, again, other = speak(1), speak(1), speak(2)
+    np.testing.assert_array_equal(first, again)
+    assert first.shape != other.shape or (first != other).any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"MODEL": "nowhere"}, "MODEL = 'nowhere': no such folder"),
+        ({"--reference": "nowhere.wav"}, "--reference nowhere.wav: no such file"),
+        ({"--reference": "README.md"}, "--reference README.md: "),
+        ({"--text": " "}, "--reference-text and --text must not be empty"),
+        ({"--set": "model.codec=tests"}, "no codec here"),
+    ],
+)
+def test_mistakes_in_speak_give_one_clear_line(road: Path, run_command, changes, message):
+    given = {
+        "--reference": "tests/data/arabic-mini/spk_03_06.flac",
+        "--reference-text": "نص",
+        "--text": "نص",
+        "--out": road / "never.wav",
+        "--config": road / "pipeline.toml",
+    }
+    model = changes.get("MODEL", road / "merged")
+    options = {**given, **{name: value for name, value in changes.items() if name != "MODEL"}}
+    result = run_command("speak", model, *[part for option in options.items() for part in option])
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (road / "never.wav").exists()
+
+
+@pytest.mark.slow
+def test_mistakes_in_merge_give_one_clear_line(road: Path, run_command, tmp_path):
+    for run, out, message in [
+        (tmp_path, tmp_path / "out", "no complete checkpoint here"),
+        (road / "run", road / "merged", "exists and is not empty"),
+    ]:
+        result = run_command("checkpoints", "merge", run, out)
+        assert result.returncode == 1
+        assert message in result.stderr
+        assert "Traceback" not in result.stderr

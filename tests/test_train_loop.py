@@ -1,0 +1,269 @@
+"""The training loop through the real command: what it leaves behind, resume, refusals, and stopping before harm."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from shards.config import SequenceSection, read_config
+from shards.errors import PipelineError
+from shards.sequence import SequenceBuilder
+from train.config import LossSection, TrainConfig
+from train.loop import LossCounts, RunOptions, train, train_step
+from train.lora import add_lora, load_adapter, lora_parameters
+from train.optim import learning_rate_at, make_optimizer
+from train.packing import pack
+from train.weights import load_model
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory, make_dataset, make_sample) -> Path:
+    samples = [make_sample(seed, 5 + seed, 8 + 2 * seed) for seed in range(6)]
+    return make_dataset(tmp_path_factory.mktemp("dataset"), samples)
+
+
+@pytest.fixture
+def settings(tiny_dir: Path):
+    def make(*overrides: str) -> TrainConfig:
+        quick = ["train.batch_tokens=700", "train.packs_per_step=2", "train.max_steps=6", "train.save_every=2"]
+        quick += ["train.log_every=1", "train.num_workers=0", "lora.rank=4", "train.keep_checkpoints=2"]
+        return read_config(TrainConfig, tiny_dir / "pipeline.toml", [*quick, *overrides])
+
+    return make
+
+
+def losses(run: Path) -> dict[int, float]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss/total_loss"] for line in lines}
+
+
+def test_run_directory_is_complete_and_loss_falls(dataset, settings, tmp_path):
+    run = tmp_path / "run"
+    last = train(settings("train.max_steps=12"), dataset, run, RunOptions())
+    assert last is not None
+    assert last == run / "checkpoints" / "checkpoint-12"
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["checkpoint-10", "checkpoint-12"]
+    inside = {"adapter", "state", "identity.json", "metrics.json", "config.toml", "COMPLETE"}
+    assert {path.name for path in last.iterdir()} == inside
+    assert {path.name for path in run.iterdir()} >= {"config.toml", "environment.json", "logs", "metrics.jsonl"}
+    values = json.loads((last / "metrics.json").read_text())
+    names = ["loss/total_loss", "loss/text_loss", "loss/audio_loss", "loss/contrastive_loss"]
+    names += [f"loss/codebook_{k}" for k in range(8)]
+    names += ["metrics/learning_rate", "metrics/gpu_memory_gb", "metrics/samples_per_second"]
+    names += ["metrics/tokens_per_second", "metrics/data_wait_fraction"]
+    assert set(names) <= set(values)
+    history = losses(run)
+    assert list(history) == list(range(1, 13))
+    assert history[12] < history[1] - 1.0
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_resumed_run_equals_the_uninterrupted_one(dataset, settings, tmp_path, num_workers):
+    workers = f"train.num_workers={num_workers}"
+    train(settings(workers), dataset, tmp_path / "whole", RunOptions())
+    # Same schedule, stopped after the checkpoint of step 4: the later checkpoint vanishes as in a crash.
+    train(settings(workers), dataset, tmp_path / "cut", RunOptions())
+    (tmp_path / "cut/checkpoints/checkpoint-6/COMPLETE").unlink()
+    train(settings(workers), dataset, tmp_path / "cut", RunOptions())
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    adapters = [
+        (tmp_path / name / "checkpoints/checkpoint-6/adapter/adapter_model.safetensors").read_bytes()
+        for name in ("cut", "whole")
+    ]
+    assert adapters[0] == adapters[1]
+
+
+def test_a_checkpoint_of_another_run_is_refused_with_both_values(dataset, settings, tmp_path):
+    train(settings("train.max_steps=2"), dataset, tmp_path / "run", RunOptions())
+    with pytest.raises(PipelineError, match=r"seed was 0, is 7.*new RUN folder"):
+        train(settings("train.seed=7"), dataset, tmp_path / "run", RunOptions())
+    with pytest.raises(PipelineError, match="rank"):
+        train(settings("lora.rank=8"), dataset, tmp_path / "run", RunOptions())
+    with pytest.raises(PipelineError, match="holds checkpoints of another run"):
+        train(settings(), dataset, tmp_path / "run", RunOptions(resume="never"))
+
+
+def test_shards_of_another_codec_are_refused(dataset, settings, tmp_path, tiny_dir):
+    import shutil
+
+    other = shutil.copytree(tiny_dir / "codec", tmp_path / "codec")
+    (other / "config.json").write_text((other / "config.json").read_text() + "\n")
+    with pytest.raises(PipelineError, match=r"do not fit the model: codec: shards were made with"):
+        train(settings(f"model.codec={other}"), dataset, tmp_path / "run", RunOptions())
+
+
+@pytest.fixture
+def ready(tiny_dir, tokenizer, make_sample, settings):
+    """A model with LoRA, its optimizer and two packs."""
+    config = settings()
+    model = load_model(tiny_dir / "model", torch.float32)
+    add_lora(model, config.lora, "base", seed=0)
+    optimizer = make_optimizer([parameter for _, parameter in lora_parameters(model)], config.train)
+    builder = SequenceBuilder(tokenizer, SequenceSection())
+    sequences = [builder.training(make_sample(i, 6, 7 + i)) for i in range(4)]
+    batches = [pack(sequences[:1], [1], ["a"]), pack(sequences[1:], [1, 2, 3], ["b", "c", "d"])]
+    return model, optimizer, batches, sequences
+
+
+def test_a_step_does_not_depend_on_how_it_is_cut_into_packs(ready, tiny_dir, settings):
+    """Text and audio losses; the contrastive loss sees the pack by design, so its weight is 0 here."""
+    model, optimizer, batches, sequences = ready
+    section = LossSection(contrastive_loss_weight=0.0)
+    two = train_step(model, optimizer, batches, section, 0, 0.0, 1.0)
+    one = train_step(model, optimizer, [pack(sequences, [1, 1, 2, 3], list("abcd"))], section, 0, 0.0, 1.0)
+    for name in ("total", "text", "codebooks", "grad_norm"):
+        torch.testing.assert_close(getattr(two, name), getattr(one, name), rtol=1e-5, atol=1e-6)
+
+
+def test_only_lora_moves(ready):
+    model, optimizer, batches, _ = ready
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    trainable = {name for name, _ in lora_parameters(model)}
+    assert trainable == {name for name in before if ".lora_" in name}
+    in_optimizer = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    assert in_optimizer == {id(parameter) for _, parameter in lora_parameters(model)}
+    for step in range(2):
+        train_step(model, optimizer, batches, LossSection(), step, 1e-2, 1.0)
+    for name, parameter in model.named_parameters():
+        moved = not torch.equal(parameter, before[name])
+        assert moved == (name in trainable), name
+        if name in trainable:
+            assert parameter.dtype == torch.float32
+
+
+def test_a_weight_changes_exactly_its_term_and_contrastive_reaches_lora(ready):
+    model, optimizer, batches, _ = ready
+    results = {}
+    for name, section in {
+        "all": LossSection(),
+        "contrastive": LossSection(text_loss_weight=0.0, audio_loss_weight=0.0, contrastive_loss_weight=0.5),
+    }.items():
+        results[name] = train_step(model, optimizer, batches, section, 0, 0.0, 1.0)
+    both = results["all"]
+    expected = both.text + both.codebooks.mean() + 0.1 * both.contrastive
+    torch.testing.assert_close(both.total, expected)
+    torch.testing.assert_close(results["contrastive"].total, 0.5 * both.contrastive)
+    assert results["contrastive"].grad_norm > 0
+    assert LossCounts.of(batches).contrastive == 3  # the sample alone in its pack has no negative
+
+
+def test_a_number_that_is_not_finite_stops_before_the_update(ready):
+    model, optimizer, batches, _ = ready
+    _, parameter = lora_parameters(model)[0]
+    with torch.no_grad():
+        parameter[0, 0] = float("nan")
+    other = lora_parameters(model)[5][1]
+    before = other.detach().clone()
+    with pytest.raises(PipelineError, match=r"step 4: loss nan.*samples a, b, c, d"):
+        train_step(model, optimizer, batches, LossSection(), 3, 1e-2, 1.0)
+    assert torch.equal(other, before)
+
+
+def test_learning_rate_is_a_pure_function_of_the_step(settings):
+    section = settings("train.warmup_steps=10", "train.learning_rate=1e-3").train
+    rates = [learning_rate_at(step, 110, section) for step in range(111)]
+    assert rates[0] == pytest.approx(1e-4)
+    assert rates[9] == rates[10] == pytest.approx(1e-3)
+    assert rates[60] == pytest.approx(5e-4)
+    assert rates[110] == pytest.approx(0.0, abs=1e-12)
+    automatic = settings("train.learning_rate=1e-3").train
+    assert learning_rate_at(2, 100, automatic) == pytest.approx(1e-3)  # 3 % of 100 steps
+
+
+def test_adapter_loads_with_plain_peft_on_the_transformers_class(
+    dataset, settings, tmp_path, tiny_dir, tokenizer, make_sample
+):
+    transformers = pytest.importorskip("transformers", minversion="5.3", reason="the native class came with 5.3")
+    from peft import PeftModel
+
+    last = train(settings(), dataset, tmp_path / "run", RunOptions())
+    assert last
+    sequence = SequenceBuilder(tokenizer, SequenceSection()).training(make_sample(9, 6, 10))
+    native = transformers.HiggsAudioV2ForConditionalGeneration.from_pretrained(
+        tiny_dir / "model", use_text_head=True, dtype=torch.float32
+    )
+    inputs = {
+        "input_ids": torch.from_numpy(sequence.token_ids.astype(np.int64))[None],
+        "audio_input_ids": torch.from_numpy(sequence.codes.T.astype(np.int64))[None],
+        "audio_input_ids_mask": torch.ones((1, sequence.codes.shape[1]), dtype=torch.bool),
+    }
+    is_audio = torch.from_numpy(sequence.token_ids == 128016)
+    with torch.no_grad():
+        without = native(**inputs).logits[0, is_audio]
+        adapted = PeftModel.from_pretrained(native, str(last / "adapter"))
+        expected = adapted(**inputs).logits[0, is_audio]
+        ours = load_model(tiny_dir / "model", torch.float32)
+        config = load_adapter(ours, last / "adapter")
+        hidden = ours.hidden(pack([sequence], [0], ["k"]))
+        logits = ours.audio_lm_head(hidden[int((~is_audio).sum()) :])
+    scale = expected.abs().max().item()
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5 * scale)
+    assert (expected - without).abs().max() > 1e-2, "an adapter without effect would prove nothing"
+    assert config.r == 4
+
+
+def test_dry_run_trains_nothing(dataset, settings, tmp_path):
+    assert train(settings(), dataset, tmp_path / "run", RunOptions(dry_run=True)) is None
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["nowhere", "RUN"], 1, "error: nowhere: no such folder; give the OUT folder of `preprocess`"),
+        (["CHATML", "RUN"], 1, "if it is a ChatML list, run first: preprocess"),
+        (
+            ["DATASET", "RUN", "--set", "train.learning_rat=1e-4"],
+            1,
+            "unknown key train.learning_rat; did you mean 'learning_rate'?",
+        ),
+        (["DATASET", "RUN", "--learning-rate", "fast"], 2, "'fast' is not a valid float"),
+        (["DATASET", "RUN", "--config", "absent.toml"], 1, "absent.toml: no such file"),
+        (["DATASET", "RUN", "--set", "model.base=nowhere"], 1, "model.base = 'nowhere': no such folder"),
+        (["DATASET", "RUN", "--set", "train.batch_tokens=50"], 1, "no sample fits; the shortest of 6 has"),
+        (
+            ["DATASET", "RUN", "--set", "lora.mode=custom", "--set", 'lora.targets=["k_pro"]'],
+            1,
+            "'k_pro' matches no linear layer",
+        ),
+        (["DATASET", "RUN", "--resume", "nowhere"], 1, "not a complete checkpoint folder"),
+    ],
+)
+def test_mistakes_give_one_clear_line(
+    run_command, dataset, arabic_mini, tiny_dir, tmp_path, arguments, status, message
+):
+    names = {"DATASET": str(dataset), "RUN": str(tmp_path / "run"), "CHATML": str(arabic_mini)}
+    given = [names.get(argument, argument) for argument in arguments]
+    if "--config" not in given:
+        given += ["--config", str(tiny_dir / "pipeline.toml")]
+    result = run_command("train", *given)
+    assert result.returncode == status, result.stderr
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    if status == 1:
+        assert [line for line in result.stderr.splitlines() if line.startswith("error: ")] == [
+            result.stderr.splitlines()[-1]
+        ]
+
+
+def test_curriculum_ramp_has_the_stated_values():
+    from train.loss import curriculum_factor
+
+    assert curriculum_factor(0, 100, True) == pytest.approx(0.1)
+    assert curriculum_factor(50, 100, True) == pytest.approx(0.55)
+    assert curriculum_factor(100, 100, True) == 1.0
+    assert curriculum_factor(0, 100, False) == 1.0
+
+
+def test_lora_start_does_not_change_the_model(tiny_dir, settings, ready):
+    _, _, batches, _ = ready
+    model = load_model(tiny_dir / "model", torch.float32)
+    with torch.no_grad():
+        before = model.hidden(batches[0])
+        add_lora(model, settings().lora, "base", seed=0)
+        after = model.hidden(batches[0])
+    assert torch.equal(before, after)

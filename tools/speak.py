@@ -1,0 +1,230 @@
+"""`speak MODEL`: a reference voice and a text in, a wav file out.
+
+MODEL is a merged folder (`checkpoints merge`), or a base model with `--adapter`. The prompt is built by the same
+sequence builder as in training, with the settings the merged folder remembers (`higgs_voice.json`). Nothing is spoken
+with a codec other than the one the model was trained with.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+import msgspec
+import numpy as np
+
+from shards.config import ModelSection, SequenceSection, read_config
+
+if TYPE_CHECKING:
+    from preprocess.codec import Codec
+    from shards.sample import Sample
+    from shards.sequence import SequenceBuilder
+    from tools.checkpoints import Voice
+    from train.generate import Sampling, Speech
+    from train.model import HiggsAudio
+
+FRAMES_PER_SECOND = 25
+# The wording of the user's ChatML, for models trained with layout = "as_written".
+SYSTEM_TEXT = "You are a helpful assistant capable of generating speech in the voice of the provided reference audio."
+INSTRUCTION = "Please generate speech for given text in reference audio's voice: "
+
+
+class SpeakConfig(msgspec.Struct, frozen=True, kw_only=True):
+    model: ModelSection
+    sequence: SequenceSection
+
+
+@click.command(context_settings={"show_default": True})
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--reference", required=True, type=click.Path(path_type=Path), help="Audio file of the voice, 3-15 s.")
+@click.option("--reference-text", required=True, help="What is said in it, exactly.")
+@click.option("--text", required=True, help="What to say.")
+@click.option("--out", default="speech.wav", type=click.Path(path_type=Path), help="The wav file to write, 24 kHz.")
+@click.option("--adapter", type=click.Path(path_type=Path), help="A checkpoint's adapter folder, when MODEL is a base.")
+@click.option("--config", "config_path", type=click.Path(path_type=Path), help="Default: ./pipeline.toml if it exists.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the configuration.")
+@click.option("--greedy", is_flag=True, help="Always the likeliest code; same input, same output.")
+@click.option("--temperature", default=1.0, help="Sampling temperature.")
+@click.option("--top-k", default=50, help="Sample among the k likeliest codes; 0 = all.")
+@click.option("--top-p", default=0.95, help="Sample among the likeliest codes that make up this probability.")
+@click.option("--ras-window", default=7, help="Columns looked at for repetition; 0 = off.")
+@click.option("--ras-max-repeats", default=2, help="Redraw a code seen this often in the window.")
+@click.option("--seed", default=0, help="Of sampling.")
+@click.option("--max-seconds", default=30.0, help="Stop here if the model does not end by itself.")
+@click.option("--device", default="auto", type=click.Choice(["auto", "cpu", "cuda"]))
+@click.option("--codes", "codes_path", type=click.Path(path_type=Path), help="Also write the codes [8, T] as .npy.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was made as JSON on stdout.")
+def main(
+    model: Path,
+    reference: Path,
+    reference_text: str,
+    text: str,
+    out: Path,
+    adapter: Path | None,
+    config_path: Path | None,
+    overrides: tuple[str, ...],
+    greedy: bool,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    ras_window: int,
+    ras_max_repeats: int,
+    seed: int,
+    max_seconds: float,
+    device: str,
+    codes_path: Path | None,
+    as_json: bool,
+) -> None:
+    """Say TEXT in the voice of REFERENCE with MODEL."""
+    from shards.errors import PipelineError
+
+    try:
+        config = read_config(SpeakConfig, config_path, overrides)
+        from train.generate import Sampling
+
+        sampling = Sampling(0.0 if greedy else temperature, top_k, top_p, ras_window, ras_max_repeats, seed)
+        speaker = load_speaker(model, adapter, config, device)
+        started = time.monotonic()
+        speech, wave = speaker.say(reference, reference_text, text, round(max_seconds * FRAMES_PER_SECOND), sampling)
+        seconds = time.monotonic() - started
+        write_wave(out, wave)
+        if codes_path:
+            np.save(codes_path, speech.codes)
+    except PipelineError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    audio_s = len(wave) / 24000
+    facts = {
+        "out": str(out),
+        "audio_s": audio_s,
+        "frames": speech.codes.shape[1],
+        "stopped": speech.stopped,
+        "seconds": seconds,
+    }
+    if as_json:
+        click.echo(json.dumps(facts))
+    ending = "" if speech.stopped else f"; cut at --max-seconds {max_seconds:g}, the model did not end by itself"
+    click.echo(f"{out}: {audio_s:.2f} s of speech in {seconds:.1f} s{ending}", err=True)
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """A loaded model, codec and sequence builder: all that speaking needs."""
+
+    model: HiggsAudio
+    codec: Codec
+    builder: SequenceBuilder
+    model_dir: Path
+
+    def say(
+        self, reference: Path, reference_text: str, text: str, max_frames: int, sampling: Sampling
+    ) -> tuple[Speech, np.ndarray]:
+        """The codes, and the wave [S] float32 at 24 kHz."""
+        from shards.artifacts import load_tokenizer
+        from train.generate import generate
+
+        codes = self.codec.encode(read_reference(reference))
+        sample = cloning_sample(load_tokenizer(self.model_dir), reference_text, codes, text)
+        speech = generate(self.model, self.builder.prompt(sample), max_frames, sampling)
+        return speech, self.codec.decode(speech.codes)
+
+
+def load_speaker(model_dir: Path, adapter: Path | None, config: SpeakConfig, device: str) -> Speaker:
+    """Load everything. Raises PipelineError where model, adapter and codec do not belong together."""
+    import torch
+
+    from preprocess.codec import load_codec
+    from shards.artifacts import codec_fingerprint, load_tokenizer, resolve
+    from shards.errors import CheckpointError
+    from shards.sequence import SequenceBuilder
+    from train.lora import load_adapter
+    from train.weights import load_model
+
+    voice = read_voice(model_dir)
+    base = resolve(str(model_dir), config.model.revision if str(model_dir) == config.model.base else "", "MODEL")
+    if not (base / "config.json").is_file():
+        raise CheckpointError(f"{model_dir}: no model here; give the OUT folder of `checkpoints merge` or a base model")
+    codec_dir = resolve(config.model.codec, config.model.codec_revision, "model.codec")
+    if voice and voice.codec_fingerprint != codec_fingerprint(codec_dir):
+        raise CheckpointError(
+            f"{model_dir} was trained with codec {voice.codec} ({voice.codec_fingerprint[:16]}), model.codec is "
+            f"{config.model.codec} ({codec_fingerprint(codec_dir)[:16]}); name that codec in pipeline.toml"
+        )
+    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
+    model = load_model(base, dtype, where, text_head=False)
+    if adapter:
+        load_adapter(model, adapter)
+    sequence = voice.sequence if voice else config.sequence
+    builder = SequenceBuilder(load_tokenizer(base), sequence)
+    return Speaker(model.eval(), load_codec(codec_dir, str(where)), builder, base)
+
+
+def read_voice(model_dir: Path) -> Voice | None:
+    """higgs_voice.json of a merged folder; None for a base model."""
+    from shards.manifest import read_record
+    from tools.checkpoints import VOICE_FILE, Voice
+
+    path = model_dir / VOICE_FILE
+    return read_record(path, Voice) if path.is_file() else None
+
+
+def cloning_sample(tokenizer, reference_text: str, reference_codes: np.ndarray, text: str) -> Sample:
+    """The sample a user would have written for this request; its target is still empty."""
+    from shards.errors import DataError
+    from shards.sample import AudioFacts, Sample, SampleFacts, Turn
+    from shards.sequence import encode_text
+
+    texts = [SYSTEM_TEXT, reference_text.strip(), INSTRUCTION + text.strip(), text.strip()]
+    if not texts[1] or not texts[3]:
+        raise DataError("--reference-text and --text must not be empty")
+    ids = [encode_text(tokenizer, item) for item in texts]
+    num_frames = reference_codes.shape[1]
+    facts = SampleFacts(
+        id="speak",
+        row=0,
+        speaker="reference",
+        turns=[Turn("system", [0]), Turn("user", [1, "reference", 2]), Turn("assistant", [3, "target"])],
+        texts=texts,
+        text_token_counts=[len(item) for item in ids],
+        system_text=0,
+        reference_text=1,
+        target_text=3,
+        num_as_written_tokens=0,
+        reference=AudioFacts("", "", num_frames / FRAMES_PER_SECOND, 24000, num_frames),
+        target=AudioFacts("", "", 0.0, 24000, 0),
+    )
+    return Sample("speak", facts, np.concatenate(ids), reference_codes, np.zeros((8, 0), np.uint16))
+
+
+def read_reference(path: Path) -> np.ndarray:
+    """The reference wave [S] float32 at 24 kHz, read and checked as stage one does."""
+    from preprocess.audio import CODEC_RATE, AudioFault, decode, read_bytes
+    from shards.errors import DataError
+
+    try:
+        return decode(read_bytes(str(path)), min_duration_s=0.5, max_duration_s=30.0).at(CODEC_RATE)
+    except AudioFault as fault:
+        raise DataError(f"--reference {path}: {fault.detail}") from None
+
+
+def write_wave(path: Path, wave: np.ndarray) -> None:
+    """wave [S] float32 -> 16-bit PCM wav at 24 kHz, atomically."""
+    import io
+
+    import soundfile
+
+    from shards.writer import write_bytes
+
+    buffer = io.BytesIO()
+    soundfile.write(buffer, np.clip(wave, -1, 1), 24000, format="WAV", subtype="PCM_16")
+    write_bytes(path, buffer.getvalue())
+
+
+if __name__ == "__main__":
+    main()

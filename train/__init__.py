@@ -1,0 +1,1 @@
+"""Stage two: shards -> LoRA adapter. The main path is `train/loop.py`."""

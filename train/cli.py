@@ -1,0 +1,71 @@
+"""The `train` command: parse, read the configuration, call the loop, turn faults into one line."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+@click.command(context_settings={"show_default": True})
+@click.argument("shards", type=click.Path(path_type=Path))
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--config", "config_path", type=click.Path(path_type=Path), help="Default: ./pipeline.toml if it exists.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, e.g. train.seed=1.")
+@click.option("--resume", default="auto", metavar="auto|never|PATH", help="Go on from RUN's newest checkpoint.")
+@click.option("--learning-rate", type=float, help="Sets train.learning_rate.")
+@click.option("--num-epochs", type=int, help="Sets train.num_epochs.")
+@click.option("--batch-tokens", type=int, help="Sets train.batch_tokens.")
+@click.option("--gradient-accumulation-steps", type=int, help="Sets train.packs_per_step.")
+@click.option("--wandb/--no-wandb", "use_wandb", default=None, help="Sets wandb.mode to online or off.")
+@click.option("--wandb-project", help="Sets wandb.project.")
+@click.option("--dry-run", is_flag=True, help="Check everything, load the model, train nothing.")
+def main(
+    shards: Path,
+    run: Path,
+    config_path: Path | None,
+    overrides: tuple[str, ...],
+    resume: str,
+    dry_run: bool,
+    **flags: Any,
+) -> None:
+    """Train LoRA adapters on SHARDS (the OUT folder of `preprocess`) into the folder RUN."""
+    from shards.config import read_config
+    from shards.errors import PipelineError
+    from train.config import TrainConfig
+
+    try:
+        config = read_config(TrainConfig, config_path, [*overrides, *flag_overrides(**flags)])
+        from shards.manifest import open_dataset
+
+        open_dataset(shards)  # before torch is imported: a mistyped folder is answered at once
+        from train.loop import RunOptions, train
+
+        checkpoint = train(config, shards, run, RunOptions(resume=resume, dry_run=dry_run))
+    except PipelineError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    if checkpoint:
+        click.echo(f"done: {checkpoint}; next: checkpoints merge {run} OUT", err=True)
+
+
+def flag_overrides(
+    learning_rate: float | None = None,
+    num_epochs: int | None = None,
+    batch_tokens: int | None = None,
+    gradient_accumulation_steps: int | None = None,
+    use_wandb: bool | None = None,
+    wandb_project: str | None = None,
+) -> list[str]:
+    """Flags are only other spellings of keys, so they pass the same checks."""
+    values = {
+        "train.learning_rate": learning_rate,
+        "train.num_epochs": num_epochs,
+        "train.batch_tokens": batch_tokens,
+        "train.packs_per_step": gradient_accumulation_steps,
+        "wandb.mode": None if use_wandb is None else ("online" if use_wandb else "off"),
+        "wandb.project": wandb_project,
+    }
+    return [f"{key}={value}" for key, value in values.items() if value is not None]

@@ -1,0 +1,63 @@
+"""Sections of pipeline.toml that only training reads; units and reasons stand in pipeline.toml beside each key."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+
+from shards.config import FeaturesSection, ModelSection, SequenceSection
+
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+NonNegative = Annotated[int, msgspec.Meta(ge=0)]
+Weight = Annotated[float, msgspec.Meta(ge=0.0)]
+
+
+class LoraSection(msgspec.Struct, frozen=True, kw_only=True):
+    mode: Literal["comprehensive", "audio_focused", "attention_only", "custom"] = "comprehensive"
+    targets: list[str] = []  # module suffixes, for mode "custom"
+    rank: Positive = 16
+    alpha: Positive = 32
+    dropout: Annotated[float, msgspec.Meta(ge=0.0, lt=1.0)] = 0.0
+    use_rslora: bool = False
+
+
+class LossSection(msgspec.Struct, frozen=True, kw_only=True):
+    text_loss_weight: Weight = 1.0
+    audio_loss_weight: Weight = 1.0
+    contrastive_loss_weight: Weight = 0.1
+    enable_curriculum_learning: bool = False
+    curriculum_steps: Positive = 5000
+
+
+class TrainSection(msgspec.Struct, frozen=True, kw_only=True):
+    seed: NonNegative = 0
+    batch_tokens: Positive = 16384
+    packs_per_step: Positive = 8
+    num_epochs: Positive = 3
+    max_steps: NonNegative = 0  # 0: num_epochs decides
+    learning_rate: Annotated[float, msgspec.Meta(gt=0.0)] = 1e-4
+    warmup_steps: NonNegative | Literal["auto"] = "auto"  # 3 % of all steps
+    weight_decay: Weight = 0.0
+    max_grad_norm: Annotated[float, msgspec.Meta(gt=0.0)] = 1.0
+    save_every: Positive = 500
+    keep_checkpoints: Positive = 3
+    log_every: Positive = 10
+    num_workers: NonNegative = 2
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # bf16 on CUDA, fp32 on CPU
+
+
+class WandbSection(msgspec.Struct, frozen=True, kw_only=True):
+    mode: Literal["off", "online", "offline"] = "off"
+    project: str = "higgs-audio-arabic"
+
+
+class TrainConfig(msgspec.Struct, frozen=True, kw_only=True):
+    model: ModelSection
+    features: FeaturesSection
+    sequence: SequenceSection
+    lora: LoraSection
+    loss: LossSection
+    train: TrainSection
+    wandb: WandbSection

@@ -1,0 +1,311 @@
+"""MAIN PATH of stage two: shards in, a run directory with LoRA checkpoints out.
+
+`train` is the numbered story; `train_step` is the step. Losses are sums divided by what the whole step counted, so the
+result does not depend on how a step is cut into packs. A number that is not finite stops the run before the optimizer
+touches a weight.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import msgspec
+import torch
+from torch import Tensor, nn
+
+from shards.artifacts import codec_fingerprint, load_tokenizer, mel_fingerprint, resolve, tokenizer_fingerprint
+from shards.config import to_toml
+from shards.errors import CheckpointError, PipelineError
+from shards.manifest import Fingerprints, check_fingerprints, open_dataset
+from shards.sequence import IGNORE, SequenceBuilder
+from shards.writer import write_bytes, write_json
+from train import checkpoint
+from train.config import LossSection, TrainConfig
+from train.data import planned_batches
+from train.lora import add_lora, lora_parameters, trainable_table
+from train.loss import LossSums, curriculum_factor, num_contrastive_pairs
+from train.metrics import Metrics, console_line, log, open_log
+from train.optim import learning_rate_at, make_optimizer
+from train.packing import PackedBatch, Planner
+from train.weights import load_model
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How to run this time; what to train stands in the configuration."""
+
+    resume: str = "auto"  # auto, never, or a checkpoint folder
+    dry_run: bool = False
+
+
+def train(config: TrainConfig, dataset_dir: Path, run_dir: Path, options: RunOptions) -> Path | None:
+    """Train to the end and return the last checkpoint; None for a dry run. Raises PipelineError."""
+    # 1. The data set, and whether it was made for this model.
+    dataset, index = open_dataset(dataset_dir)
+    base_dir = resolve(config.model.base, config.model.revision, "model.base")
+    codec_dir = resolve(config.model.codec, config.model.codec_revision, "model.codec")
+    expected = Fingerprints(codec_fingerprint(codec_dir), tokenizer_fingerprint(base_dir), mel_fingerprint())
+    check_fingerprints(dataset, expected)
+
+    # 2. The plan: every epoch follows from lengths and seed alone.
+    builder = SequenceBuilder(load_tokenizer(base_dir), config.sequence)
+    section = config.train
+    planner = Planner(builder.lengths(index), section.seed, section.batch_tokens, section.packs_per_step)
+    total_steps = section.max_steps or planner.num_steps(section.num_epochs)
+
+    # 3. The run directory and where to start from.
+    start_from = find_start(run_dir, options.resume)
+    open_log(run_dir)
+    describe_plan(config, planner, len(index), total_steps)
+
+    # 4. The frozen base with LoRA, and its optimizer.
+    device = torch.device(
+        ("cuda" if torch.cuda.is_available() else "cpu") if section.device == "auto" else section.device
+    )
+    bf16 = section.precision == "bf16" or (section.precision == "auto" and device.type == "cuda")
+    torch.manual_seed(section.seed)
+    model = load_model(base_dir, torch.bfloat16 if bf16 else torch.float32, device)
+    lora_config = add_lora(model, config.lora, config.model.base, section.seed)
+    describe_model(model)
+    optimizer = make_optimizer([parameter for _, parameter in lora_parameters(model)], section)
+    if options.dry_run:
+        log.info("dry run: everything fits together; nothing was trained")
+        return None
+
+    # 5. Resume, or begin.
+    identity = make_identity(config, dataset.digest)
+    config_toml = to_toml(config)
+    step = checkpoint.restore(start_from, model, optimizer, identity) if start_from else 0
+    write_bytes(run_dir / "config.toml", config_toml.encode())
+    write_json(run_dir / "environment.json", environment())
+    metrics = Metrics(run_dir, config.wandb, msgspec.to_builtins(config), step)
+    log.info("step %d of %d%s", step, total_steps, f", resumed from {start_from}" if start_from else "")
+
+    # 6. Steps.
+    steps = planner.steps_from(step)
+    batches = planned_batches(dataset_dir, index, planner, step, builder, section.num_workers)
+    clock = StepClock()
+    values: dict[str, float] = {}
+    last = start_from
+    model.train()
+    while step < total_steps:
+        epoch, packs = next(steps)
+        with clock.waiting():
+            batch_list = [batch.to(device) for batch in islice(batches, len(packs))]
+        learning_rate = learning_rate_at(step, total_steps, section)
+        result = train_step(model, optimizer, batch_list, config.loss, step, learning_rate, section.max_grad_norm)
+        clock.count(batch_list)
+        step += 1
+        if step % section.log_every == 0 or step in (1, total_steps):
+            values = {"epoch": epoch, **result.values(), "metrics/learning_rate": learning_rate, **clock.values(device)}
+            metrics.write(step, values)
+            log.info(console_line(step, total_steps, values))
+        if step % section.save_every == 0 or step == total_steps:
+            last = checkpoint.save(
+                run_dir, step, model, optimizer, lora_config, identity, config_toml, values, section.keep_checkpoints
+            )
+            log.info("saved %s", last)
+
+    # 7. Done.
+    metrics.close()
+    return last
+
+
+# --- one step -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Normalised losses of a step, still on the device, so that an unlogged step needs no synchronisation for them."""
+
+    total: Tensor  # []
+    text: Tensor  # []
+    codebooks: Tensor  # [K]
+    contrastive: Tensor  # []
+    grad_norm: Tensor  # []
+
+    def values(self) -> dict[str, float]:
+        codebooks = self.codebooks.tolist()
+        return {
+            "loss/total_loss": self.total.item(),
+            "loss/text_loss": self.text.item(),
+            "loss/audio_loss": sum(codebooks) / len(codebooks),
+            "loss/contrastive_loss": self.contrastive.item(),
+            **{f"loss/codebook_{k}": value for k, value in enumerate(codebooks)},
+            "metrics/grad_norm": self.grad_norm.item(),
+        }
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: list[PackedBatch],
+    section: LossSection,
+    step: int,
+    learning_rate: float,
+    max_grad_norm: float,
+) -> StepResult:
+    """Gradients of all packs of the step, clip, update. Raises PipelineError when a number is not finite."""
+    counts = LossCounts.of(batches)
+    ramp = curriculum_factor(step, section.curriculum_steps, section.enable_curriculum_learning)
+    parts: list[StepResult] = []
+    for batch in batches:
+        sums: LossSums = model(batch)
+        text = sums.text / counts.text
+        codebooks = sums.audio / counts.audio
+        contrastive = sums.contrastive / counts.contrastive
+        total = (
+            section.text_loss_weight * text
+            + section.audio_loss_weight * codebooks.mean()
+            + section.contrastive_loss_weight * ramp * contrastive
+        )
+        total.backward()
+        zero = torch.zeros_like(total)
+        parts.append(StepResult(total.detach(), text.detach(), codebooks.detach(), contrastive.detach(), zero))
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    grad_norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    total = torch.stack([part.total for part in parts]).sum()
+    if not (torch.isfinite(total) & torch.isfinite(grad_norm)).item():
+        keys = [key for batch in batches for key in batch.keys]
+        raise PipelineError(
+            f"step {step + 1}: loss {total.item()}, gradient norm {grad_norm.item()}: not finite, stopped before the "
+            f"update; samples {', '.join(keys[:8])}{' ...' if len(keys) > 8 else ''}; lower train.learning_rate or "
+            "look at them with inspect-shards show"
+        )
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return StepResult(
+        total,
+        torch.stack([part.text for part in parts]).sum(),
+        torch.stack([part.codebooks for part in parts]).sum(dim=0),
+        torch.stack([part.contrastive for part in parts]).sum(),
+        grad_norm,
+    )
+
+
+@dataclass(frozen=True)
+class LossCounts:
+    """How many targets a whole step has; never 0, so that a step without one kind divides 0 by 1."""
+
+    text: int
+    audio: Tensor  # [K]
+    contrastive: int
+
+    @staticmethod
+    def of(batches: list[PackedBatch]) -> LossCounts:
+        audio = torch.stack([(batch.audio_targets != IGNORE).sum(dim=0) for batch in batches]).sum(dim=0)
+        return LossCounts(
+            text=max(1, sum(len(batch.text_targets) for batch in batches)),
+            audio=audio.clamp(min=1),
+            contrastive=max(1, sum(num_contrastive_pairs(batch.speakers) for batch in batches)),
+        )
+
+
+# --- around the loop ------------------------------------------------------------------------------------------------
+
+
+class StepClock:
+    """Throughput and the share of time spent waiting for data, since the last report."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+        self._waited_s = 0.0
+        self._num_samples = self._num_tokens = 0
+
+    def waiting(self) -> StepClock:
+        return self
+
+    def __enter__(self) -> None:
+        self._wait_start = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        self._waited_s += time.monotonic() - self._wait_start
+
+    def count(self, batches: list[PackedBatch]) -> None:
+        self._num_samples += sum(len(batch.keys) for batch in batches)
+        self._num_tokens += sum(batch.num_tokens for batch in batches)
+
+    def values(self, device: torch.device) -> dict[str, float]:
+        elapsed_s = time.monotonic() - self._start
+        memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+        values = {
+            "metrics/samples_per_second": self._num_samples / elapsed_s,
+            "metrics/tokens_per_second": self._num_tokens / elapsed_s,
+            "metrics/data_wait_fraction": self._waited_s / elapsed_s,
+            "metrics/gpu_memory_gb": memory / 1e9,
+        }
+        self.__init__()
+        return values
+
+
+def find_start(run_dir: Path, resume: str) -> Path | None:
+    """The checkpoint to go on from, if any."""
+    if resume not in ("auto", "never"):
+        folder = Path(resume)
+        if not (folder / "COMPLETE").is_file():
+            raise CheckpointError(f"--resume {folder}: not a complete checkpoint folder")
+        return folder
+    checkpoints = checkpoint.complete_checkpoints(run_dir)
+    if resume == "never" and checkpoints:
+        raise CheckpointError(f"{run_dir}: holds checkpoints of another run; give a new RUN folder or --resume auto")
+    return checkpoints[-1] if checkpoints else None
+
+
+def make_identity(config: TrainConfig, dataset_digest: str) -> checkpoint.Identity:
+    return checkpoint.Identity(
+        dataset_digest=dataset_digest,
+        model_base=config.model.base,
+        lora=msgspec.to_builtins(config.lora),
+        seed=config.train.seed,
+        batch_tokens=config.train.batch_tokens,
+        packs_per_step=config.train.packs_per_step,
+        layout=config.sequence.layout,
+    )
+
+
+def describe_plan(config: TrainConfig, planner: Planner, num_samples: int, total_steps: int) -> None:
+    plan = planner.epoch(0)
+    log.info(
+        "%d samples, %d tokens: %d packs of up to %d tokens (%.1f %% full), %d steps an epoch, %d steps in all",
+        num_samples - planner.num_too_long,
+        planner.num_tokens,
+        len(plan.packs),
+        config.train.batch_tokens,
+        100 * planner.num_tokens / (len(plan.packs) * config.train.batch_tokens),
+        plan.num_steps,
+        total_steps,
+    )
+    if planner.num_too_long:
+        log.info(
+            "left out: %d samples longer than train.batch_tokens = %d", planner.num_too_long, config.train.batch_tokens
+        )
+    log.info("layout %s, conditioning codes (the checkpoint has no Whisper tower)", config.sequence.layout)
+
+
+def describe_model(model: nn.Module) -> None:
+    table = trainable_table(model)
+    total = sum(count for _, count in table.values())
+    frozen = sum(parameter.numel() for parameter in model.parameters()) - total
+    log.info("LoRA trains %s parameters; %s stay frozen", f"{total:,}", f"{frozen:,}")
+    for suffix, (modules, count) in table.items():
+        log.info("  %-22s %3d modules %12s parameters", suffix, modules, f"{count:,}")
+
+
+def environment() -> dict[str, str]:
+    import peft
+    import transformers
+
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "host": platform.node(),
+    }

@@ -1,0 +1,88 @@
+"""What a run reports: metrics.jsonl always, one console line, logs/training.log, and Weights & Biases if asked.
+
+metrics.jsonl is the truth: one JSON object per logged step, append-only, cut back to the resumed step after a restart
+so that no step appears twice. The W&B key comes from the environment only; it never enters a file.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from shards.errors import ConfigError
+from shards.writer import write_bytes
+from train.config import WandbSection
+
+log = logging.getLogger("train")
+
+
+def open_log(run_dir: Path) -> None:
+    """Log lines to the console and to RUN/logs/training.log."""
+    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+    handlers: list[logging.Handler] = [
+        logging.StreamHandler(sys.stderr),
+        logging.FileHandler(run_dir / "logs" / "training.log", encoding="utf-8"),
+    ]
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    for old in list(log.handlers):
+        old.close()
+        log.removeHandler(old)
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        log.addHandler(handler)
+
+
+class Metrics:
+    """Receives one dictionary per logged step."""
+
+    def __init__(self, run_dir: Path, wandb_section: WandbSection, config: dict[str, Any], resumed_step: int) -> None:
+        self._path = run_dir / "metrics.jsonl"
+        self._keep_until(resumed_step)
+        self._file = self._path.open("a", encoding="utf-8")
+        self._wandb = _start_wandb(run_dir, wandb_section, config)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        if self._wandb:
+            self._wandb.log(values, step=step)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._wandb:
+            self._wandb.finish()
+
+    def _keep_until(self, step: int) -> None:
+        if not self._path.exists():
+            return
+        lines = self._path.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        write_bytes(self._path, "".join(f"{line}\n" for line in kept).encode())
+
+
+def console_line(step: int, total_steps: int, values: dict[str, float]) -> str:
+    return (
+        f"step {step}/{total_steps} | loss {values['loss/total_loss']:.4f} "
+        f"(text {values['loss/text_loss']:.4f} audio {values['loss/audio_loss']:.4f} "
+        f"contrastive {values['loss/contrastive_loss']:.4f}) | grad {values['metrics/grad_norm']:.3f} | "
+        f"lr {values['metrics/learning_rate']:.2e} | {values['metrics/samples_per_second']:.1f} samples/s | "
+        f"{values['metrics/tokens_per_second']:.0f} tokens/s | data wait {values['metrics/data_wait_fraction']:.0%}"
+    )
+
+
+def _start_wandb(run_dir: Path, section: WandbSection, config: dict[str, Any]) -> Any:
+    if section.mode == "off":
+        return None
+    import wandb
+
+    try:
+        return wandb.init(project=section.project, mode=section.mode, dir=run_dir, name=run_dir.name, config=config)
+    except Exception as error:  # wandb raises many kinds; all mean "not logged in" or "not reachable" here
+        raise ConfigError(
+            f"wandb.mode = {section.mode!r}: {str(error).strip().splitlines()[0]}; "
+            "set WANDB_API_KEY, or use --no-wandb, or wandb.mode = 'offline'"
+        ) from error

@@ -1,0 +1,254 @@
+"""The DualFFN decoder over packed tokens: Llama with a second feed-forward network per layer for audio tokens.
+
+In: a `PackedBatch`, or a prompt for generation. Out: hidden states, and through `forward` the summed losses.
+State-dict names equal transformers' `HiggsAudioV2ForConditionalGeneration`, so its checkpoints load and LoRA adapters
+trained here are plain PEFT adapters for it.
+
+The surprising decision: rows are kept text first, audio second, as two tensors, from the embedding to the heads; only
+attention visits them in the order of the sentence. Every norm and feed-forward network then runs on one contiguous
+tensor, without boolean masks or synchronisation. The price is one gather of q, k, v and one of the result per layer.
+
+Letters: Nt text rows, Na audio rows, R = Nt + Na rows of a pack (text first), D documents, M longest document,
+H query heads, G key-value heads, E head size, d hidden size, K codebooks.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from shards.errors import CheckpointError
+from train.loss import LossSums, audio_loss_sums, contrastive_loss_sum, text_loss_sum
+from train.model_config import ModelConfig
+from train.packing import PackedBatch
+
+# --- attention ------------------------------------------------------------------------------------------------------
+
+
+class Attend(Protocol):
+    """How rows see each other: a pack's documents in training, a key-value cache in generation."""
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
+
+
+class Documents(NamedTuple):
+    """Where each row stands in the documents of a pack. Documents never see each other; inside one, order is causal."""
+
+    to_padded: Tensor  # [D, M] int64 row of each position; positions behind a document's end name any row
+    from_padded: Tensor  # [R] int64 place of each row in the flattened [D * M]
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [R, H, E], k and v [R, G, E] -> [R, H, E].
+
+        Right-padded documents under a causal mask need no other mask: padding stands behind every real position.
+        """
+        num_documents, longest = self.to_padded.shape
+        index = self.to_padded.reshape(-1)
+
+        def pad(x: Tensor) -> Tensor:  # [R, heads, E] -> [D, heads, M, E]
+            rows = Gather.apply(x.flatten(1), index, self.from_padded)
+            return rows.view(num_documents, longest, *x.shape[1:]).transpose(1, 2)  # pyright: ignore
+
+        out = F.scaled_dot_product_attention(pad(q), pad(k), pad(v), is_causal=True, enable_gqa=True)
+        out = out.transpose(1, 2).reshape(num_documents * longest, -1)
+        return Collect.apply(out, self.from_padded).view_as(q)  # pyright: ignore
+
+
+class Gather(torch.autograd.Function):
+    """x [R, n] -> x[index] [P, n]. Backward reads each row's gradient at its one real place instead of adding atomically;
+    exact because padding places receive zero gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(place)
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore
+        return grad.index_select(0, ctx.saved_tensors[0]), None, None
+
+
+class Collect(torch.autograd.Function):
+    """padded [P, n] -> padded[place] [R, n]; backward writes each row to its place and leaves zero elsewhere."""
+
+    @staticmethod
+    def forward(ctx: Any, padded: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(place)
+        ctx.num_places = padded.shape[0]
+        return padded.index_select(0, place)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore
+        padded = grad.new_zeros(ctx.num_places, grad.shape[1])
+        return padded.index_copy(0, ctx.saved_tensors[0], grad), None
+
+
+def rope_frequencies(config: ModelConfig) -> Tensor:
+    """Inverse frequencies [E / 2] float32 of Llama 3's rotary embedding.
+
+    Llama 3 scaling: wavelengths longer than original / low_freq_factor are slowed by `factor`, shorter than
+    original / high_freq_factor are kept, and those between are interpolated (meta-llama/llama-models, apply_scaling).
+    """
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    frequencies = 1.0 / (config.rope_theta**exponent)
+    if config.rope_type == "default":
+        return frequencies
+    if config.rope_type != "llama3":
+        raise CheckpointError(f"rope_type {config.rope_type!r} is not known; expected llama3 or default")
+    wavelengths = 2 * math.pi / frequencies
+    span = config.rope_high_freq_factor - config.rope_low_freq_factor
+    smooth = (config.rope_original_length / wavelengths - config.rope_low_freq_factor) / span
+    between = (1 - smooth) * frequencies / config.rope_factor + smooth * frequencies
+    slow = wavelengths > config.rope_original_length / config.rope_low_freq_factor
+    fast = wavelengths < config.rope_original_length / config.rope_high_freq_factor
+    return torch.where(slow, frequencies / config.rope_factor, torch.where(fast, frequencies, between))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [R, heads, E] turned by its position; cos and sin [R, 1, E]."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, config.num_heads * config.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.num_heads * config.head_dim, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        """x [R, d] -> [R, d]."""
+        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))
+        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
+        out = attend(self.layer, rotate(q, cos, sin), rotate(k, cos, sin), v)
+        return self.o_proj(out.flatten(1))
+
+
+# --- layers ---------------------------------------------------------------------------------------------------------
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        size, eps = config.hidden_size, config.rms_norm_eps
+        self.self_attn = Attention(config, layer)
+        self.mlp = FeedForward(config)
+        self.audio_mlp = FeedForward(config)
+        self.input_layernorm = RMSNorm(size, eps)
+        self.post_attention_layernorm = RMSNorm(size, eps)
+        self.audio_input_layernorm = RMSNorm(size, eps)
+        self.audio_post_attention_layernorm = RMSNorm(size, eps)
+
+    def forward(self, text: Tensor, audio: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
+        """text [Nt, d], audio [Na, d] -> the same. Both branches always run, on zero rows if need be, so that every
+        rank of a sharded model takes part in every collective."""
+        normed = torch.cat((self.input_layernorm(text), self.audio_input_layernorm(audio)))
+        mixed = self.self_attn(normed, cos, sin, attend)
+        text = text + mixed[: text.shape[0]]
+        audio = audio + mixed[text.shape[0] :]
+        text = text + self.mlp(self.post_attention_layernorm(text))
+        audio = audio + self.audio_mlp(self.audio_post_attention_layernorm(audio))
+        return text, audio
+
+
+class AudioEmbedding(nn.Module):
+    """A column's embedding is the sum of its K code embeddings; the table holds the codebooks one after another."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.codebook_vocab = config.codebook_vocab
+        self.embed_audio_tokens = nn.Embedding(config.num_codebooks * config.codebook_vocab, config.hidden_size)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """codes [Na, K] int64, markers included -> [Na, d]."""
+        offsets = torch.arange(codes.shape[1], device=codes.device) * self.codebook_vocab
+        return self.embed_audio_tokens(codes + offsets).sum(dim=-2)
+
+
+class Backbone(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_audio_tokens = AudioEmbedding(config)
+        self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.config = config
+        self._frequencies: Tensor | None = None
+
+    def forward(self, text_ids: Tensor, codes: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """text_ids [Nt], codes [Na, K], positions [R] (text rows first) -> normed hidden states [R, d]."""
+        text, audio = self.embed_tokens(text_ids), self.embed_audio_tokens(codes)
+        cos, sin = self._rotation(positions, text.dtype)
+        for layer in self.layers:
+            text, audio = layer(text, audio, cos, sin, attend)
+        return self.norm(torch.cat((text, audio)))
+
+    def _rotation(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin [R, 1, E]. The frequencies are no buffer: `to_empty` would leave it uninitialised."""
+        if self._frequencies is None or self._frequencies.device != positions.device:
+            self._frequencies = rope_frequencies(self.config).to(positions.device)
+        angles = torch.outer(positions.float(), self._frequencies)
+        angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+class HiggsAudio(nn.Module):
+    """Backbone and heads; `forward` returns summed losses so that every use of a parameter lies inside it (FSDP)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Backbone(config)
+        self.audio_lm_head = nn.Linear(config.hidden_size, config.num_codebooks * config.codebook_vocab, bias=False)
+        self.text_lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(self, batch: PackedBatch) -> LossSums:
+        """Loss sums of a pack; logits are made at learned rows only."""
+        hidden = self.hidden(batch)
+        audio_hidden = hidden[batch.text_ids.shape[0] :]
+        return LossSums(
+            text=text_loss_sum(self.text_lm_head(hidden[batch.text_rows]), batch.text_targets),
+            audio=audio_loss_sums(self.audio_logits(audio_hidden[batch.audio_rows]), batch.audio_targets),
+            contrastive=contrastive_loss_sum(audio_hidden, batch.segments, batch.speakers),
+        )
+
+    def hidden(self, batch: PackedBatch) -> Tensor:
+        """Normed hidden states [R, d] of a pack, text rows first."""
+        documents = Documents(batch.to_padded, batch.from_padded)
+        return self.model(batch.text_ids, batch.codes, batch.positions, documents)
+
+    def audio_logits(self, hidden: Tensor) -> Tensor:
+        """[n, d] -> [n, K, codebook_vocab]."""
+        return self.audio_lm_head(hidden).unflatten(-1, (self.config.num_codebooks, self.config.codebook_vocab))

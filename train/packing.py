@@ -1,0 +1,187 @@
+"""Planning an epoch and packing sequences: lengths in, the same packs on every rank out.
+
+The plan is a pure function of (index, seed, epoch, budget): one Philox permutation, then online best fit into packs of
+at most `batch_tokens`. A global step is `packs_per_step` packs; the last step of an epoch has fewer. Nothing depends on
+the number of ranks or loader workers. `pack` turns the sequences of one pack into the tensors the model reads.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shards.errors import ConfigError
+from shards.sequence import AUDIO_OUT, IGNORE, Sequence
+
+OPEN_PACKS = 8  # fill 97.8 / 99.0 / 99.5 % at 4k / 8k / 16k tokens; more open packs gain < 0.2 % (NOTES.md)
+CLOSE_BELOW = 64  # tokens of room no real sample fits into
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The packs of one epoch, in order; each is an array of index rows."""
+
+    packs: list[np.ndarray]
+    packs_per_step: int
+
+    @property
+    def num_steps(self) -> int:
+        return -(-len(self.packs) // self.packs_per_step)
+
+    def step_packs(self, step: int) -> list[np.ndarray]:
+        return self.packs[step * self.packs_per_step : (step + 1) * self.packs_per_step]
+
+
+class Planner:
+    """Epochs of a data set, planned on demand. Cheap to copy to loader processes: it holds lengths, not samples."""
+
+    def __init__(self, lengths: np.ndarray, seed: int, batch_tokens: int, packs_per_step: int) -> None:
+        """lengths [n] int64 in tokens. Raises ConfigError when no sample fits a pack."""
+        self._lengths = lengths
+        self._seed = seed
+        self._batch_tokens = batch_tokens
+        self._packs_per_step = packs_per_step
+        fits = lengths <= batch_tokens
+        if not fits.any():
+            raise ConfigError(
+                f"train.batch_tokens = {batch_tokens}: no sample fits; the shortest of {len(lengths)} has "
+                f"{int(lengths.min()) if len(lengths) else 0} tokens"
+            )
+        self.num_too_long = int((~fits).sum())  # left out of every epoch
+        self.num_tokens = int(lengths[fits].sum())  # of one epoch
+        self._plans: dict[int, Plan] = {}
+
+    def epoch(self, epoch: int) -> Plan:
+        if epoch not in self._plans:
+            order = np.random.Generator(np.random.Philox(key=[self._seed, epoch])).permutation(len(self._lengths))
+            order = order[self._lengths[order] <= self._batch_tokens]
+            packs = best_fit(order, self._lengths, self._batch_tokens)
+            self._plans = {epoch: Plan(packs, self._packs_per_step)}  # only the current one is kept
+        return self._plans[epoch]
+
+    def num_steps(self, num_epochs: int) -> int:
+        return sum(self.epoch(epoch).num_steps for epoch in range(num_epochs))
+
+    def steps_from(self, step: int) -> Iterator[tuple[int, list[np.ndarray]]]:
+        """(epoch, packs) of every global step from `step` on, epoch after epoch without end."""
+        for epoch in itertools.count():
+            plan = self.epoch(epoch)
+            for step_in_epoch in range(min(step, plan.num_steps), plan.num_steps):
+                yield epoch, plan.step_packs(step_in_epoch)
+            step -= min(step, plan.num_steps)
+
+
+def best_fit(order: np.ndarray, lengths: np.ndarray, budget: int) -> list[np.ndarray]:
+    """Online best fit with OPEN_PACKS open packs: each sample goes where the least room is left."""
+    packs: list[np.ndarray] = []
+    open_packs: list[tuple[int, int, list[int]]] = []  # (room, age, rows), sorted by room
+    for age, (row, length) in enumerate(zip(order.tolist(), lengths[order].tolist(), strict=True)):
+        place = bisect.bisect_left(open_packs, (length, -1))
+        if place < len(open_packs):
+            room, born, rows = open_packs.pop(place)
+        else:
+            if len(open_packs) == OPEN_PACKS:
+                packs.append(np.array(open_packs.pop(0)[2]))  # the fullest
+            room, born, rows = budget, age, []
+        rows.append(row)
+        room -= length
+        if room < CLOSE_BELOW:
+            packs.append(np.array(rows))
+        else:
+            bisect.insort(open_packs, (room, born, rows))
+    packs.extend(np.array(rows) for _, _, rows in sorted(open_packs, key=lambda entry: entry[1]))
+    return packs
+
+
+@dataclass(slots=True)
+class PackedBatch:
+    """The tensors of one pack. Rows are numbered text first: text row i is i, audio row j is Nt + j."""
+
+    text_ids: Tensor  # [Nt] int64
+    codes: Tensor  # [Na, K] int64, markers included
+    positions: Tensor  # [R] int64, position inside the document
+    to_padded: Tensor  # [D, M] int64, row at each position of each document
+    from_padded: Tensor  # [R] int64, place of each row in the flattened [D * M]
+    text_rows: Tensor  # [n] int64 rows that must predict a text token
+    text_targets: Tensor  # [n] int64
+    audio_rows: Tensor  # [m] int64 audio rows (without Nt) that must predict codes
+    audio_targets: Tensor  # [m, K] int64, IGNORE in the staircases
+    segments: Tensor  # [Na] int64, 2 s for sample s's reference columns, 2 s + 1 for its target's
+    speakers: Tensor  # [S] int64
+    keys: list[str]  # [S]
+
+    def to(self, device: torch.device) -> PackedBatch:
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin(self) -> PackedBatch:
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> PackedBatch:
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        changed: dict[str, Any] = {n: change(v) if isinstance(v, Tensor) else v for n, v in values.items()}
+        return PackedBatch(**changed)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.positions)
+
+
+def pack(sequences: list[Sequence], speakers: list[int], keys: list[str]) -> PackedBatch:
+    """Lay sequences side by side. `speakers` are 64-bit hashes, one per sequence."""
+    ids = np.concatenate([sequence.token_ids for sequence in sequences])
+    lengths = np.array([len(sequence) for sequence in sequences])
+    is_audio = ids == AUDIO_OUT
+    num_text = int((~is_audio).sum())
+    row_of = np.where(is_audio, num_text + np.cumsum(is_audio) - 1, np.cumsum(~is_audio) - 1)  # sentence order -> row
+
+    starts = np.cumsum(lengths) - lengths
+    position = np.arange(len(ids)) - np.repeat(starts, lengths)
+    document = np.repeat(np.arange(len(sequences)), lengths)
+    longest = int(lengths.max())
+    to_padded = np.zeros((len(sequences), longest), np.int64)
+    to_padded[document, position] = row_of
+    positions = np.empty(len(ids), np.int64)
+    from_padded = np.empty(len(ids), np.int64)
+    positions[row_of] = position
+    from_padded[row_of] = document * longest + position
+
+    next_token = np.concatenate([sequence.next_token for sequence in sequences])
+    says_text = np.flatnonzero(next_token != IGNORE)
+    next_codes = np.concatenate([sequence.next_codes for sequence in sequences], axis=1).T  # [Na, K]
+    says_codes = np.flatnonzero((next_codes != IGNORE).any(axis=1))
+    return PackedBatch(
+        text_ids=_int64(ids[~is_audio]),
+        codes=_int64(np.concatenate([sequence.codes for sequence in sequences], axis=1).T),
+        positions=torch.from_numpy(positions),
+        to_padded=torch.from_numpy(to_padded),
+        from_padded=torch.from_numpy(from_padded),
+        text_rows=_int64(row_of[says_text]),
+        text_targets=_int64(next_token[says_text]),
+        audio_rows=_int64(says_codes),
+        audio_targets=_int64(next_codes[says_codes]),
+        segments=torch.from_numpy(_segments(sequences)),
+        speakers=torch.from_numpy(np.array(speakers, np.uint64).view(np.int64)),
+        keys=keys,
+    )
+
+
+def _segments(sequences: list[Sequence]) -> np.ndarray:
+    """[Na] int64: which pooled mean each audio column belongs to."""
+    segments = []
+    for number, sequence in enumerate(sequences):
+        segment = np.full(sequence.codes.shape[1], 2 * number, np.int64)
+        start, end = sequence.target_columns
+        segment[start:end] += 1
+        segments.append(segment)
+    return np.concatenate(segments)
+
+
+def _int64(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64))
