@@ -44,7 +44,7 @@ check: lint test
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 fmt: $(INSTALLED)
 	$(BIN)/ruff check --fix .

@@ -1,0 +1,75 @@
+"""Text rules: what is removed always, what only if asked, and what makes a text unusable.
+
+Invisible marks that copy and paste leaves behind (byte order marks, bidirectional controls) are always removed and
+counted. Everything else, diacritics included, stays as written unless `text.normalize` names it: forced normalisation
+has made Arabic models worse, never better (NOTES.md). Limits are in characters and characters per second, because words
+per minute of other languages say nothing about Arabic.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Callable
+from typing import Annotated, Literal
+
+import msgspec
+
+Normalizer = Literal["nfc", "tatweel", "digits"]
+
+# U+FEFF byte order mark; U+200E/F marks; U+202A-E embeddings and overrides; U+2066-9 isolates.
+INVISIBLE = dict.fromkeys([0xFEFF, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)])
+TATWEEL = "ـ"
+ARABIC_INDIC_DIGITS = {0x0660 + i: str(i) for i in range(10)} | {0x06F0 + i: str(i) for i in range(10)}
+ARABIC_BLOCKS = ((0x0600, 0x06FF), (0x0750, 0x077F), (0x08A0, 0x08FF), (0xFB50, 0xFDFF), (0xFE70, 0xFEFF))
+
+
+class TextSection(msgspec.Struct, frozen=True, kw_only=True):
+    normalize: list[Normalizer] = []
+    min_chars: Annotated[int, msgspec.Meta(ge=1)] = 2
+    max_chars: Annotated[int, msgspec.Meta(ge=1)] = 1000
+    max_chars_per_s: Annotated[float, msgspec.Meta(gt=0.0)] = 35.0
+    min_arabic_share: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] = 0.0
+
+
+NORMALIZERS: dict[Normalizer, Callable[[str], str]] = {
+    "nfc": lambda text: unicodedata.normalize("NFC", text),
+    "tatweel": lambda text: text.replace(TATWEEL, ""),
+    "digits": lambda text: text.translate(ARABIC_INDIC_DIGITS),
+}
+
+
+def clean(text: str, section: TextSection) -> tuple[str, list[str]]:
+    """The text to store, and the codes of what was changed in it."""
+    changes: list[str] = []
+    cleaned = text.translate(INVISIBLE)
+    if cleaned != text:
+        changes.append("invisible_marks_removed")
+    for name in section.normalize:
+        normal = NORMALIZERS[name](cleaned)
+        if normal != cleaned:
+            changes.append(f"normalized_{name}")
+        cleaned = normal
+    return cleaned, changes
+
+
+def arabic_share(text: str) -> float:
+    """Share of Arabic letters among all letters; 1 for a text without letters."""
+    letters = [character for character in text if character.isalpha()]
+    arabic = sum(any(low <= ord(c) <= high for low, high in ARABIC_BLOCKS) for c in letters)
+    return arabic / len(letters) if letters else 1.0
+
+
+def text_fault(text: str, duration_s: float, section: TextSection) -> tuple[str, str] | None:
+    """(reason, detail) of a text that does not fit its audio or the limits."""
+    count = len(text)
+    if count < section.min_chars:
+        return "text_too_short", f"{count} characters, at least {section.min_chars}: {text!r}"
+    if count > section.max_chars:
+        return "text_too_long", f"{count} characters, at most {section.max_chars}: {text[:40]!r}..."
+    if count / duration_s > section.max_chars_per_s:
+        rate = f"{count / duration_s:.1f} characters per second, at most {section.max_chars_per_s:g}"
+        return "text_too_fast", f"{rate}: {count} characters in {duration_s:.2f} s, {text[:40]!r}"
+    share = arabic_share(text)
+    if share < section.min_arabic_share:
+        return "text_not_arabic", f"{share:.0%} Arabic letters, at least {section.min_arabic_share:.0%}: {text[:40]!r}"
+    return None
