@@ -7,33 +7,62 @@ REASONS, and the row that needs it with it.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import soundfile
 
 CODEC_RATE = 24000
 WHISPER_RATE = 16000
 SILENT_PEAK = 1e-3  # -60 dB of full scale: nothing anybody said
+QUIET_PEAK = 0.03  # -30 dB
+FULL_SCALE = 0.999
+SILENCE_BELOW_PEAK = 0.02  # -34 dB of the clip's peak counts as leading or trailing silence
+LONG_SILENCE_S = 1.0
+DC_OFFSET = 0.02
+LOW_SAMPLE_RATE = 16000
 
 # Reason code -> what it means. The closed list of why a row is left out (rejects.jsonl).
 REASONS = {
     "row_invalid": "the row does not have the ChatML form; the detail names the path inside",
+    "duplicate_id": "an earlier row has the same id",
     "audio_count": "not exactly one reference and one target audio, or the target is not in an assistant turn",
     "text_missing": "no reference text or no target text",
     "text_control_token": "a text contains <|...|>, which would become a control token",
+    "text_too_short": "a text has fewer than text.min_chars characters",
+    "text_too_long": "a text has more than text.max_chars characters",
+    "text_too_fast": "more than text.max_chars_per_s characters per second: text and audio do not belong together",
+    "text_not_arabic": "fewer Arabic letters than text.min_arabic_share",
     "audio_missing": "the file does not exist or is not a regular file",
     "audio_unreadable": "no decoder knows the file, or the file system does not give it",
     "audio_truncated": "the file ends before its header says",
     "audio_not_finite": "samples that are NaN or infinite",
     "audio_silent": "no sample reaches -60 dB of full scale",
+    "audio_clipped": "more than preprocess.max_clipped_share of the samples stand at full scale or beyond",
     "audio_too_short": "shorter than preprocess.min_duration_s",
     "audio_too_long": "longer than preprocess.max_duration_s",
-    "worker_died": "the process that read this row was killed twice",
+    "reference_is_target": "reference and target are the same audio: that teaches copying, not cloning",
+    "worker_died": "the process that worked on this row was killed each time",
+}
+
+# Warning code -> what it means. The row is kept; the sample and the data set count it. Those of an audio are written
+# with its role in front: target_low_sample_rate.
+WARNINGS = {
+    "low_sample_rate": "below 16 kHz: half of what the codec could carry is not there",
+    "quiet": "the peak stays below -30 dB of full scale",
+    "dc_offset": "the wave does not swing around zero",
+    "leading_silence": "more than a second before the first sound",
+    "trailing_silence": "more than a second after the last sound: the model learns to stop late",
+    "target_text_from_instruction": "the assistant's turn has no text; the user's last text was taken",
+    "instruction_text_differs": "the instruction asks for another text than the assistant's, which was taken",
+    "invisible_marks_removed": "byte order marks or bidirectional controls were removed from a text",
+    "normalized_nfc": "text.normalize changed a text (Unicode composition)",
+    "normalized_tatweel": "text.normalize removed tatweel",
+    "normalized_digits": "text.normalize wrote Arabic-Indic digits as ASCII",
 }
 
 
@@ -47,26 +76,40 @@ class AudioFault(Exception):
         self.detail = detail
 
 
+class AudioMeasures(msgspec.Struct, frozen=True):
+    """What was found in a decoded file; kept beside its codes, so that no file is decoded twice."""
+
+    duration_s: float
+    sample_rate: int
+    num_channels: int
+    clipped_share: float
+    leading_silence_s: float
+    trailing_silence_s: float
+    warnings: list[str]
+
+
 @dataclass(frozen=True)
 class AudioFile:
     """A decoded file."""
 
-    sha256: str  # of the file's bytes
     wave: np.ndarray  # [S] float32, mono, at the file's own rate
-    sample_rate: int
-
-    @property
-    def duration_s(self) -> float:
-        return len(self.wave) / self.sample_rate
+    measures: AudioMeasures
 
     def at(self, sample_rate: int) -> np.ndarray:
         """The wave [S] float32 at another rate."""
-        if sample_rate == self.sample_rate:
+        if sample_rate == self.measures.sample_rate:
             return self.wave
         import torch
         from torchaudio.functional import resample
 
-        return resample(torch.from_numpy(self.wave), self.sample_rate, sample_rate).numpy()
+        return resample(torch.from_numpy(self.wave), self.measures.sample_rate, sample_rate).numpy()
+
+
+@dataclass(frozen=True)
+class AudioLimits:
+    min_duration_s: float = 0.5
+    max_duration_s: float = 30.0
+    max_clipped_share: float = 0.02
 
 
 def read_bytes(path: str) -> bytes:
@@ -81,31 +124,85 @@ def read_bytes(path: str) -> bytes:
         raise AudioFault("audio_unreadable", str(error.strerror)) from None
 
 
-def decode(data: bytes, min_duration_s: float, max_duration_s: float) -> AudioFile:
+def decode(data: bytes, limits: AudioLimits) -> AudioFile:
     """Decode and check a file's bytes. Raises AudioFault."""
-    try:
-        with soundfile.SoundFile(io.BytesIO(data)) as file:
-            declared, sample_rate = file.frames, file.samplerate
-            samples = file.read(dtype="float32", always_2d=True)  # [S, channels]
-    except (soundfile.LibsndfileError, RuntimeError) as error:
-        raise AudioFault("audio_unreadable", f"{len(data)} bytes: {error}") from None
+    samples, declared, sample_rate = _samples(data)  # [S, channels]
     missing = _missing_riff_bytes(data)
     if missing:
         raise AudioFault("audio_truncated", f"{missing} bytes fewer than its RIFF header says")
+    if _ogg_is_cut(data):
+        raise AudioFault("audio_truncated", "its last Ogg page does not end the stream")
     if 0 < declared < 1 << 40 and len(samples) != declared:
         raise AudioFault("audio_truncated", f"{len(samples)} of {declared} samples could be read")
     duration_s = len(samples) / sample_rate
-    if duration_s < min_duration_s:
-        raise AudioFault("audio_too_short", f"{duration_s:.3f} s, at least {min_duration_s:g} s")
-    if duration_s > max_duration_s:
-        raise AudioFault("audio_too_long", f"{duration_s:.3f} s, at most {max_duration_s:g} s")
+    if duration_s < limits.min_duration_s:
+        raise AudioFault("audio_too_short", f"{duration_s:.3f} s, at least {limits.min_duration_s:g} s")
+    if duration_s > limits.max_duration_s:
+        raise AudioFault("audio_too_long", f"{duration_s:.3f} s, at most {limits.max_duration_s:g} s")
     wave = samples.mean(axis=1)
     if not np.isfinite(wave).all():
         raise AudioFault("audio_not_finite", f"{int((~np.isfinite(wave)).sum())} samples are NaN or infinite")
-    peak = float(np.abs(wave).max())
+    clipped_share = float((np.abs(samples) >= FULL_SCALE).mean())
+    if clipped_share > limits.max_clipped_share:
+        detail = f"{clipped_share:.1%} of the samples at full scale or beyond, at most {limits.max_clipped_share:.1%}"
+        raise AudioFault("audio_clipped", detail)
+    return AudioFile(wave, _measure(wave, sample_rate, samples.shape[1], clipped_share))
+
+
+def _measure(wave: np.ndarray, sample_rate: int, num_channels: int, clipped_share: float) -> AudioMeasures:
+    """Silence, level and rate of a wave [S]. Raises AudioFault for one that is silent throughout."""
+    loudness = np.abs(wave)
+    peak = float(loudness.max())
     if peak < SILENT_PEAK:
         raise AudioFault("audio_silent", f"peak {peak:.1e}, full scale is 1")
-    return AudioFile(hashlib.sha256(data).hexdigest(), wave, sample_rate)
+    loud = np.flatnonzero(loudness > SILENCE_BELOW_PEAK * peak)
+    leading_s = float(loud[0]) / sample_rate
+    trailing_s = float(len(wave) - 1 - loud[-1]) / sample_rate
+    found = {
+        "low_sample_rate": sample_rate < LOW_SAMPLE_RATE,
+        "quiet": peak < QUIET_PEAK,
+        "dc_offset": abs(float(wave.mean())) > DC_OFFSET,
+        "leading_silence": leading_s > LONG_SILENCE_S,
+        "trailing_silence": trailing_s > LONG_SILENCE_S,
+    }
+    warnings = [code for code, holds in found.items() if holds]
+    duration_s = len(wave) / sample_rate
+    return AudioMeasures(duration_s, sample_rate, num_channels, clipped_share, leading_s, trailing_s, warnings)
+
+
+def _samples(data: bytes) -> tuple[np.ndarray, int, int]:
+    """(samples [S, channels] float32, samples the header declares, rate): libsndfile first, PyAV for what it lacks."""
+    try:
+        with soundfile.SoundFile(io.BytesIO(data)) as file:
+            return file.read(dtype="float32", always_2d=True), file.frames, file.samplerate
+    except (soundfile.LibsndfileError, RuntimeError) as error:
+        if not _is_mp4_or_webm(data):
+            raise AudioFault("audio_unreadable", f"{len(data)} bytes: {error}") from None
+    try:
+        import av
+    except ImportError:
+        detail = "m4a and webm need PyAV: pip install -e '.[av]'"
+        raise AudioFault("audio_unreadable", detail) from None
+    try:
+        with av.open(io.BytesIO(data), "r") as container:
+            stream = container.streams.audio[0]
+            to_float = av.AudioResampler(format="fltp")
+            frames = [part.to_ndarray() for frame in container.decode(stream) for part in to_float.resample(frame)]
+            return np.concatenate(frames, axis=1).T.astype(np.float32), 0, int(stream.rate)
+    except (av.FFmpegError, IndexError, ValueError) as error:
+        raise AudioFault("audio_unreadable", f"{len(data)} bytes: {error}") from None
+
+
+def _is_mp4_or_webm(data: bytes) -> bool:
+    return data[4:8] == b"ftyp" or data[:4] == b"\x1a\x45\xdf\xa3"
+
+
+def _ogg_is_cut(data: bytes) -> bool:
+    """An Ogg file cut between pages decodes without a complaint, but its last page lacks the end-of-stream flag."""
+    if data[:4] != b"OggS":
+        return False
+    last_page = data.rfind(b"OggS")
+    return not data[last_page + 5] & 0x04
 
 
 def _missing_riff_bytes(data: bytes) -> int:

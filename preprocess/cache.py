@@ -17,14 +17,15 @@ from typing import TypeVar
 
 import msgspec
 
+from preprocess.audio import AudioMeasures
+
 
 class EncodedCodes(msgspec.Struct, frozen=True):
     """Codec codes of a file and what decoding told about it."""
 
     codes_npy: bytes  # .npy uint16 [8, T]
     num_frames: int
-    duration_s: float
-    sample_rate: int
+    measures: AudioMeasures
 
 
 class EncodedMel(msgspec.Struct, frozen=True):

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import msgspec
 
+from preprocess.audio import AudioLimits
+from preprocess.text import TextSection
 from shards.config import FeaturesSection, ModelSection
 
 
@@ -16,11 +18,16 @@ class PreprocessSection(msgspec.Struct, frozen=True, kw_only=True):
     max_reject_fraction: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] = 0.05
     min_duration_s: Annotated[float, msgspec.Meta(ge=0.1)] = 0.5
     max_duration_s: Annotated[float, msgspec.Meta(gt=0.0, le=30.0)] = 30.0  # Whisper's window
+    max_clipped_share: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] = 0.02
+
+    def audio_limits(self) -> AudioLimits:
+        return AudioLimits(self.min_duration_s, self.max_duration_s, self.max_clipped_share)
 
 
 class PreprocessConfig(msgspec.Struct, frozen=True, kw_only=True):
     model: ModelSection
     features: FeaturesSection
+    text: TextSection
     preprocess: PreprocessSection
 
 
@@ -28,5 +35,6 @@ def deciding_keys(config: PreprocessConfig) -> dict[str, object]:
     """What decides the output bytes: everything but the models' names (their fingerprints do) and the worker count."""
     return {
         "features": msgspec.to_builtins(config.features),
+        "text": msgspec.to_builtins(config.text),
         "preprocess": {key: value for key, value in msgspec.to_builtins(config.preprocess).items() if key != "workers"},
     }

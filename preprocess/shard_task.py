@@ -6,18 +6,21 @@ shard is then shorter, and no other row moves.
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 from pathlib import Path
 
 import msgspec
 import numpy as np
 
-from preprocess.audio import CODEC_RATE, WHISPER_RATE, AudioFault, AudioFile, decode, read_bytes
+from preprocess.audio import CODEC_RATE, WHISPER_RATE, AudioFault, decode, read_bytes
 from preprocess.cache import Cache, EncodedCodes, EncodedMel
 from preprocess.codec import Codec, load_codec
 from preprocess.config import PreprocessConfig
 from preprocess.features import stored_mel
 from preprocess.plan import JobRows
-from preprocess.sources import Pair, SourceRow, find_pair
+from preprocess.row_checks import RowFault, check_pair, check_row
+from preprocess.sources import SourceRow
 from shards.artifacts import load_tokenizer
 from shards.config import SequenceSection
 from shards.sample import AudioFacts, MelFacts, Sample, SampleFacts, TextItem, Turn, compress, read_npy, write_npy
@@ -48,6 +51,7 @@ class ShardTask:
 
     def __init__(self, setup: TaskSetup) -> None:
         self._config = setup.config
+        self._limits = setup.config.preprocess.audio_limits()
         self._out = Path(setup.out)
         self._rows = JobRows(self._out, setup.config.preprocess.samples_per_shard)
         self._tokenizer = load_tokenizer(Path(setup.model_dir))
@@ -62,26 +66,17 @@ class ShardTask:
             try:
                 samples.append(self._sample(sample_key(shard, position), row, cache))
             except RowFault as fault:
-                rejects.append(
-                    Reject(
-                        row=row.row,
-                        id=row.id,
-                        stage=fault.stage,
-                        reason=fault.reason,
-                        detail=fault.detail,
-                        path=fault.path,
-                    )
-                )
+                rejects.append(fault.as_reject(row))
         done = write_shard(self._out, shard, samples, rejects)
         return TaskResult(done, cache.num_encoded, cache.num_reused)
 
     def _sample(self, key: str, row: SourceRow, cache: Cache) -> Sample:
-        try:
-            pair = find_pair(row.chat)
-        except AudioFault as fault:
-            raise RowFault("pair", fault, None) from None
+        checked = check_row(row, self._config.text)
+        row, pair = checked.row, checked.pair
         reference, reference_sha = self._codes(pair.reference_path, cache)
         target, target_sha = self._codes(pair.target_path, cache)
+        same_audio = reference_sha == target_sha
+        warnings = check_pair(checked, self._config.text, reference.measures, target.measures, same_audio)
         mel = self._mel(pair.reference_path, reference_sha, cache) if self._config.features.whisper == "mel" else None
 
         turns, texts = stored_turns(row)
@@ -105,7 +100,7 @@ class ShardTask:
             start_index=row.chat.start_index,
             misc=row.chat.misc,
             extra=row.extra,
-            warnings=pair.warnings + same_file_warning(pair, reference_sha, target_sha),
+            warnings=warnings,
         )
         sample = Sample(
             key=key,
@@ -116,46 +111,32 @@ class ShardTask:
             reference_mel_zst=mel.mel_zst if mel else None,
         )
         facts = msgspec.structs.replace(facts, num_as_written_tokens=self._builder.num_as_written_tokens(sample))
-        return Sample(
-            key, facts, sample.text_ids, sample.reference_codes, sample.target_codes, sample.reference_mel_zst
-        )
+        return dataclasses.replace(sample, facts=facts)
 
     def _codes(self, path: str, cache: Cache) -> tuple[EncodedCodes, str]:
         try:
             data = read_bytes(path)
-            sha256 = _sha256(data)
+            sha256 = hashlib.sha256(data).hexdigest()
 
             def encode() -> EncodedCodes:
-                audio = self._decode(data)
+                audio = decode(data, self._limits)
                 codes = self._codec.encode(audio.at(CODEC_RATE))
-                return EncodedCodes(write_npy(codes), codes.shape[1], audio.duration_s, audio.sample_rate)
+                return EncodedCodes(write_npy(codes), codes.shape[1], audio.measures)
 
             return cache.get(EncodedCodes, sha256, encode), sha256
         except AudioFault as fault:
-            raise RowFault("audio", fault, path) from None
+            raise RowFault("audio", fault.reason, fault.detail, path) from None
 
     def _mel(self, path: str, sha256: str, cache: Cache) -> EncodedMel:
         def encode() -> EncodedMel:
-            wave = self._decode(read_bytes(path)).at(WHISPER_RATE)
+            wave = decode(read_bytes(path), self._limits).at(WHISPER_RATE)
             frames, floor = stored_mel(wave)
             return EncodedMel(compress(write_npy(frames.astype("<f2"))), len(wave), floor)
 
         try:
             return cache.get(EncodedMel, sha256, encode)
         except AudioFault as fault:
-            raise RowFault("audio", fault, path) from None
-
-    def _decode(self, data: bytes) -> AudioFile:
-        section = self._config.preprocess
-        return decode(data, section.min_duration_s, section.max_duration_s)
-
-
-class RowFault(Exception):
-    """Why one row is left out."""
-
-    def __init__(self, stage: str, fault: AudioFault, path: str | None) -> None:
-        super().__init__(fault.detail)
-        self.stage, self.reason, self.detail, self.path = stage, fault.reason, fault.detail, path
+            raise RowFault("audio", fault.reason, fault.detail, path) from None
 
 
 def stored_turns(row: SourceRow) -> tuple[list[Turn], list[str]]:
@@ -183,16 +164,16 @@ def _index_of(texts: list[str], text: str) -> int:
     return texts.index(text)
 
 
-def same_file_warning(pair: Pair, reference_sha: str, target_sha: str) -> list[str]:
-    """A reference identical to its target teaches copying."""
-    return ["reference_is_target"] if reference_sha == target_sha else []
-
-
 def _audio_facts(path: str, sha256: str, encoded: EncodedCodes) -> AudioFacts:
-    return AudioFacts(path, sha256, encoded.duration_s, encoded.sample_rate, encoded.num_frames)
-
-
-def _sha256(data: bytes) -> str:
-    import hashlib
-
-    return hashlib.sha256(data).hexdigest()
+    measures = encoded.measures
+    return AudioFacts(
+        path=path,
+        sha256=sha256,
+        duration_s=measures.duration_s,
+        sample_rate=measures.sample_rate,
+        num_frames=encoded.num_frames,
+        num_channels=measures.num_channels,
+        clipped_share=measures.clipped_share,
+        leading_silence_s=measures.leading_silence_s,
+        trailing_silence_s=measures.trailing_silence_s,
+    )

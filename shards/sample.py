@@ -55,13 +55,17 @@ class Turn(msgspec.Struct, frozen=True):
 
 
 class AudioFacts(msgspec.Struct, frozen=True):
-    """Where an audio came from; `duration_s` is of the decoded file, `num_frames` counts 25 Hz codec frames."""
+    """Where an audio came from and what was measured; `num_frames` counts 25 Hz codec frames."""
 
     path: str
-    sha256: str
-    duration_s: float
-    sample_rate: int
+    sha256: str  # of the file's bytes
+    duration_s: float  # of the decoded file
+    sample_rate: int  # of the file
     num_frames: int
+    num_channels: int = 1  # mixed down to one
+    clipped_share: float = 0.0  # of samples at full scale or beyond
+    leading_silence_s: float = 0.0
+    trailing_silence_s: float = 0.0
 
 
 class MelFacts(msgspec.Struct, frozen=True):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from preprocess.audio import decode
+from preprocess.audio import AudioLimits, decode
 from preprocess.codec import load_codec
 from preprocess.features import stored_mel
 from shards.artifacts import WHISPER_FEATURES
@@ -21,7 +21,7 @@ from shards.mel import rebuild_mel
 @pytest.fixture(scope="module")
 def wave(repository: Path) -> np.ndarray:
     data = (repository / "tests/data/arabic-mini/spk_03_06.flac").read_bytes()
-    return decode(data, 0.5, 30).wave
+    return decode(data, AudioLimits()).wave
 
 
 @pytest.fixture(scope="module")

@@ -194,24 +194,27 @@ def test_bad_rows_are_quarantined_with_their_reason(preprocess, rows, tmp_path):
     rows[11]["messages"][1]["content"][1]["audio_url"] = rows[11]["messages"][2]["content"][1]["audio_url"]
     data = tmp_path / "list.json"
     data.write_text(json.dumps(rows))
-    result = preprocess(data, tmp_path / "out", "--set", "preprocess.max_reject_fraction=0.2")
+    result = preprocess(data, tmp_path / "out", "--set", "preprocess.max_reject_fraction=0.3")
     assert result.returncode == 0, result.stderr
     dataset, _ = open_dataset(tmp_path / "out")
-    assert dataset.num_samples == 16
-    assert dataset.warnings == {"reference_is_target": 1}
-    assert dataset.rejects == {"audio_count": 1, "audio_missing": 1, "audio_unreadable": 1, "row_invalid": 1}
+    assert dataset.num_samples == 15
+    assert dataset.warnings == {}
+    assert dataset.rejects == dict.fromkeys(
+        ["audio_count", "audio_missing", "audio_unreadable", "reference_is_target", "row_invalid"], 1
+    )
     rejects = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
     assert [(reject["row"], reject["reason"]) for reject in rejects] == [
         (3, "audio_missing"),
         (5, "audio_unreadable"),
         (7, "audio_count"),
         (9, "row_invalid"),
+        (11, "reference_is_target"),
     ]
     assert set(rejects[0]) == {"row", "id", "stage", "reason", "detail", "path"}
     assert rejects[0]["path"] == "nowhere/clip.wav"
     again = preprocess(data, tmp_path / "again", "--set", "preprocess.max_reject_fraction=0.1")
     assert again.returncode == 1
-    assert "error: 4 of 20 rows rejected, more than preprocess.max_reject_fraction = 0.1" in again.stderr
+    assert "error: 5 of 20 rows rejected, more than preprocess.max_reject_fraction = 0.1" in again.stderr
     assert "first: row 3 nowhere/clip.wav: no such file" in again.stderr
     assert not (tmp_path / "again" / "dataset.json").exists()
 

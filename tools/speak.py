@@ -204,11 +204,11 @@ def cloning_sample(tokenizer, reference_text: str, reference_codes: np.ndarray, 
 
 def read_reference(path: Path) -> np.ndarray:
     """The reference wave [S] float32 at 24 kHz, read and checked as stage one does."""
-    from preprocess.audio import CODEC_RATE, AudioFault, decode, read_bytes
+    from preprocess.audio import CODEC_RATE, AudioFault, AudioLimits, decode, read_bytes
     from shards.errors import DataError
 
     try:
-        return decode(read_bytes(str(path)), min_duration_s=0.5, max_duration_s=30.0).at(CODEC_RATE)
+        return decode(read_bytes(str(path)), AudioLimits()).at(CODEC_RATE)
     except AudioFault as fault:
         raise DataError(f"--reference {path}: {fault.detail}") from None
 

@@ -1,0 +1,78 @@
+"""What makes a row usable, apart from encoding it: cleaned texts, a clear pair, sound audio, texts that fit the audio.
+
+`--validate-only` and the making of shards both go through here, so a row that passes the one passes the other.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from preprocess.audio import AudioFault, AudioMeasures
+from preprocess.sources import Pair, SourceRow, find_pair
+from preprocess.text import TextSection, clean, text_fault
+from shards.sample import Message, TextItem
+from shards.writer import Reject
+
+
+class RowFault(Exception):
+    """Why one row is left out."""
+
+    def __init__(self, stage: str, reason: str, detail: str, path: str | None = None) -> None:
+        super().__init__(detail)
+        self.stage, self.reason, self.detail, self.path = stage, reason, detail, path
+
+    def as_reject(self, row: SourceRow) -> Reject:
+        return Reject(row=row.row, id=row.id, stage=self.stage, reason=self.reason, detail=self.detail, path=self.path)
+
+
+class CheckedRow(msgspec.Struct, frozen=True):
+    """A row with cleaned texts and its pair."""
+
+    row: SourceRow
+    pair: Pair
+    warnings: list[str]
+
+
+def check_row(row: SourceRow, section: TextSection) -> CheckedRow:
+    """Clean the texts and find the pair. Raises RowFault."""
+    changes: list[str] = []
+
+    def cleaned(text: str) -> str:
+        text, found = clean(text, section)
+        changes.extend(found)
+        return text
+
+    messages = [
+        Message(
+            message.role,
+            cleaned(message.content)
+            if isinstance(message.content, str)
+            else [TextItem(cleaned(item.text)) if isinstance(item, TextItem) else item for item in message.content],
+        )
+        for message in row.chat.messages
+    ]
+    row = msgspec.structs.replace(row, chat=msgspec.structs.replace(row.chat, messages=messages))
+    try:
+        pair = find_pair(row.chat)
+    except AudioFault as fault:
+        raise RowFault("pair", fault.reason, fault.detail) from None
+    return CheckedRow(row, pair, sorted(set(changes)) + pair.warnings)
+
+
+def check_pair(
+    checked: CheckedRow, section: TextSection, reference: AudioMeasures, target: AudioMeasures, same_audio: bool
+) -> list[str]:
+    """Hold texts against audio; returns all warnings of the row. Raises RowFault."""
+    pair = checked.pair
+    if same_audio:
+        raise RowFault("pair", "reference_is_target", f"also the reference {pair.reference_path}", pair.target_path)
+    warnings = list(checked.warnings)
+    for role, text, measures, path in (
+        ("reference", pair.reference_text, reference, pair.reference_path),
+        ("target", pair.target_text, target, pair.target_path),
+    ):
+        fault = text_fault(text, measures.duration_s, section)
+        if fault:
+            raise RowFault("text", fault[0], f"{role}: {fault[1]}", path)
+        warnings += [f"{role}_{code}" for code in measures.warnings]
+    return warnings

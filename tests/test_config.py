@@ -1,0 +1,62 @@
+"""pipeline.toml: the file at the top tells the truth, overrides pass the same checks, all problems are told together."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from preprocess.config import PreprocessConfig
+from shards.config import SECTIONS, read_config, to_toml
+from shards.errors import ConfigError
+from train.config import TrainConfig
+
+
+@pytest.mark.parametrize("kind", [PreprocessConfig, TrainConfig])
+def test_the_file_at_the_top_holds_every_key_with_its_default(kind, repository: Path):
+    """Every key is listed, and an unedited file changes nothing."""
+    written = tomllib.loads((repository / "pipeline.toml").read_text())
+    defaults = msgspec.to_builtins(kind(**{f.name: f.type() for f in msgspec.structs.fields(kind)}))
+    assert set(written) <= set(SECTIONS)
+    for section, values in defaults.items():
+        assert written[section] == values, section
+    assert msgspec.to_builtins(read_config(kind, repository / "pipeline.toml")) == defaults
+
+
+def test_a_resolved_configuration_reads_back(tmp_path: Path):
+    config = read_config(TrainConfig, None, ["train.seed=3", "lora.targets=['a.b']", "model.base=some/folder"])
+    (tmp_path / "config.toml").write_text(to_toml(config))
+    assert read_config(TrainConfig, tmp_path / "config.toml") == config
+    assert config.lora.targets == ["a.b"]
+
+
+def test_all_problems_are_told_together(tmp_path: Path):
+    path = tmp_path / "pipeline.toml"
+    path.write_text('[train]\nlearning_rat = 1e-4\nseed = "1"\n[los]\n[loss]\ntext_loss_weight = -1\n[lora]\nmode = "all"\n')
+    with pytest.raises(ConfigError) as error:
+        read_config(TrainConfig, path, ["train.batch_tokens", "preprocess.seed=1"])
+    lines = str(error.value).splitlines()
+    assert len(lines) == 7
+    text = str(error.value)
+    assert "unknown section [los]; did you mean 'loss'?" in text
+    assert "unknown key train.learning_rat; did you mean 'learning_rate'?" in text
+    assert "train.seed = '1': Expected `int`, got `str`" in text
+    assert "loss.text_loss_weight = -1" in text
+    assert "'comprehensive', 'audio_focused', 'attention_only', 'custom'" in text
+    assert "expected SECTION.KEY=VALUE" in text
+    assert "this command reads no [preprocess]" in text
+
+
+def test_sections_of_other_commands_are_left_alone(tmp_path: Path):
+    path = tmp_path / "pipeline.toml"
+    path.write_text("[train]\nnonsense = 1\n[preprocess]\nseed = 4\n")
+    assert read_config(PreprocessConfig, path).preprocess.seed == 4
+
+
+def test_an_unreadable_file_is_explained(tmp_path: Path):
+    path = tmp_path / "pipeline.toml"
+    path.write_text("[train\n")
+    with pytest.raises(ConfigError, match="not readable as TOML"):
+        read_config(TrainConfig, path)
