@@ -1,55 +1,151 @@
-"""The `preprocess` command: parse, read the configuration, run, turn faults into one line."""
+"""The `preprocess` command: parse, read the configuration, run, turn faults into one line.
+
+`preprocess DATA OUT` is the job itself; `finalize` and `convert` are its companions.
+"""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import click
 
+PATH = click.Path(path_type=Path)
 
-@click.command(context_settings={"show_default": True})
-@click.argument("data", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
-@click.option("--config", "config_path", type=click.Path(path_type=Path), help="Default: ./pipeline.toml if it exists.")
+
+class JobByDefault(click.Group):
+    """`preprocess DATA OUT` needs no word in between: what is no subcommand is the job."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in self.commands:
+            args = ["run", *args]
+        return super().resolve_command(ctx, args)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not args or args[0] not in self.commands:
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+    def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        formatter.write(self.commands["run"].get_help(ctx))
+
+
+@click.group(cls=JobByDefault, add_help_option=False)
+def main() -> None:
+    """Stage one."""
+
+
+@main.command("run", context_settings={"show_default": True}, options_metavar="[OPTIONS]")
+@click.argument("data", type=PATH)
+@click.argument("out", type=PATH)
+@click.option("--config", "config_path", type=PATH, help="Default: ./pipeline.toml if it exists.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, e.g. preprocess.seed=1.")
 @click.option("--workers", type=click.IntRange(min=1), help="Sets preprocess.workers; default one per usable core.")
+@click.option("--validate-only", is_flag=True, help="Check list, texts and audio; write OUT/report.json; no features.")
 @click.option("--limit", type=click.IntRange(min=1), help="Take only the first N rows of the list.")
+@click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", help="Where the codec runs; cuda = all GPUs."
+)
+@click.option("--engine", type=click.Choice(["local", "ray"]), default="local", help="Who makes the shards.")
+@click.option("--ray-address", help="A running Ray cluster, e.g. auto; default: Ray on this machine.")
+@click.option(
+    "--task-index", type=click.IntRange(min=0), envvar="SLURM_ARRAY_TASK_ID", help="This machine of an array."
+)
+@click.option("--num-tasks", type=click.IntRange(min=1), envvar="SLURM_ARRAY_TASK_COUNT", help="Machines of the array.")
 @click.option("--new-job", is_flag=True, help="Delete the job that stands in OUT and start over.")
-@click.option("--json", "as_json", is_flag=True, help="Print dataset.json on stdout when done.")
-def main(
-    data: Path,
-    out: Path,
+@click.option("--json", "as_json", is_flag=True, help="Print dataset.json (or report.json) on stdout when done.")
+def run_command(
     config_path: Path | None,
     overrides: tuple[str, ...],
     workers: int | None,
-    limit: int | None,
-    new_job: bool,
+    validate_only: bool,
     as_json: bool,
+    task_index: int | None,
+    num_tasks: int | None,
+    **request: Any,
 ) -> None:
     """Turn DATA, a ChatML list (.json or .jsonl, also .gz or .zst), and its audio into shards in OUT.
 
     Audio paths are used as they stand in the list: absolute, or relative to the folder the command runs in. Run the same
     command again to continue a job that was killed.
+
+    Also: `preprocess finalize OUT` joins what an array of machines made; `preprocess convert KIND SOURCE LIST` makes a
+    ChatML list from other projects' data sets.
     """
-    from preprocess.config import PreprocessConfig
-    from preprocess.plan import Request
-    from preprocess.run import preprocess
-    from shards.config import read_config
+    if (task_index is None) != (num_tasks is None) or (task_index or 0) >= (num_tasks or 1):
+        raise click.UsageError("--task-index I and --num-tasks N belong together, with I from 0 to N - 1")
+    with explained():
+        from preprocess.config import PreprocessConfig
+        from preprocess.plan import Request
+        from shards.config import read_config
+
+        flags = [f"preprocess.workers={workers}"] if workers else []
+        config = read_config(PreprocessConfig, config_path, [*overrides, *flags])
+        asked = Request(task_index=task_index or 0, num_tasks=num_tasks or 1, **request)
+        if validate_only:
+            from preprocess.validate import validate
+
+            validate(asked, config)
+        else:
+            from preprocess.run import preprocess
+
+            preprocess(asked, config)
+    written = asked.out / ("report.json" if validate_only else "dataset.json")
+    if as_json and written.is_file():
+        click.echo(written.read_text(encoding="utf-8"), nl=False)
+
+
+@main.command("finalize")
+@click.argument("out", type=PATH)
+def finalize_command(out: Path) -> None:
+    """Check every shard in OUT and write dataset.json, after the last task of an array has ended."""
+    with explained():
+        from preprocess.join import finalize
+        from preprocess.report import print_summary
+
+        print_summary(finalize(out), out, None, 0.0)
+
+
+@main.command("convert")
+@click.argument("kind", type=click.Choice(["metadata", "csv", "folder"]))
+@click.argument("source", type=PATH)
+@click.argument("chatml", type=PATH)
+@click.option("--seed", default=0, show_default=True, help="Of drawing references.")
+def convert_command(kind: str, source: Path, chatml: Path, seed: int) -> None:
+    """Write the list CHATML (.json or .jsonl) from SOURCE, another project's data set."""
+    with explained():
+        from preprocess.convert import convert
+
+        made = convert(kind, source, chatml, seed)
+        click.echo(f"{chatml}: {made.num_rows} rows of {made.num_speakers} speakers", err=True)
+        if made.lonely_clips:
+            first = made.lonely_clips[0]
+            click.echo(
+                f"left out: {len(made.lonely_clips)} clips whose speaker has no other clip; first {first}", err=True
+            )
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Faults a person can act on become one line and exit status 1."""
     from shards.errors import PipelineError
 
-    flags = [f"preprocess.workers={workers}"] if workers else []
     try:
-        config = read_config(PreprocessConfig, config_path, [*overrides, *flags])
-        preprocess(Request(data, out, limit, new_job), config)
+        yield
     except PipelineError as error:
         click.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    except OSError as error:
+        click.echo(f"error: {error.filename or 'OUT'}: {error.strerror}; the same command continues this job", err=True)
         sys.exit(1)
     except KeyboardInterrupt:
         click.echo("interrupted; the same command continues this job", err=True)
         sys.exit(130)
-    if as_json:
-        click.echo((out / "dataset.json").read_text(encoding="utf-8"), nl=False)
 
 
 if __name__ == "__main__":

@@ -44,12 +44,15 @@ class Codec:
 
     def encode(self, wave: np.ndarray) -> np.ndarray:
         """wave [S] float32 at 24 kHz -> codes [8, ceil(S / 960)] uint16."""
+        return self.encode_batch(pad_to_frames(wave)[None])[0]
+
+    def encode_batch(self, waves: np.ndarray) -> np.ndarray:
+        """waves [n, S] float32 of equal length, S a multiple of 960 -> codes [n, 8, S / 960] uint16."""
         import torch
 
-        padded = np.pad(wave, (0, -len(wave) % HOP))
         with torch.inference_mode():
-            codes = self._model.encode(torch.from_numpy(padded).to(self._device)[None, None]).audio_codes[0]
-        assert codes.shape[1] == len(padded) // HOP, (codes.shape, len(padded))
+            codes = self._model.encode(torch.from_numpy(waves).to(self._device)[:, None]).audio_codes
+        assert codes.shape[2] * HOP == waves.shape[1], (codes.shape, waves.shape)
         return codes.cpu().numpy().astype(np.uint16)
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
@@ -61,6 +64,11 @@ class Codec:
         with torch.inference_mode():
             tensor = torch.from_numpy(codes.astype(np.int64)).to(self._device)[None]
             return self._model.decode(tensor).audio_values[0, 0].float().cpu().numpy()
+
+
+def pad_to_frames(wave: np.ndarray) -> np.ndarray:
+    """Zeros behind a wave [S] up to a whole number of frames."""
+    return np.pad(wave, (0, -len(wave) % HOP))
 
 
 def load_codec(folder: Path, device: str = "cpu") -> Codec:

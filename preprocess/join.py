@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import itertools
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -14,7 +15,8 @@ import numpy as np
 from shards.errors import DataError, ShardError
 from shards.index import read_index
 from shards.manifest import Dataset, Job, read_record
-from shards.writer import ShardDone, shard_path, write_bytes, write_json
+from shards.reader import verify
+from shards.writer import Reject, ShardDone, shard_path, write_bytes, write_json
 
 FRAMES_PER_SECOND = 25
 HISTOGRAM_EDGES_S = (0, 2, 5, 10, 15, 20, 30)
@@ -24,23 +26,48 @@ def pending_shards(out: Path, job: Job) -> list[int]:
     return [shard for shard in range(job.num_shards) if not shard_path(out, shard, ".done.json").is_file()]
 
 
-def join_dataset(out: Path, job: Job, max_reject_fraction: float) -> Dataset:
-    """Write the data set's own files. Raises ShardError for a missing shard, DataError for too many rejects."""
+def finalize(out: Path) -> Dataset:
+    """Join what several machines made into one data set, after checking every byte of it.
+
+    Raises ShardError naming the first missing or damaged shard.
+    """
+    if not (out / "job.json").is_file():
+        raise ShardError(f"{out}: no job.json, so no job of `preprocess`; give its OUT folder")
+    job = read_record(out / "job.json", Job)
+    _refuse_missing(out, job)
+    faults = [fault for shard in range(job.num_shards) for fault in verify(out, _marker(out, shard))]
+    if faults:
+        raise ShardError(
+            f"{len(faults)} faults; first: {faults[0]}; remove that shard's .done.json and run its `preprocess` again"
+        )
+    dataset = join_dataset(out, job, job.config["preprocess"]["max_reject_fraction"])
+    shutil.rmtree(out / "encoded", ignore_errors=True)
+    return dataset
+
+
+def _marker(out: Path, shard: int) -> ShardDone:
+    return read_record(shard_path(out, shard, ".done.json"), ShardDone)
+
+
+def _refuse_missing(out: Path, job: Job) -> None:
     missing = pending_shards(out, job)
     if missing:
-        raise ShardError(f"{out}: shard {missing[0]} has no done marker ({len(missing)} missing); run preprocess again")
-    shards = [read_record(shard_path(out, shard, ".done.json"), ShardDone) for shard in range(job.num_shards)]
+        first = shard_path(out, missing[0], ".done.json")
+        raise ShardError(f"{first}: missing, as {len(missing)} of {job.num_shards} shards; run preprocess again")
+
+
+def join_dataset(out: Path, job: Job, max_reject_fraction: float) -> Dataset:
+    """Write the data set's own files. Raises ShardError for a missing shard, DataError for too many rejects."""
+    _refuse_missing(out, job)
+    shards = [_marker(out, shard) for shard in range(job.num_shards)]
     rejects = join_rejects(out, job)
-    check_rejects(out, job, rejects, max_reject_fraction)
+    check_rejects(out, job.input_path, job.num_rows, rejects, max_reject_fraction)
     indexes = [read_index(shard_path(out, shard, ".idx.npy")) for shard in range(job.num_shards)]
     index = np.concatenate(indexes)
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, index, version=(1, 0), allow_pickle=False)
     write_bytes(out / "index.npy", buffer.getvalue())
 
-    seconds = index["target_frames"] / FRAMES_PER_SECOND
-    counts, _ = np.histogram(seconds, bins=[*HISTOGRAM_EDGES_S[:-1], np.inf])
-    edges = itertools.pairwise(HISTOGRAM_EDGES_S)
     text_tokens = index["num_reference_text_tokens"].sum(dtype=np.int64) + index["num_target_text_tokens"].sum(
         dtype=np.int64
     )
@@ -55,7 +82,7 @@ def join_dataset(out: Path, job: Job, max_reject_fraction: float) -> Dataset:
         speakers=_sum(shard.speakers for shard in shards),
         rejects=rejects,
         warnings=_sum(shard.warnings for shard in shards),
-        target_seconds_histogram={f"{low}-{high}": int(n) for (low, high), n in zip(edges, counts, strict=True)},
+        target_seconds_histogram=histogram(index["target_frames"] / FRAMES_PER_SECOND, HISTOGRAM_EDGES_S),
         shards=shards,
         digest="",
     )
@@ -66,26 +93,41 @@ def join_dataset(out: Path, job: Job, max_reject_fraction: float) -> Dataset:
 
 
 def join_rejects(out: Path, job: Job) -> dict[str, int]:
-    """Concatenate all rejects, in row order, into OUT/rejects.jsonl; returns counts by reason."""
-    paths = [out / "job" / "rejects.jsonl"]
-    paths += [shard_path(out, shard, ".rejects.jsonl") for shard in range(job.num_shards)]
-    rejects = [msgspec.json.decode(line) for path in paths if path.is_file() for line in path.read_bytes().splitlines()]
-    rejects.sort(key=lambda reject: reject["row"])
+    """All rejects of the shards into OUT/rejects.jsonl; returns counts by reason."""
+    paths = [shard_path(out, shard, ".rejects.jsonl") for shard in range(job.num_shards)]
+    decoder = msgspec.json.Decoder(Reject)
+    return write_rejects(out, [decoder.decode(line) for path in paths if path.is_file() for line in path.open("rb")])
+
+
+def write_rejects(out: Path, rejects: list[Reject]) -> dict[str, int]:
+    """These and intake's rejects, in row order, into OUT/rejects.jsonl; returns counts by reason."""
+    decoder = msgspec.json.Decoder(Reject)
+    rejects = rejects + [decoder.decode(line) for line in (out / "job" / "rejects.jsonl").open("rb")]
+    rejects.sort(key=lambda reject: reject.row)
     write_bytes(out / "rejects.jsonl", b"".join(msgspec.json.encode(reject) + b"\n" for reject in rejects))
-    return dict(sorted(Counter(reject["reason"] for reject in rejects).items()))
+    return dict(sorted(Counter(reject.reason for reject in rejects).items()))
 
 
-def check_rejects(out: Path, job: Job, rejects: dict[str, int], max_reject_fraction: float) -> None:
+def check_rejects(
+    out: Path, input_path: str, num_rows: int, rejects: dict[str, int], max_reject_fraction: float
+) -> None:
+    """Raises DataError with the counts by reason and the first reject when there are too many."""
     total = sum(rejects.values())
     reasons = ", ".join(f"{reason} {count}" for reason, count in rejects.items())
     first = (out / "rejects.jsonl").read_bytes().splitlines()[:1]
-    if total and total >= job.num_rows:
-        raise DataError(f"no usable row in {job.input_path}: {reasons}; first: {_tell(first)}; see {out}/rejects.jsonl")
-    if total > max_reject_fraction * job.num_rows:
+    if total and total >= num_rows:
+        raise DataError(f"no usable row in {input_path}: {reasons}; first: {_tell(first)}; see {out}/rejects.jsonl")
+    if total > max_reject_fraction * num_rows:
         raise DataError(
-            f"{total} of {job.num_rows} rows rejected, more than preprocess.max_reject_fraction = {max_reject_fraction:g}: "
+            f"{total} of {num_rows} rows rejected, more than preprocess.max_reject_fraction = {max_reject_fraction:g}: "
             f"{reasons}; first: {_tell(first)}; see {out}/rejects.jsonl, mend the list or raise the limit"
         )
+
+
+def histogram(seconds: np.ndarray, edges_s: tuple[int, ...]) -> dict[str, int]:
+    """Counts per range of seconds; the last range is open."""
+    counts, _ = np.histogram(seconds, bins=[*edges_s[:-1], np.inf])
+    return {f"{low}-{high}": int(n) for (low, high), n in zip(itertools.pairwise(edges_s), counts, strict=True)}
 
 
 def _tell(lines: list[bytes]) -> str:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ import numpy as np
 from preprocess.config import PreprocessConfig, deciding_keys
 from preprocess.sources import SourceRow, read_rows
 from shards.errors import DataError
+from shards.index import hash64
 from shards.manifest import Fingerprints, Job, read_record
 from shards.writer import Reject, sync, temporary, write_bytes, write_json
 
@@ -35,6 +37,11 @@ class Request(msgspec.Struct, frozen=True):
     out: Path
     limit: int | None = None
     new_job: bool = False
+    device: str = "cpu"  # of the codec
+    engine: str = "local"
+    ray_address: str | None = None
+    task_index: int = 0  # this machine's share: shards task_index, task_index + num_tasks, ...
+    num_tasks: int = 1
 
 
 def plan_job(request: Request, config: PreprocessConfig, fingerprints: Fingerprints) -> Job:
@@ -53,11 +60,9 @@ def plan_job(request: Request, config: PreprocessConfig, fingerprints: Fingerpri
         job = read_record(out / "job.json", Job)
         _refuse_other_job(out, job, wanted)
         return job
-    _refuse_foreign_folder(out)
-    num_rows, num_valid = _take_in(request)
+    refuse_foreign_folder(out)
     size = config.preprocess.samples_per_shard
-    order = np.random.Generator(np.random.Philox(key=config.preprocess.seed)).permutation(num_valid)
-    _write_array(out / "job" / "order.npy", order)
+    num_rows, num_valid = take_in(request, config.preprocess.seed)
     job = Job(
         **wanted,
         input_path=str(request.data),
@@ -86,11 +91,12 @@ class JobRows:
             yield self._decoder.decode(os.pread(self._file.fileno(), end - begin, begin))
 
 
-def _take_in(request: Request) -> tuple[int, int]:
-    """Read the list once, in constant memory, and write job/. Returns rows read and rows with the right form."""
+def take_in(request: Request, seed: int) -> tuple[int, int]:
+    """Read the list once, in constant memory, and write job/. Returns rows read and rows that go into shards."""
     folder = request.out / "job"
     folder.mkdir(parents=True, exist_ok=True)
-    offsets, num_rows = [0], 0
+    offsets, ids, row_numbers = array("Q", [0]), array("Q"), array("Q")
+    num_rows = 0
     encoder = msgspec.json.Encoder()
     with (
         temporary(folder / "rows.jsonl") as partial_rows,
@@ -106,10 +112,30 @@ def _take_in(request: Request) -> tuple[int, int]:
                 rejects.write(encoder.encode(item) + b"\n")
                 continue
             offsets.append(offsets[-1] + rows.write(encoder.encode(item) + b"\n"))
+            ids.append(hash64(item.id))
+            row_numbers.append(item.row)
         sync(rows)
+        duplicates = _duplicates(np.frombuffer(ids, np.uint64))
+        with partial_rows.open("rb") as written:
+            for line, first in duplicates:
+                written.seek(offsets[line])
+                row = msgspec.json.decode(written.readline(), type=SourceRow)
+                detail = f"same id as row {row_numbers[first]}"
+                reject = Reject(row=row.row, id=row.id, stage="intake", reason="duplicate_id", detail=detail)
+                rejects.write(encoder.encode(reject) + b"\n")
         sync(rejects)
-    _write_array(folder / "offsets.npy", np.array(offsets, np.uint64))
-    return num_rows, len(offsets) - 1
+    write_array(folder / "offsets.npy", np.frombuffer(offsets, np.uint64))
+    lines = np.delete(np.arange(len(ids)), [line for line, _ in duplicates])
+    order = np.random.Generator(np.random.Philox(key=seed)).permutation(lines)
+    write_array(folder / "order.npy", order)
+    return num_rows, len(order)
+
+
+def _duplicates(ids: np.ndarray) -> list[tuple[int, int]]:
+    """(line, first line with the same id) of every repeated id [n] uint64."""
+    _, first, inverse, counts = np.unique(ids, return_index=True, return_inverse=True, return_counts=True)
+    repeated = np.flatnonzero((counts[inverse] > 1) & (first[inverse] != np.arange(len(ids))))
+    return [(int(line), int(first[inverse[line]])) for line in repeated]
 
 
 def _refuse_other_job(out: Path, job: Job, wanted: dict[str, Any]) -> None:
@@ -131,12 +157,13 @@ def _refuse_other_job(out: Path, job: Job, wanted: dict[str, Any]) -> None:
         )
 
 
-def _refuse_foreign_folder(out: Path) -> None:
+def refuse_foreign_folder(out: Path) -> None:
     if not out.exists():
         return
     if not out.is_dir():
         raise DataError(f"{out}: is a file; OUT must be a folder")
-    foreign = sorted(path.name for path in out.iterdir() if path.name != "job")
+    ours = ("job", "report.json", "rejects.jsonl")  # of --validate-only, or of a job whose planning was killed
+    foreign = sorted(path.name for path in out.iterdir() if not path.name.startswith(ours))
     if foreign:
         raise DataError(
             f"{out}: not empty ({', '.join(foreign[:3])} ...) and no job of ours; give an empty or new folder"
@@ -145,7 +172,7 @@ def _refuse_foreign_folder(out: Path) -> None:
 
 def _remove_job(out: Path) -> None:
     """Remove exactly what a job writes, job.json first so that a kill in between leaves no half-believable job."""
-    for name in ("dataset.json", "job.json", "index.npy", "rejects.jsonl"):
+    for name in ("dataset.json", "job.json", "index.npy", "rejects.jsonl", "report.json"):
         (out / name).unlink(missing_ok=True)
     for name in ("shards", "job", "encoded"):
         shutil.rmtree(out / name, ignore_errors=True)
@@ -163,7 +190,7 @@ def _short(value: Any) -> str:
     return value[:12] if isinstance(value, str) and len(value) == 64 else repr(value)
 
 
-def _write_array(path: Path, array: np.ndarray) -> None:
+def write_array(path: Path, array: np.ndarray) -> None:
     import io
 
     buffer = io.BytesIO()

@@ -35,13 +35,18 @@ class Progress:
 
     def add(self, result: Any) -> None:
         """result: a `shard_task.TaskResult`."""
-        self._done += 1
-        self._new += 1
-        self._samples += result.done.num_samples
-        self._rejects += sum(result.done.rejects.values())
-        self._audio_s += result.done.reference_s + result.done.target_s
         self.num_encoded += result.num_encoded
         self.num_reused += result.num_reused
+        done = result.done
+        self.add_checked(done.num_samples, sum(done.rejects.values()), done.reference_s + done.target_s)
+
+    def add_checked(self, num_samples: int, num_rejects: int, audio_s: float) -> None:
+        """One more shard, or slice of rows, is through."""
+        self._done += 1
+        self._new += 1
+        self._samples += num_samples
+        self._rejects += num_rejects
+        self._audio_s += audio_s
         if self._bar:
             self._bar.update(self._task, completed=self._done, description=self._line())
         elif time.monotonic() - self._last_line > PLAIN_LINE_EVERY_S:
@@ -64,33 +69,65 @@ class Progress:
         return f"{left / 60:.0f} min" if left > 90 else f"{left:.0f} s"
 
 
-def print_summary(dataset: Dataset, out: Path, progress: Progress, elapsed_s: float) -> None:
+def print_summary(dataset: Dataset, out: Path, progress: Progress | None, elapsed_s: float) -> None:
     """The closing table, on stderr: stdout belongs to --json."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(show_header=False, box=None, pad_edge=False)
-    encoded = f"{progress.num_encoded} distinct files, {progress.num_reused} uses of one already encoded"
     rows = [
         ("samples", f"{dataset.num_samples} of {dataset.num_rows} rows, in {len(dataset.shards)} shards"),
         ("audio", f"{dataset.target_hours:.3f} h of targets, {dataset.reference_hours:.3f} h of references"),
         ("speakers", str(len(dataset.speakers))),
-        (
-            "encoded",
-            encoded if progress.num_encoded + progress.num_reused else "nothing: all shards were there already",
-        ),
-        ("speed", f"{progress.audio_hours_per_hour():.0f} audio-hours per hour, {elapsed_s:.1f} s in all"),
-        ("rejects", _counts(dataset.rejects) or "none"),
-        ("warnings", _counts(dataset.warnings) or "none"),
     ]
+    if progress:
+        encoded = f"{progress.num_encoded} distinct files, {progress.num_reused} uses of one already encoded"
+        any_new = progress.num_encoded + progress.num_reused
+        rows.append(("encoded", encoded if any_new else "nothing: all shards were there already"))
+        rows.append(("speed", f"{progress.audio_hours_per_hour():.0f} audio-hours per hour, {elapsed_s:.1f} s in all"))
+    rows += [("rejects", _counts(dataset.rejects) or "none"), ("warnings", _counts(dataset.warnings) or "none")]
+    _print_table(rows)
+    _print_line(f"{out}/dataset.json is complete; next: inspect-shards summary {out}, then train {out} RUN")
+
+
+def print_share(request: Any, num_mine: int, num_left: int) -> None:
+    """What one task of an array says at its end. request: a `plan.Request`."""
+    _print_line(
+        f"task {request.task_index} of {request.num_tasks}: its {num_mine} shards are done; {num_left} are left in all"
+    )
+    _print_line(f"when no shard is left: preprocess finalize {request.out}")
+
+
+def print_validation(report: dict[str, Any], out: Path) -> None:
+    """The table of --validate-only."""
+    seconds, rate = report["target_seconds"], report["target_chars_per_second"]
+    rows = [
+        ("usable rows", f"{report['usable']} of {report['rows']}"),
+        ("audio", f"{report['target_hours']:.3f} h of targets, {report['reference_hours']:.3f} h of references"),
+        ("files", f"{report['distinct_files']} distinct, each used {report['uses_per_file']} times"),
+        ("speakers", str(len(report["speakers"]))),
+        ("target seconds", _counts(report["target_seconds_histogram"])),
+        ("seconds", _counts(seconds)),
+        ("characters/s", _counts(rate)),
+        ("Arabic letters", _counts(report["arabic_share"])),
+        ("rejects", _counts(report["rejects"]) or "none"),
+        ("warnings", _counts(report["warnings"]) or "none"),
+    ]
+    _print_table(rows)
+    _print_line(f"{out}/report.json holds this, {out}/rejects.jsonl every row that was left out")
+
+
+def _print_table(rows: list[tuple[str, str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, pad_edge=False)
     for name, value in rows:
         table.add_row(name, value)
-    console = Console(stderr=True, soft_wrap=True)
-    console.print(table)
-    console.print(
-        f"{out}/dataset.json is complete; next: inspect-shards summary {out}, then train {out} RUN", highlight=False
-    )
+    Console(stderr=True, soft_wrap=True).print(table)
 
 
-def _counts(counts: dict[str, int]) -> str:
+def _print_line(text: str) -> None:
+    from rich.console import Console
+
+    Console(stderr=True, soft_wrap=True).print(text, highlight=False)
+
+
+def _counts(counts: dict[str, Any]) -> str:
     return ", ".join(f"{reason} {count}" for reason, count in counts.items())

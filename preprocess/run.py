@@ -1,25 +1,28 @@
 """MAIN PATH of stage one: a ChatML list and its audio in, a finished data set of shards out.
 
 A killed job is continued by the same command and ends with the same bytes: shards are independent, and only their done
-markers count.
+markers count. Who makes them (processes here, GPUs, an array of machines, Ray) does not change a byte.
 """
 
 from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Iterator
 
+from preprocess.codec_server import CodecServers, cuda_devices
 from preprocess.config import PreprocessConfig
 from preprocess.join import join_dataset, pending_shards
 from preprocess.plan import Request, plan_job
-from preprocess.report import Progress, print_summary
+from preprocess.report import Progress, print_share, print_summary
+from preprocess.shard_task import ShardTask, TaskResult, TaskSetup
 from preprocess.workers import run_tasks, usable_cores
 from shards.artifacts import codec_fingerprint, mel_fingerprint, resolve, tokenizer_fingerprint
 from shards.manifest import Dataset, Fingerprints
 
 
-def preprocess(request: Request, config: PreprocessConfig) -> Dataset:
-    """Run or continue the job. Raises PipelineError."""
+def preprocess(request: Request, config: PreprocessConfig) -> Dataset | None:
+    """Run or continue the job; None when other machines still have shards to make. Raises PipelineError."""
     started = time.monotonic()
 
     # 1. What makes the features: tokenizer, codec, mel recipe, each with its fingerprint.
@@ -34,22 +37,52 @@ def preprocess(request: Request, config: PreprocessConfig) -> Dataset:
     # 2. The plan: read the list once, shuffle, cut into shards; or recognise the job that stands in OUT.
     job = plan_job(request, config, fingerprints)
 
-    # 3. The shards that are not there yet, on all cores.
-    from preprocess.shard_task import ShardTask, TaskSetup
-
-    pending = pending_shards(request.out, job)
-    setup = TaskSetup(config, str(request.out), str(model_dir), str(codec_dir), "cpu")
-    progress = Progress(job.num_shards, job.num_shards - len(pending))
+    # 3. This machine's shards that are not there yet, on all cores.
+    mine = range(request.task_index, job.num_shards, request.num_tasks)
+    pending = [shard for shard in pending_shards(request.out, job) if shard in mine]
+    setup = TaskSetup(config, str(request.out), str(model_dir), str(codec_dir))
+    progress = Progress(len(mine), len(mine) - len(pending))
     try:
-        for result in run_tasks(pending, config.preprocess.workers or usable_cores(), ShardTask, setup):
+        for result in make_shards(request, config, setup, pending):
             progress.add(result)
     finally:
         progress.close()
 
     # 4. The data set: one index, one list of rejects, dataset.json last.
+    if request.num_tasks > 1:
+        print_share(request, len(mine), len(pending_shards(request.out, job)))
+        return None
     dataset = join_dataset(request.out, job, config.preprocess.max_reject_fraction)
     shutil.rmtree(request.out / "encoded", ignore_errors=True)
 
     # 5. What happened.
     print_summary(dataset, request.out, progress, time.monotonic() - started)
     return dataset
+
+
+def make_shards(
+    request: Request, config: PreprocessConfig, setup: TaskSetup, pending: list[int]
+) -> Iterator[TaskResult]:
+    """The shards, by the engine and device asked for, as they come."""
+    num_workers = config.preprocess.workers or usable_cores()
+    if not pending:
+        return
+    if request.engine == "ray":
+        from preprocess.ray_engine import run_tasks_on_ray
+
+        yield from run_tasks_on_ray(pending, ShardTask, setup, request.ray_address)
+    elif request.device == "cuda":
+        yield from make_with_codec_servers(cuda_devices(), num_workers, setup, pending)
+    else:
+        yield from run_tasks(pending, num_workers, ShardTask, setup)
+
+
+def make_with_codec_servers(
+    devices: list[str], num_workers: int, setup: TaskSetup, pending: list[int]
+) -> Iterator[TaskResult]:
+    """CPU workers decode and make mels; one codec process per device encodes for them."""
+    servers = CodecServers(setup.codec_dir, devices)
+    try:
+        yield from run_tasks(pending, num_workers, ShardTask, setup.with_servers(servers.addresses, servers.key))
+    finally:
+        servers.close()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -16,11 +17,13 @@ import numpy as np
 from preprocess.audio import CODEC_RATE, WHISPER_RATE, AudioFault, decode, read_bytes
 from preprocess.cache import Cache, EncodedCodes, EncodedMel
 from preprocess.codec import Codec, load_codec
+from preprocess.codec_server import RemoteCodec
 from preprocess.config import PreprocessConfig
 from preprocess.features import stored_mel
 from preprocess.plan import JobRows
 from preprocess.row_checks import RowFault, check_pair, check_row
 from preprocess.sources import SourceRow
+from preprocess.workers import Skip
 from shards.artifacts import load_tokenizer
 from shards.config import SequenceSection
 from shards.sample import AudioFacts, MelFacts, Sample, SampleFacts, TextItem, Turn, compress, read_npy, write_npy
@@ -35,7 +38,11 @@ class TaskSetup(msgspec.Struct, frozen=True):
     out: str
     model_dir: str
     codec_dir: str
-    device: str
+    codec_addresses: list[str] = []  # codec processes on GPUs; empty: every worker has its own codec on its core
+    codec_key: bytes = b""
+
+    def with_servers(self, addresses: list[str], key: bytes) -> TaskSetup:
+        return msgspec.structs.replace(self, codec_addresses=addresses, codec_key=key)
 
 
 class TaskResult(msgspec.Struct, frozen=True):
@@ -56,18 +63,25 @@ class ShardTask:
         self._rows = JobRows(self._out, setup.config.preprocess.samples_per_shard)
         self._tokenizer = load_tokenizer(Path(setup.model_dir))
         self._builder = SequenceBuilder(self._tokenizer, SequenceSection(layout="as_written"))
-        self._codec: Codec = load_codec(Path(setup.codec_dir), setup.device)
+        self._codec: Codec | RemoteCodec = (
+            RemoteCodec(setup.codec_addresses, setup.codec_key)
+            if setup.codec_addresses
+            else load_codec(Path(setup.codec_dir))
+        )
 
-    def run(self, shard: int) -> TaskResult:
+    def run(self, task: int, skip: Skip, begins: Callable[[int], None]) -> TaskResult:
         cache = Cache(self._out / "encoded")
         samples: list[Sample] = []
         rejects: list[Reject] = []
-        for position, row in enumerate(self._rows.of_shard(shard)):
+        for position, row in enumerate(self._rows.of_shard(task)):
             try:
-                samples.append(self._sample(sample_key(shard, position), row, cache))
+                if position in skip:
+                    raise RowFault("worker", "worker_died", skip[position])
+                begins(position)
+                samples.append(self._sample(sample_key(task, position), row, cache))
             except RowFault as fault:
                 rejects.append(fault.as_reject(row))
-        done = write_shard(self._out, shard, samples, rejects)
+        done = write_shard(self._out, task, samples, rejects)
         return TaskResult(done, cache.num_encoded, cache.num_reused)
 
     def _sample(self, key: str, row: SourceRow, cache: Cache) -> Sample:

@@ -1,9 +1,10 @@
 """A supervised pool of processes: one task at a time each, and no way to hang or to lose a task.
 
 The standard pools fail here: `multiprocessing.Pool` can wait for ever when the system kills a worker, and
-`ProcessPoolExecutor` loses every pending task. This one watches pipes and process sentinels together. A dead worker
-costs its task a strike and is replaced; a task with two strikes ends the job with its name. Workers are spawned, not
-forked (torch threads do not survive a fork), and end when their pipe closes, so a killed parent leaves none behind.
+`ProcessPoolExecutor` loses every pending task. This one watches pipes and process sentinels together. A worker says
+which row it begins, so when it is killed the row is known: the task is given to a new worker, and a row that kills
+twice is skipped from then on (reason `worker_died`). Workers are spawned, not forked (torch's threads do not survive a
+fork), and end when their pipe closes, so a killed parent leaves none behind.
 """
 
 from __future__ import annotations
@@ -11,23 +12,30 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-from collections import deque
+import traceback
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, Protocol
 
 from shards.errors import DataError, PipelineError
 
-MAX_STRIKES = 2
+MAX_DEATHS_PER_ROW = 2
+MAX_DEATHS_BEFORE_A_ROW = 3  # while loading models: no row is to blame
+MAX_POISONOUS_ROWS = 20  # more than this is not about rows: the machine is short of memory
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
+Skip = dict[int, str]  # position in the task -> why it is skipped
 
-@dataclass
-class _Worker:
-    process: Any
-    pipe: Connection
-    task: int | None = None
+
+class Task(Protocol):
+    """What a worker runs: `run` reports each position before it begins it, and leaves out those in `skip`."""
+
+    def run(self, task: int, skip: Skip, begins: Callable[[int], None]) -> Any: ...
+
+
+Prepare = Callable[[Any], Task]
 
 
 def usable_cores() -> int:
@@ -35,49 +43,105 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def run_tasks(tasks: list[int], num_workers: int, prepare: Callable[[Any], Any], setup: Any) -> Iterator[Any]:
-    """Results of `prepare(setup).run(task)` for every task, as they come.
+def run_tasks(tasks: list[int], num_workers: int, prepare: Prepare, setup: Any) -> Iterator[Any]:
+    """Results of `prepare(setup).run(task, ...)` for every task, as they come.
 
-    `prepare` and `setup` travel to the workers. Raises the PipelineError a worker raised, or DataError for a task whose
-    workers died.
+    `prepare` and `setup` travel to the workers. Raises the PipelineError a worker raised, or DataError when workers keep
+    dying.
     """
     for variable in THREAD_VARIABLES:
-        os.environ.setdefault(variable, "1")  # before the spawn: the libraries read it when loaded
-    waiting = deque(tasks)
-    strikes: dict[int, int] = {}
-    workers: list[_Worker] = []
+        os.environ[variable] = "1"  # before the spawn: the libraries, torch too, read it when loaded
+    pool = _Pool(prepare, setup, waiting=deque(tasks))
     try:
-        while waiting or any(worker.task is not None for worker in workers):
-            while waiting and len(workers) < min(num_workers, len(tasks)):
-                workers.append(_start(prepare, setup))
-            for worker in workers:
-                if worker.task is None and waiting:
-                    worker.task = waiting.popleft()
-                    _send(worker, worker.task)
-            busy = [worker for worker in workers if worker.task is not None]
-            ready = wait([worker.pipe for worker in busy] + [worker.process.sentinel for worker in busy])
-            for worker in busy:
-                if worker.pipe not in ready and worker.process.sentinel not in ready:
-                    continue
+        while pool.waiting or pool.busy():
+            pool.hand_out(min(num_workers, len(tasks)))
+            yield from pool.collect()
+    finally:
+        pool.close()
+
+
+@dataclass
+class _Worker:
+    process: Any
+    pipe: Connection
+    task: int | None = None
+    position: int | None = None  # the row it is at
+
+
+@dataclass
+class _Pool:
+    prepare: Prepare
+    setup: Any
+    waiting: deque[int]
+    workers: list[_Worker] = field(default_factory=list)
+    deaths: Counter[tuple[int, int | None]] = field(default_factory=Counter)
+    skip: defaultdict[int, Skip] = field(default_factory=lambda: defaultdict(dict))
+
+    def busy(self) -> list[_Worker]:
+        return [worker for worker in self.workers if worker.task is not None]
+
+    def hand_out(self, num_workers: int) -> None:
+        while self.waiting and len(self.workers) < num_workers:
+            self.workers.append(_start(self.prepare, self.setup))
+        for worker in self.workers:
+            if worker.task is None and self.waiting:
+                worker.task, worker.position = self.waiting.popleft(), None
                 try:
-                    kind, value = worker.pipe.recv()
-                except (EOFError, ConnectionResetError):
-                    workers.remove(worker)
-                    waiting.appendleft(_strike(worker, strikes))
-                    continue
-                if kind == "fault":
-                    raise value
+                    worker.pipe.send((worker.task, dict(self.skip[worker.task])))
+                except (BrokenPipeError, ConnectionResetError):
+                    continue  # it is dead; collect() finds the closed pipe
+
+    def collect(self) -> Iterator[Any]:
+        """Wait until something happens; yield finished results."""
+        busy = self.busy()
+        ready = wait([worker.pipe for worker in busy] + [worker.process.sentinel for worker in busy])
+        for worker in busy:
+            if worker.pipe not in ready and worker.process.sentinel not in ready:
+                continue
+            try:
+                kind, value = worker.pipe.recv()
+            except (EOFError, ConnectionResetError):
+                self._bury(worker)
+                continue
+            if kind == "row":
+                worker.position = value
+            elif kind == "fault":
+                raise value
+            else:
                 worker.task = None
                 yield value
-    finally:
-        for worker in workers:
+
+    def close(self) -> None:
+        for worker in self.workers:
             worker.pipe.close()
             if worker.task is not None:
                 worker.process.terminate()
             worker.process.join()
 
+    def _bury(self, worker: _Worker) -> None:
+        """Blame a death on the row it happened in, and give the task back. Raises DataError when no row is to blame."""
+        self.workers.remove(worker)
+        worker.process.join()
+        worker.pipe.close()
+        assert worker.task is not None
+        code = worker.process.exitcode
+        how = f"killed by signal {-code}" if code and code < 0 else f"ended with status {code}"
+        self.deaths[worker.task, worker.position] += 1
+        deaths = self.deaths[worker.task, worker.position]
+        if worker.position is None and deaths >= MAX_DEATHS_BEFORE_A_ROW:
+            raise DataError(
+                f"shard {worker.task}: workers die before its first row ({how}); out of memory? use fewer --workers"
+            )
+        if worker.position is not None and deaths >= MAX_DEATHS_PER_ROW:
+            self.skip[worker.task][worker.position] = f"its worker was {how}, {deaths} times"
+        if sum(len(rows) for rows in self.skip.values()) > MAX_POISONOUS_ROWS:
+            raise DataError(
+                f"workers keep dying ({how}), last in shard {worker.task}: out of memory? run again with fewer --workers"
+            )
+        self.waiting.appendleft(worker.task)
 
-def _start(prepare: Callable[[Any], Any], setup: Any) -> _Worker:
+
+def _start(prepare: Prepare, setup: Any) -> _Worker:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_work, args=(theirs, prepare, setup), daemon=True)
@@ -86,43 +150,20 @@ def _start(prepare: Callable[[Any], Any], setup: Any) -> _Worker:
     return _Worker(process, ours)
 
 
-def _send(worker: _Worker, task: int) -> None:
-    try:
-        worker.pipe.send(task)
-    except (BrokenPipeError, ConnectionResetError):
-        return  # it is dead: the sentinel says so in the next round
-
-
-def _strike(worker: _Worker, strikes: dict[int, int]) -> int:
-    """Count a death against its task and return the task, or raise when it was the second."""
-    worker.process.join()
-    worker.pipe.close()
-    task = worker.task
-    assert task is not None
-    strikes[task] = strikes.get(task, 0) + 1
-    if strikes[task] >= MAX_STRIKES:
-        code = worker.process.exitcode
-        how = f"killed by signal {-code}" if code and code < 0 else f"exit status {code}"
-        raise DataError(
-            f"shard {task}: its worker died {MAX_STRIKES} times ({how}); out of memory? run again with fewer --workers"
-        )
-    return task
-
-
-def _work(pipe: Connection, prepare: Callable[[Any], Any], setup: Any) -> None:
+def _work(pipe: Connection, prepare: Prepare, setup: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     try:
-        import torch
-
-        torch.set_num_threads(1)
         worker = prepare(setup)
         while True:
-            pipe.send(("result", worker.run(pipe.recv())))
+            task, skip = pipe.recv()
+            pipe.send(("result", worker.run(task, skip, lambda position: pipe.send(("row", position)))))
     except (EOFError, BrokenPipeError):
         return  # the parent is done, or gone
     except PipelineError as error:
         pipe.send(("fault", error))
-    except Exception as error:
-        import traceback
-
+    except OSError as error:
+        pipe.send(
+            ("fault", DataError(f"{error.filename or 'OUT'}: {error.strerror}; the same command continues this job"))
+        )
+    except Exception as error:  # our own bug: told with the place it happened
         pipe.send(("fault", RuntimeError(f"{error}\n{traceback.format_exc()}")))

@@ -17,7 +17,7 @@ from shards.errors import ShardError
 INDEX_DTYPE = np.dtype(
     [
         ("offset", "<u8"),  # of the sample's first tar header, bytes
-        ("speaker", "<u8"),  # speaker_hash of the speaker's name
+        ("speaker", "<u8"),  # hash64 of the speaker's name
         ("num_bytes", "<u4"),  # headers and padding included
         ("crc32", "<u4"),  # of those bytes
         ("shard", "<u4"),
@@ -32,9 +32,9 @@ INDEX_DTYPE = np.dtype(
 )
 
 
-def speaker_hash(speaker: str) -> int:
-    """64-bit name of a speaker, equal in every shard and on every machine."""
-    return int.from_bytes(hashlib.blake2b(speaker.encode(), digest_size=8).digest(), "little")
+def hash64(name: str) -> int:
+    """64-bit number of a name (speaker, id), equal in every shard and on every machine."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
 
 
 def read_index(path: Path) -> np.ndarray:

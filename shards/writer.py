@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import platform
 import tarfile
 import zlib
 from collections import Counter
@@ -19,7 +20,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from shards.index import INDEX_DTYPE, speaker_hash
+from shards.index import INDEX_DTYPE, hash64
 from shards.sample import Sample, pack_sample
 
 TAR_BLOCK = 512
@@ -123,7 +124,7 @@ def _index_row(sample: Sample, shard: int, offset: int, num_bytes: int, crc32: i
     counts = facts.text_token_counts
     return (
         offset,
-        speaker_hash(facts.speaker),
+        hash64(facts.speaker),
         num_bytes,
         crc32,
         shard,
@@ -165,7 +166,7 @@ class temporary:
 
     def __init__(self, final: Path) -> None:
         self._final = final
-        self._partial = final.with_name(f"{final.name}.tmp.{os.getpid()}")
+        self._partial = final.with_name(f"{final.name}.tmp.{platform.node()}.{os.getpid()}")
 
     def __enter__(self) -> Path:
         self._partial.unlink(missing_ok=True)

@@ -34,7 +34,9 @@ def test_a_resolved_configuration_reads_back(tmp_path: Path):
 
 def test_all_problems_are_told_together(tmp_path: Path):
     path = tmp_path / "pipeline.toml"
-    path.write_text('[train]\nlearning_rat = 1e-4\nseed = "1"\n[los]\n[loss]\ntext_loss_weight = -1\n[lora]\nmode = "all"\n')
+    path.write_text(
+        '[train]\nlearning_rat = 1e-4\nseed = "1"\n[los]\n[loss]\ntext_loss_weight = -1\n[lora]\nmode = "all"\n'
+    )
     with pytest.raises(ConfigError) as error:
         read_config(TrainConfig, path, ["train.batch_tokens", "preprocess.seed=1"])
     lines = str(error.value).splitlines()

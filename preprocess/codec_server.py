@@ -1,0 +1,146 @@
+"""One codec process per GPU, served to the CPU workers over a socket.
+
+CPU workers decode, check and make mels; waves are sent here and codes come back. Whatever requests wait are encoded
+together if their lengths are equal: batches of equal length give the codes of single clips, zero-padded ones do not
+(`preprocess/codec.py`). A worker that dies takes only its own connection with it.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+import traceback
+from collections import defaultdict
+from multiprocessing.connection import Client, Connection, Listener, wait
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from preprocess.codec import Codec, load_codec, pad_to_frames
+from shards.errors import ConfigError, PipelineError
+
+MAX_BATCH_S = 240  # seconds of audio encoded at once: about 10 GB of activations at full size, an estimate
+
+
+class RemoteCodec:
+    """The worker's end: looks like a `Codec`, encodes elsewhere."""
+
+    def __init__(self, addresses: list[str], key: bytes) -> None:
+        address = addresses[os.getpid() % len(addresses)]
+        try:
+            self._connection: Connection = Client(address, authkey=key)
+        except (ConnectionError, FileNotFoundError) as error:
+            raise PipelineError(f"the codec process is gone ({error}); the same command continues this job") from None
+
+    def encode(self, wave: np.ndarray) -> np.ndarray:
+        """wave [S] float32 at 24 kHz -> codes [8, ceil(S / 960)] uint16."""
+        try:
+            self._connection.send(wave)
+            codes = self._connection.recv()
+        except (EOFError, ConnectionError):
+            raise PipelineError(
+                "the codec process is gone; its error stands above; the same command continues this job"
+            ) from None
+        if isinstance(codes, Exception):
+            raise codes
+        return codes
+
+
+class CodecServers:
+    """The parent's end: one server process per device, ended with the job."""
+
+    def __init__(self, codec_dir: str, devices: list[str]) -> None:
+        self.key = os.urandom(16)
+        self.addresses: list[str] = []
+        self._processes: list[Any] = []
+        context = multiprocessing.get_context("spawn")
+        for device in devices:
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, codec_dir, device, self.key), daemon=True)
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            try:
+                self.addresses.append(ours.recv())
+            except EOFError:
+                self.close()
+                raise PipelineError(f"the codec process on {device} did not start; its error stands above") from None
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.terminate()
+            process.join()
+
+
+def cuda_devices() -> list[str]:
+    """All visible GPUs. Raises ConfigError without one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ConfigError("--device cuda: no CUDA device is visible; use --device cpu, or look at nvidia-smi")
+    return [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+
+
+def _serve(parent: Connection, codec_dir: str, device: str, key: bytes) -> None:
+    try:
+        codec = load_codec(Path(codec_dir), device)
+        listener = Listener(authkey=key)
+        parent.send(listener.address)
+        clients = _Clients(listener)
+        while True:
+            _answer(codec, clients.requests())
+    except Exception:
+        traceback.print_exc()
+        os._exit(1)  # the accepting thread must not keep a dead server alive
+
+
+class _Clients:
+    """Connections that come and go."""
+
+    def __init__(self, listener: Listener) -> None:
+        self._listener = listener
+        self._connections: list[Connection] = []
+        wake_reader, self._wake = multiprocessing.Pipe(duplex=False)
+        self._wake_reader = wake_reader
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def requests(self) -> list[tuple[Connection, np.ndarray]]:
+        """Wait for requests and return all that are there: (connection, wave)."""
+        waiting: list[tuple[Connection, np.ndarray]] = []
+        for connection in wait([self._wake_reader, *self._connections]):
+            assert isinstance(connection, Connection)
+            try:
+                message = connection.recv()
+            except (EOFError, ConnectionError):
+                self._connections.remove(connection)
+                continue
+            if connection is not self._wake_reader:
+                waiting.append((connection, message))
+        return waiting
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                self._connections.append(self._listener.accept())
+            except (multiprocessing.AuthenticationError, EOFError, ConnectionError):
+                continue  # somebody who is not a worker of this job, or one that died while connecting
+            self._wake.send(None)  # so that requests() waits for the new one too
+
+
+def _answer(codec: Codec, requests: list[tuple[Connection, np.ndarray]]) -> None:
+    by_length: dict[int, list[tuple[Connection, np.ndarray]]] = defaultdict(list)
+    for connection, wave in requests:
+        padded = pad_to_frames(wave)
+        by_length[len(padded)].append((connection, padded))
+    for length, group in by_length.items():
+        size = max(1, MAX_BATCH_S * 24000 // length)
+        for start in range(0, len(group), size):
+            part = group[start : start + size]
+            codes = codec.encode_batch(np.stack([wave for _, wave in part]))
+            for (connection, _), answer in zip(part, codes, strict=True):
+                try:
+                    connection.send(answer)
+                except (BrokenPipeError, ConnectionResetError):
+                    continue  # the worker died; its shard is made again by another one

@@ -1,0 +1,139 @@
+"""`preprocess --validate-only`: every check of stage one without its features, codec or model.
+
+Reads the list, decodes every file and holds texts against audio on all cores; writes OUT/report.json and
+OUT/rejects.jsonl and prints a table. A later `preprocess` on the same OUT starts its job as if nothing had been there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from preprocess.audio import AudioFault, AudioMeasures, decode, read_bytes
+from preprocess.config import PreprocessConfig
+from preprocess.join import HISTOGRAM_EDGES_S, check_rejects, histogram, write_rejects
+from preprocess.plan import JobRows, Request, refuse_foreign_folder, take_in
+from preprocess.report import Progress, print_validation
+from preprocess.row_checks import RowFault, check_pair, check_row
+from preprocess.text import arabic_share
+from preprocess.workers import Skip, run_tasks, usable_cores
+from shards.writer import Reject, write_json
+
+PERCENTILES = {"min": 0, "p1": 1, "median": 50, "p99": 99, "max": 100}
+
+
+class ValidateSetup(msgspec.Struct, frozen=True):
+    config: PreprocessConfig
+    out: str
+
+
+class SliceReport(msgspec.Struct):
+    """What one slice of rows adds to the report."""
+
+    rejects: list[Reject]
+    warnings: dict[str, int]
+    speakers: dict[str, int]
+    file_hashes: list[str]  # of reference and target of every accepted row
+    reference_s: list[float]
+    target_s: list[float]
+    chars_per_s: list[float]  # of targets
+    arabic_share: list[float]  # of target texts
+
+
+class ValidateTask:
+    def __init__(self, setup: ValidateSetup) -> None:
+        self._config = setup.config
+        self._rows = JobRows(Path(setup.out), setup.config.preprocess.samples_per_shard)
+        self._limits = setup.config.preprocess.audio_limits()
+
+    def run(self, task: int, skip: Skip, begins: Callable[[int], None]) -> SliceReport:
+        report = SliceReport([], {}, {}, [], [], [], [], [])
+        warnings: Counter[str] = Counter()
+        speakers: Counter[str] = Counter()
+        for position, row in enumerate(self._rows.of_shard(task)):
+            try:
+                if position in skip:
+                    raise RowFault("worker", "worker_died", skip[position])
+                begins(position)
+                checked = check_row(row, self._config.text)
+                pair = checked.pair
+                reference, reference_sha = self._measure(pair.reference_path)
+                target, target_sha = self._measure(pair.target_path)
+                same_audio = reference_sha == target_sha
+                warnings.update(check_pair(checked, self._config.text, reference, target, same_audio))
+            except RowFault as fault:
+                report.rejects.append(fault.as_reject(row))
+                continue
+            speakers[row.chat.speaker or "unknown"] += 1
+            report.file_hashes += [reference_sha, target_sha]
+            report.reference_s.append(reference.duration_s)
+            report.target_s.append(target.duration_s)
+            report.chars_per_s.append(len(pair.target_text) / target.duration_s)
+            report.arabic_share.append(arabic_share(pair.target_text))
+        report.warnings, report.speakers = dict(warnings), dict(speakers)
+        return report
+
+    def _measure(self, path: str) -> tuple[AudioMeasures, str]:
+        try:
+            data = read_bytes(path)
+            return decode(data, self._limits).measures, hashlib.sha256(data).hexdigest()
+        except AudioFault as fault:
+            raise RowFault("audio", fault.reason, fault.detail, path) from None
+
+
+def validate(request: Request, config: PreprocessConfig) -> dict[str, Any]:
+    """Run all checks and return the report. Raises DataError when more rows are rejected than the limit allows."""
+    refuse_foreign_folder(request.out)
+    num_rows, num_usable = take_in(request, config.preprocess.seed)
+    size = config.preprocess.samples_per_shard
+    tasks = list(range(-(-num_usable // size)))
+    workers = config.preprocess.workers or usable_cores()
+    progress = Progress(len(tasks), 0)
+    parts: list[SliceReport] = []
+    try:
+        for part in run_tasks(tasks, workers, ValidateTask, ValidateSetup(config, str(request.out))):
+            progress.add_checked(len(part.target_s), len(part.rejects), sum(part.reference_s) + sum(part.target_s))
+            parts.append(part)
+    finally:
+        progress.close()
+    rejects = write_rejects(request.out, [reject for part in parts for reject in part.rejects])
+    report = make_report(num_rows, parts, rejects)
+    write_json(request.out / "report.json", report)
+    print_validation(report, request.out)
+    check_rejects(request.out, str(request.data), num_rows, rejects, config.preprocess.max_reject_fraction)
+    return report
+
+
+def make_report(num_rows: int, parts: list[SliceReport], rejects: dict[str, int]) -> dict[str, Any]:
+    target_s = np.array([value for part in parts for value in part.target_s])
+    hashes = {name for part in parts for name in part.file_hashes}
+    speakers: Counter[str] = Counter()
+    warnings: Counter[str] = Counter()
+    for part in parts:
+        speakers.update(part.speakers)
+        warnings.update(part.warnings)
+    return {
+        "rows": num_rows,
+        "usable": len(target_s),
+        "target_hours": round(float(target_s.sum()) / 3600, 6),
+        "reference_hours": round(sum(sum(part.reference_s) for part in parts) / 3600, 6),
+        "distinct_files": len(hashes),
+        "uses_per_file": round(2 * len(target_s) / len(hashes), 2) if hashes else 0.0,
+        "speakers": dict(sorted(speakers.items())),
+        "target_seconds_histogram": histogram(target_s, HISTOGRAM_EDGES_S),
+        "target_seconds": _percentiles(target_s),
+        "target_chars_per_second": _percentiles(np.array([v for part in parts for v in part.chars_per_s])),
+        "arabic_share": _percentiles(np.array([v for part in parts for v in part.arabic_share])),
+        "rejects": rejects,
+        "warnings": dict(sorted(warnings.items())),
+    }
+
+
+def _percentiles(values: np.ndarray) -> dict[str, float]:
+    return {name: round(float(np.percentile(values, q)), 3) for name, q in PERCENTILES.items()} if len(values) else {}

@@ -1,0 +1,122 @@
+"""Converters: the neighbours' data sets become lists that stage one accepts; references are never the target itself."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from preprocess.convert import convert
+from preprocess.sources import SourceRow, find_pair, read_rows
+from shards.errors import DataError
+
+CLIPS = {"a": ["spk_00_04", "spk_00_07", "spk_00_08"], "b": ["spk_01_06", "spk_01_13"], "c": ["spk_02_00"]}
+
+
+@pytest.fixture
+def clips(repository: Path, tmp_path: Path) -> Path:
+    """Six real clips in a folder per speaker, with texts beside them."""
+    for speaker, names in CLIPS.items():
+        (tmp_path / speaker).mkdir()
+        for name in names:
+            shutil.copy(repository / "tests/data/arabic-mini" / f"{name}.flac", tmp_path / speaker)
+            (tmp_path / speaker / f"{name}.{'lab' if speaker == 'b' else 'txt'}").write_text(f" نص {name}\n")
+    return tmp_path
+
+
+def write_metadata(folder: Path) -> Path:
+    samples = []
+    for speaker, names in CLIPS.items():
+        for number, name in enumerate(names):
+            sample = {"audio_file": f"{speaker}/{name}.flac", "speaker_id": speaker}
+            if number == 0:
+                sample["transcript"] = f"نص {name}"
+            else:
+                sample["transcript_file"] = f"{speaker}/{name}.{'lab' if speaker == 'b' else 'txt'}"
+            samples.append(sample)
+    path = folder / "metadata.json"
+    path.write_text(json.dumps({"dataset_info": {"total_samples": 6}, "samples": samples}))
+    return path
+
+
+def write_csv(folder: Path, delimiter: str, header: bool) -> Path:
+    lines = [delimiter.join(["audio_file", "text", "speaker"])] if header else []
+    for speaker, names in CLIPS.items():
+        lines += [delimiter.join([f"{speaker}/{name}.flac", f"نص {name}", speaker]) for name in names]
+    path = folder / "list.csv"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.mark.parametrize("form", ["metadata", "csv", "csv with header", "csv with tabs", "csv with commas", "folder"])
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_all_forms_become_the_same_list(clips: Path, form: str, suffix: str):
+    sources = {
+        "metadata": lambda: ("metadata", write_metadata(clips)),
+        "csv": lambda: ("csv", write_csv(clips, "|", header=False)),
+        "csv with header": lambda: ("csv", write_csv(clips, "|", header=True)),
+        "csv with tabs": lambda: ("csv", write_csv(clips, "\t", header=True)),
+        "csv with commas": lambda: ("csv", write_csv(clips, ",", header=True)),
+        "folder": lambda: ("folder", clips),
+    }
+    kind, source = sources[form]()
+    out = clips / f"list{suffix}"
+    made = convert(kind, source, out, seed=3)
+    assert (made.num_rows, made.num_speakers) == (5, 2)
+    assert made.lonely_clips == [str(clips / "c" / "spk_02_00.flac")]
+    targets = []
+    for row in read_rows(out):
+        assert isinstance(row, SourceRow)
+        pair = find_pair(row.chat)
+        assert pair.reference_path != pair.target_path
+        assert Path(pair.reference_path).parent == Path(pair.target_path).parent, "the same speaker"
+        assert pair.target_text == f"نص {Path(pair.target_path).stem}"
+        assert pair.reference_text == f"نص {Path(pair.reference_path).stem}"
+        assert pair.warnings == []
+        targets.append(Path(pair.target_path).stem)
+    assert sorted(targets) == sorted([*CLIPS["a"], *CLIPS["b"]])
+
+
+def test_references_follow_the_seed(clips: Path):
+    lists = [clips / f"{number}.json" for number in range(3)]
+    for path, seed in zip(lists, (0, 0, 5), strict=True):
+        convert("folder", clips, path, seed)
+    assert lists[0].read_bytes() == lists[1].read_bytes()
+    assert lists[0].read_bytes() != lists[2].read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "content", "message"),
+    [
+        ("metadata", "metadata.json", "{}", "no list of samples"),
+        ("metadata", "metadata.json", '{"samples": [{"text": "x"}]}', "sample 0 has no audio_file"),
+        ("metadata", "metadata.json", '{"samples": [{"audio_file": "x.wav"}]}', "sample 0: transcript"),
+        ("metadata", "metadata.json", "[", "not readable as metadata.json"),
+        ("csv", "list.csv", "x.wav|\n", "line 1: 2 fields; expected audio_file|text|speaker"),
+        ("csv", "list.csv", "", "no clip found"),
+        ("csv", "list.csv", "x.wav|نص|a\ny.wav|نص|b\n", "every speaker has one clip only"),
+        ("folder", "only/x.wav", "", "no text beside it"),
+    ],
+)
+def test_what_does_not_fit_is_told(tmp_path: Path, kind, name, content, message):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(content)
+    with pytest.raises(DataError) as error:
+        convert(kind, path.parent if kind == "folder" else path, tmp_path / "out.json", 0)
+    assert message in str(error.value)
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_the_command_and_stage_one_after_it(clips: Path, run_command, tiny_dir):
+    made = run_command("preprocess", "convert", "folder", clips, clips / "list.jsonl")
+    assert made.returncode == 0, made.stderr
+    assert "5 rows of 2 speakers" in made.stderr
+    assert "left out: 1 clips whose speaker has no other clip" in made.stderr
+    checked = run_command("preprocess", clips / "list.jsonl", clips / "out", "--validate-only")
+    assert checked.returncode == 0, checked.stderr
+    wrong = run_command("preprocess", "convert", "csv", clips / "nowhere.csv", clips / "x.json")
+    assert wrong.returncode == 1
+    assert "No such file" in wrong.stderr
