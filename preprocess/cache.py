@@ -28,15 +28,15 @@ class EncodedCodes(msgspec.Struct, frozen=True):
     measures: AudioMeasures
 
 
-class EncodedMel(msgspec.Struct, frozen=True):
-    """Whisper mel of a file, as the shard stores it."""
+class EncodedWhisper(msgspec.Struct, frozen=True):
+    """Whisper features of a file, as the shard stores them: float16 mel [128, Tm] or hidden states [W, d]."""
 
-    mel_zst: bytes  # zstd of .npy float16 [128, Tm]
+    features_zst: bytes
     num_samples: int  # at 16 kHz
     floor: float
 
 
-Entry = TypeVar("Entry", EncodedCodes, EncodedMel)
+Entry = TypeVar("Entry", EncodedCodes, EncodedWhisper)
 
 
 class Cache:
@@ -71,7 +71,7 @@ def _read(path: Path, kind: type[Entry]) -> Entry | None:
         return None  # torn by a power cut: encoded again, to the same bytes
 
 
-def _write(path: Path, entry: EncodedCodes | EncodedMel) -> None:
+def _write(path: Path, entry: EncodedCodes | EncodedWhisper) -> None:
     partial = path.with_name(f"{path.name}.tmp.{os.getpid()}")
     partial.write_bytes(msgspec.msgpack.encode(entry))
     partial.replace(path)

@@ -1,4 +1,4 @@
-"""One codec process per GPU, served to the CPU workers over a socket.
+"""One codec process per GPU, served to the CPU workers over a socket; it hosts the Whisper encoder too, if asked.
 
 CPU workers decode, check and make mels; waves are sent here and codes come back. Whatever requests wait are encoded
 together if their lengths are equal: batches of equal length give the codes of single clips, zero-padded ones do not
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from preprocess.codec import Codec, load_codec, pad_to_frames
+from preprocess.features import WhisperEncoder
 from shards.errors import ConfigError, PipelineError
 
 MAX_BATCH_S = 240  # seconds of audio encoded at once: about 10 GB of activations at full size, an estimate
@@ -36,29 +37,42 @@ class RemoteCodec:
 
     def encode(self, wave: np.ndarray) -> np.ndarray:
         """wave [S] float32 at 24 kHz -> codes [8, ceil(S / 960)] uint16."""
+        return self.ask(wave)
+
+    def ask(self, request: Any) -> np.ndarray:
         try:
-            self._connection.send(wave)
-            codes = self._connection.recv()
+            self._connection.send(request)
+            return self._connection.recv()
         except (EOFError, ConnectionError):
             raise PipelineError(
                 "the codec process is gone; its error stands above; the same command continues this job"
             ) from None
-        if isinstance(codes, Exception):
-            raise codes
-        return codes
+
+
+class RemoteWhisper:
+    """The worker's end of the Whisper encoder, over the codec's connection."""
+
+    def __init__(self, codec: RemoteCodec) -> None:
+        self._codec = codec
+
+    def encode(self, frames: np.ndarray, floor: float, num_samples: int) -> np.ndarray:
+        """Stored mel frames [128, Tm] -> hidden states [W, d] float16."""
+        return self._codec.ask((frames, floor, num_samples))
 
 
 class CodecServers:
     """The parent's end: one server process per device, ended with the job."""
 
-    def __init__(self, codec_dir: str, devices: list[str]) -> None:
+    def __init__(self, codec_dir: str, devices: list[str], whisper_dir: str | None = None) -> None:
         self.key = os.urandom(16)
         self.addresses: list[str] = []
         self._processes: list[Any] = []
         context = multiprocessing.get_context("spawn")
         for device in devices:
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, codec_dir, device, self.key), daemon=True)
+            process = context.Process(
+                target=_serve, args=(theirs, codec_dir, whisper_dir, device, self.key), daemon=True
+            )
             process.start()
             theirs.close()
             self._processes.append(process)
@@ -83,14 +97,17 @@ def cuda_devices() -> list[str]:
     return [f"cuda:{number}" for number in range(torch.cuda.device_count())]
 
 
-def _serve(parent: Connection, codec_dir: str, device: str, key: bytes) -> None:
+def _serve(parent: Connection, codec_dir: str, whisper_dir: str | None, device: str, key: bytes) -> None:
     try:
         codec = load_codec(Path(codec_dir), device)
+        whisper = WhisperEncoder(Path(whisper_dir), device) if whisper_dir else None
         listener = Listener(authkey=key)
         parent.send(listener.address)
         clients = _Clients(listener)
         while True:
-            _answer(codec, clients.requests())
+            requests = clients.requests()
+            _answer_mels(whisper, [request for request in requests if isinstance(request[1], tuple)])
+            _answer_waves(codec, [request for request in requests if not isinstance(request[1], tuple)])
     except Exception:
         traceback.print_exc()
         os._exit(1)  # the accepting thread must not keep a dead server alive
@@ -106,9 +123,9 @@ class _Clients:
         self._wake_reader = wake_reader
         threading.Thread(target=self._accept, daemon=True).start()
 
-    def requests(self) -> list[tuple[Connection, np.ndarray]]:
-        """Wait for requests and return all that are there: (connection, wave)."""
-        waiting: list[tuple[Connection, np.ndarray]] = []
+    def requests(self) -> list[tuple[Connection, Any]]:
+        """Wait for requests and return all that are there: (connection, wave or mel)."""
+        waiting: list[tuple[Connection, Any]] = []
         for connection in wait([self._wake_reader, *self._connections]):
             assert isinstance(connection, Connection)
             try:
@@ -129,7 +146,8 @@ class _Clients:
             self._wake.send(None)  # so that requests() waits for the new one too
 
 
-def _answer(codec: Codec, requests: list[tuple[Connection, np.ndarray]]) -> None:
+def _answer_waves(codec: Codec, requests: list[tuple[Connection, np.ndarray]]) -> None:
+    """Encode what waits, equal lengths together."""
     by_length: dict[int, list[tuple[Connection, np.ndarray]]] = defaultdict(list)
     for connection, wave in requests:
         padded = pad_to_frames(wave)
@@ -140,7 +158,17 @@ def _answer(codec: Codec, requests: list[tuple[Connection, np.ndarray]]) -> None
             part = group[start : start + size]
             codes = codec.encode_batch(np.stack([wave for _, wave in part]))
             for (connection, _), answer in zip(part, codes, strict=True):
-                try:
-                    connection.send(answer)
-                except (BrokenPipeError, ConnectionResetError):
-                    continue  # the worker died; its shard is made again by another one
+                _send(connection, answer)
+
+
+def _answer_mels(whisper: WhisperEncoder | None, requests: list[tuple[Connection, Any]]) -> None:
+    for connection, (frames, floor, num_samples) in requests:
+        assert whisper, "a worker asked for Whisper states, but the job has no encoder"
+        _send(connection, whisper.encode(frames, floor, num_samples))
+
+
+def _send(connection: Connection, answer: np.ndarray) -> None:
+    try:
+        connection.send(answer)
+    except (BrokenPipeError, ConnectionResetError):
+        return  # the worker died; its shard is made again by another one

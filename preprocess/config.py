@@ -34,7 +34,7 @@ class PreprocessConfig(msgspec.Struct, frozen=True, kw_only=True):
 def deciding_keys(config: PreprocessConfig) -> dict[str, object]:
     """What decides the output bytes: everything but the models' names (their fingerprints do) and the worker count."""
     return {
-        "features": msgspec.to_builtins(config.features),
+        "features": {"whisper": config.features.whisper},
         "text": msgspec.to_builtins(config.text),
         "preprocess": {key: value for key, value in msgspec.to_builtins(config.preprocess).items() if key != "workers"},
     }

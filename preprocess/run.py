@@ -17,7 +17,7 @@ from preprocess.plan import Request, plan_job
 from preprocess.report import Progress, print_share, print_summary
 from preprocess.shard_task import ShardTask, TaskResult, TaskSetup
 from preprocess.workers import run_tasks, usable_cores
-from shards.artifacts import codec_fingerprint, mel_fingerprint, resolve, tokenizer_fingerprint
+from shards.artifacts import codec_fingerprint, mel_fingerprint, resolve, tokenizer_fingerprint, whisper_fingerprint
 from shards.manifest import Dataset, Fingerprints
 
 
@@ -28,10 +28,16 @@ def preprocess(request: Request, config: PreprocessConfig) -> Dataset | None:
     # 1. What makes the features: tokenizer, codec, mel recipe, each with its fingerprint.
     model_dir = resolve(config.model.base, config.model.revision, "model.base")
     codec_dir = resolve(config.model.codec, config.model.codec_revision, "model.codec")
+    features = config.features
+    is_encoder = features.whisper == "encoder"
+    whisper_dir = (
+        resolve(features.whisper_model, features.whisper_revision, "features.whisper_model") if is_encoder else None
+    )
     fingerprints = Fingerprints(
         codec=codec_fingerprint(codec_dir),
         tokenizer=tokenizer_fingerprint(model_dir),
-        mel=mel_fingerprint() if config.features.whisper == "mel" else None,
+        mel=mel_fingerprint() if config.features.whisper != "none" else None,
+        whisper=whisper_fingerprint(whisper_dir) if whisper_dir else None,
     )
 
     # 2. The plan: read the list once, shuffle, cut into shards; or recognise the job that stands in OUT.
@@ -40,7 +46,9 @@ def preprocess(request: Request, config: PreprocessConfig) -> Dataset | None:
     # 3. This machine's shards that are not there yet, on all cores.
     mine = range(request.task_index, job.num_shards, request.num_tasks)
     pending = [shard for shard in pending_shards(request.out, job) if shard in mine]
-    setup = TaskSetup(config, str(request.out), str(model_dir), str(codec_dir))
+    setup = TaskSetup(
+        config, str(request.out), str(model_dir), str(codec_dir), str(whisper_dir) if whisper_dir else None
+    )
     progress = Progress(len(mine), len(mine) - len(pending))
     try:
         for result in make_shards(request, config, setup, pending):
@@ -81,7 +89,7 @@ def make_with_codec_servers(
     devices: list[str], num_workers: int, setup: TaskSetup, pending: list[int]
 ) -> Iterator[TaskResult]:
     """CPU workers decode and make mels; one codec process per device encodes for them."""
-    servers = CodecServers(setup.codec_dir, devices)
+    servers = CodecServers(setup.codec_dir, devices, setup.whisper_dir)
     try:
         yield from run_tasks(pending, num_workers, ShardTask, setup.with_servers(servers.addresses, servers.key))
     finally:

@@ -15,11 +15,11 @@ import msgspec
 import numpy as np
 
 from preprocess.audio import CODEC_RATE, WHISPER_RATE, AudioFault, decode, read_bytes
-from preprocess.cache import Cache, EncodedCodes, EncodedMel
+from preprocess.cache import Cache, EncodedCodes, EncodedWhisper
 from preprocess.codec import Codec, load_codec
-from preprocess.codec_server import RemoteCodec
+from preprocess.codec_server import RemoteCodec, RemoteWhisper
 from preprocess.config import PreprocessConfig
-from preprocess.features import stored_mel
+from preprocess.features import WhisperEncoder, stored_mel
 from preprocess.plan import JobRows
 from preprocess.row_checks import RowFault, check_pair, check_row
 from preprocess.sources import SourceRow
@@ -38,6 +38,7 @@ class TaskSetup(msgspec.Struct, frozen=True):
     out: str
     model_dir: str
     codec_dir: str
+    whisper_dir: str | None = None  # of the encoder, for features.whisper = "encoder"
     codec_addresses: list[str] = []  # codec processes on GPUs; empty: every worker has its own codec on its core
     codec_key: bytes = b""
 
@@ -63,11 +64,14 @@ class ShardTask:
         self._rows = JobRows(self._out, setup.config.preprocess.samples_per_shard)
         self._tokenizer = load_tokenizer(Path(setup.model_dir))
         self._builder = SequenceBuilder(self._tokenizer, SequenceSection(layout="as_written"))
-        self._codec: Codec | RemoteCodec = (
-            RemoteCodec(setup.codec_addresses, setup.codec_key)
-            if setup.codec_addresses
-            else load_codec(Path(setup.codec_dir))
-        )
+        self._codec: Codec | RemoteCodec
+        self._whisper_encoder: WhisperEncoder | RemoteWhisper | None = None
+        if setup.codec_addresses:
+            self._codec = RemoteCodec(setup.codec_addresses, setup.codec_key)
+            self._whisper_encoder = RemoteWhisper(self._codec) if setup.whisper_dir else None
+        else:
+            self._codec = load_codec(Path(setup.codec_dir))
+            self._whisper_encoder = WhisperEncoder(Path(setup.whisper_dir), "cpu") if setup.whisper_dir else None
 
     def run(self, task: int, skip: Skip, begins: Callable[[int], None]) -> TaskResult:
         cache = Cache(self._out / "encoded")
@@ -91,7 +95,8 @@ class ShardTask:
         target, target_sha = self._codes(pair.target_path, cache)
         same_audio = reference_sha == target_sha
         warnings = check_pair(checked, self._config.text, reference.measures, target.measures, same_audio)
-        mel = self._mel(pair.reference_path, reference_sha, cache) if self._config.features.whisper == "mel" else None
+        kind = self._config.features.whisper
+        whisper = self._whisper(pair.reference_path, reference_sha, cache) if kind != "none" else None
 
         turns, texts = stored_turns(row)
         roles = [_index_of(texts, text) for text in (pair.reference_text, pair.target_text)]
@@ -110,7 +115,7 @@ class ShardTask:
             num_as_written_tokens=0,
             reference=_audio_facts(pair.reference_path, reference_sha, reference),
             target=_audio_facts(pair.target_path, target_sha, target),
-            mel=MelFacts(mel.num_samples, mel.floor) if mel else None,
+            mel=MelFacts(whisper.num_samples, whisper.floor) if whisper else None,
             start_index=row.chat.start_index,
             misc=row.chat.misc,
             extra=row.extra,
@@ -122,7 +127,8 @@ class ShardTask:
             text_ids=np.concatenate(ids),
             reference_codes=read_npy(reference.codes_npy),
             target_codes=read_npy(target.codes_npy),
-            reference_mel_zst=mel.mel_zst if mel else None,
+            reference_mel_zst=whisper.features_zst if whisper and kind == "mel" else None,
+            reference_whisper_zst=whisper.features_zst if whisper and kind == "encoder" else None,
         )
         facts = msgspec.structs.replace(facts, num_as_written_tokens=self._builder.num_as_written_tokens(sample))
         return dataclasses.replace(sample, facts=facts)
@@ -141,14 +147,16 @@ class ShardTask:
         except AudioFault as fault:
             raise RowFault("audio", fault.reason, fault.detail, path) from None
 
-    def _mel(self, path: str, sha256: str, cache: Cache) -> EncodedMel:
-        def encode() -> EncodedMel:
+    def _whisper(self, path: str, sha256: str, cache: Cache) -> EncodedWhisper:
+        def encode() -> EncodedWhisper:
             wave = decode(read_bytes(path), self._limits).at(WHISPER_RATE)
-            frames, floor = stored_mel(wave)
-            return EncodedMel(compress(write_npy(frames.astype("<f2"))), len(wave), floor)
+            features, floor = stored_mel(wave)
+            if self._whisper_encoder:
+                features = self._whisper_encoder.encode(features, floor, len(wave))
+            return EncodedWhisper(compress(write_npy(features.astype("<f2"))), len(wave), floor)
 
         try:
-            return cache.get(EncodedMel, sha256, encode)
+            return cache.get(EncodedWhisper, sha256, encode)
         except AudioFault as fault:
             raise RowFault("audio", fault.reason, fault.detail, path) from None
 

@@ -14,6 +14,7 @@ Members of a sample, keyed by twelve digits:
     json              UTF-8           `shards.sample.SampleFacts`: texts, turns, speaker, audio facts, warnings
     ref.codes.npy     uint16 [8, Tr]  raw codec codes 0..1023 of the reference, 25 frames/s; no delay, no markers
     ref.mel.npy.zst   float16 [128, Tm]  Whisper log-mel of the reference (optional), Tm = ceil(n/160) + 2 frames
+    ref.whisper.npy.zst  float16 [W, d]    Whisper hidden states at 25 Hz instead of the mel (optional)
     tgt.codes.npy     uint16 [8, Tt]  raw codec codes of the target
 
 Shards hold facts. Prompt layout, delay pattern, labels and packing are policy, applied when reading (`shards.sequence`);

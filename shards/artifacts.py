@@ -61,6 +61,13 @@ def codec_fingerprint(codec_dir: Path) -> str:
     return _sha256_of_files((config, *weights))
 
 
+def whisper_fingerprint(whisper_dir: Path) -> str:
+    weights = sorted(whisper_dir.glob("*.safetensors"))
+    if not weights:
+        raise ConfigError(f"{whisper_dir}: no Whisper checkpoint here: expected config.json and safetensors")
+    return _sha256_of_files((whisper_dir / "config.json", *weights))
+
+
 def mel_fingerprint() -> str:
     recipe = json.dumps({**WHISPER_FEATURES, "format": MEL_FORMAT}, sort_keys=True)
     return hashlib.sha256(recipe.encode()).hexdigest()

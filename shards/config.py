@@ -45,7 +45,9 @@ class ModelSection(msgspec.Struct, frozen=True, kw_only=True):
 class FeaturesSection(msgspec.Struct, frozen=True, kw_only=True):
     """What stage one computes besides codec codes."""
 
-    whisper: Literal["mel", "none"] = "mel"
+    whisper: Literal["mel", "encoder", "none"] = "mel"
+    whisper_model: str = "openai/whisper-large-v3"  # for "encoder"
+    whisper_revision: str = "06f233fe06e710322aca913c1bc4249a0d71fce1"
 
 
 class SequenceSection(msgspec.Struct, frozen=True, kw_only=True):

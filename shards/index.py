@@ -27,7 +27,7 @@ INDEX_DTYPE = np.dtype(
         ("num_as_written_tokens", "<u2"),  # all text-path positions of the as_written layout
         ("reference_frames", "<u2"),  # codec frames, 25 per second
         ("target_frames", "<u2"),
-        ("mel_samples", "<u4"),  # samples at 16 kHz behind the stored mel, 0 without one
+        ("mel_samples", "<u4"),  # samples at 16 kHz behind the stored mel or Whisper states, 0 without
     ]
 )
 

@@ -20,11 +20,12 @@ SCHEMA_VERSION = 1
 
 
 class Fingerprints(msgspec.Struct, frozen=True):
-    """sha256 names of what made the features (`shards.artifacts`); `mel` is None in a data set without mels."""
+    """sha256 names of what made the features (`shards.artifacts`); None for what a data set does not hold."""
 
     codec: str
     tokenizer: str
     mel: str | None
+    whisper: str | None = None
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):

@@ -19,8 +19,8 @@ import zstandard
 from shards.errors import ShardError
 
 SCHEMA_VERSION = 1
-MEMBERS = ("ids.npy", "json", "ref.codes.npy", "ref.mel.npy.zst", "tgt.codes.npy")
-OPTIONAL_MEMBERS = frozenset({"ref.mel.npy.zst"})
+MEMBERS = ("ids.npy", "json", "ref.codes.npy", "ref.mel.npy.zst", "ref.whisper.npy.zst", "tgt.codes.npy")
+OPTIONAL_MEMBERS = frozenset({"ref.mel.npy.zst", "ref.whisper.npy.zst"})
 
 Role = Literal["system", "user", "assistant"]
 
@@ -108,6 +108,7 @@ class Sample:
     reference_codes: np.ndarray  # [8, Tr] uint16, raw 0..1023
     target_codes: np.ndarray  # [8, Tt] uint16, raw 0..1023
     reference_mel_zst: bytes | None = None  # zstd of .npy float16 [128, Tm]; kept packed until needed
+    reference_whisper_zst: bytes | None = None  # zstd of .npy float16 [W, d]: features.whisper = "encoder"
 
     def text_item_ids(self, item: int) -> np.ndarray:
         """Token ids [n] int32 of one text item."""
@@ -121,6 +122,12 @@ class Sample:
             return None
         return read_npy(decompress(self.reference_mel_zst))
 
+    def reference_whisper(self) -> np.ndarray | None:
+        """Stored Whisper hidden states [W, d] float16 of the reference at 25 Hz, or None."""
+        if self.reference_whisper_zst is None:
+            return None
+        return read_npy(decompress(self.reference_whisper_zst))
+
 
 def pack_sample(sample: Sample) -> list[tuple[str, bytes]]:
     """Members (suffix, bytes) of a sample in the contract's fixed order."""
@@ -131,6 +138,8 @@ def pack_sample(sample: Sample) -> list[tuple[str, bytes]]:
     ]
     if sample.reference_mel_zst is not None:
         members.append(("ref.mel.npy.zst", sample.reference_mel_zst))
+    if sample.reference_whisper_zst is not None:
+        members.append(("ref.whisper.npy.zst", sample.reference_whisper_zst))
     members.append(("tgt.codes.npy", write_npy(sample.target_codes.astype("<u2"))))
     return members
 
@@ -149,6 +158,7 @@ def unpack_sample(key: str, members: dict[str, bytes]) -> Sample:
             reference_codes=read_npy(members["ref.codes.npy"]),
             target_codes=read_npy(members["tgt.codes.npy"]),
             reference_mel_zst=members.get("ref.mel.npy.zst"),
+            reference_whisper_zst=members.get("ref.whisper.npy.zst"),
         )
     except (msgspec.DecodeError, ValueError) as error:
         raise ShardError(f"sample {key}: malformed member: {error}") from None

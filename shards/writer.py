@@ -134,7 +134,7 @@ def _index_row(sample: Sample, shard: int, offset: int, num_bytes: int, crc32: i
         facts.num_as_written_tokens,
         sample.reference_codes.shape[1],
         sample.target_codes.shape[1],
-        facts.mel.num_samples if facts.mel and sample.reference_mel_zst else 0,
+        facts.mel.num_samples if facts.mel else 0,
     )
 
 

@@ -19,9 +19,10 @@ from webdataset.compat import WebDataset
 from shards.config import SequenceSection
 from shards.manifest import open_dataset
 from shards.reader import SampleReader, decode_zst
-from shards.sample import MEMBERS, pack_sample
+from shards.sample import pack_sample
 from shards.sequence import SequenceBuilder
 
+MEMBERS = ("ids.npy", "json", "ref.codes.npy", "ref.mel.npy.zst", "tgt.codes.npy")
 SMALL_SHARDS = ("--set", "preprocess.samples_per_shard=16")
 
 

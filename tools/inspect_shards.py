@@ -59,6 +59,7 @@ def summary_facts(record: Dataset, index: np.ndarray) -> dict[str, object]:
     """The rows of the summary, in order."""
     text = index["num_reference_text_tokens"].astype(int) + index["num_target_text_tokens"]
     audio = index["reference_frames"].astype(int) + index["target_frames"]
+    what = "encoder states" if record.fingerprints.whisper else "mel"
     per_speaker = sorted(record.speakers.items(), key=lambda item: (-item[1], item[0]))
     return {
         "samples": f"{record.num_samples} of {record.num_rows} rows, in {len(record.shards)} shards",
@@ -71,7 +72,7 @@ def summary_facts(record: Dataset, index: np.ndarray) -> dict[str, object]:
         "target_seconds": record.target_seconds_histogram,
         "text_tokens": _percentiles(text),
         "audio_frames": _percentiles(audio),
-        "whisper_mels": f"{int((index['mel_samples'] > 0).sum())} samples have the reference's mel",
+        "whisper": f"{int((index['mel_samples'] > 0).sum())} samples have Whisper features of the reference ({what})",
         "rejects": record.rejects or "none",
         "warnings": record.warnings or "none",
         "codec": record.fingerprints.codec[:16],
@@ -138,6 +139,9 @@ def describe(sample: Sample) -> Iterator[str]:
         if mel is not None and facts.mel
         else "mel: none"
     )
+    states = sample.reference_whisper()
+    if states is not None:
+        yield f"Whisper states: {states.dtype}{list(states.shape)}"
     yield f"warnings: {', '.join(facts.warnings) or 'none'}   extra keys: {', '.join(facts.extra) or 'none'}"
 
 

@@ -1,0 +1,30 @@
+"""`bench`: figures measured in one run on this machine, as a table and as JSON. Ratios count; absolute times drift."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.group()
+def main() -> None:
+    """Measure the pipeline on this machine."""
+
+
+@main.command("preprocess", context_settings={"show_default": True})
+@click.option("--out", default="out/bench-preprocess.json", type=click.Path(path_type=Path), help="The JSON file.")
+@click.option("--speech", default="tests/data/arabic-mini", type=click.Path(path_type=Path), help="A folder of clips.")
+@click.option("--clips", default=24, help="Clips to encode; each is a target and the reference of the next.")
+@click.option("--list-mb", default=200, help="Size of the generated ChatML list.")
+@click.option("--workers", type=int, help="Most workers to try; default one per usable core.")
+@click.option("--codec", default="full", type=click.Choice(["full", "tiny"]), help="Random weights of this size.")
+def preprocess_command(out: Path, speech: Path, clips: int, list_mb: int, workers: int | None, codec: str) -> None:
+    """Stage one: intake, codec, parallel efficiency, deduplication, and the plain way of today beside it."""
+    from tools.bench_preprocess import Settings, bench
+
+    bench(Settings(speech, clips, list_mb, workers, codec), out)
+
+
+if __name__ == "__main__":
+    main()
