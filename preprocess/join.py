@@ -37,9 +37,8 @@ def finalize(out: Path) -> Dataset:
     _refuse_missing(out, job)
     faults = [fault for shard in range(job.num_shards) for fault in verify(out, _marker(out, shard))]
     if faults:
-        raise ShardError(
-            f"{len(faults)} faults; first: {faults[0]}; remove that shard's .done.json and run its `preprocess` again"
-        )
+        told = "; ".join(faults[:2])  # the shard, and the first sample of it that is not readable
+        raise ShardError(f"{len(faults)} faults: {told}; remove that shard's .done.json and run its `preprocess` again")
     dataset = join_dataset(out, job, job.config["preprocess"]["max_reject_fraction"])
     shutil.rmtree(out / "encoded", ignore_errors=True)
     return dataset

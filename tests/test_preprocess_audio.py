@@ -94,6 +94,7 @@ ACCEPTED = {
     "quiet": encoded(0.005 * speech()),
     "dc offset": encoded(0.5 * speech() + 0.25),
     "8 kHz": encoded(speech(rate=8000), rate=8000),
+    "44.1 kHz": encoded(speech(rate=44100), rate=44100),
     "48 kHz stereo": encoded(np.stack([speech(rate=48000)] * 2, axis=1), rate=48000),
     "eight channels": encoded(np.stack([speech()] * 8, axis=1)),
 }

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from preprocess.shard_task import TaskSetup
 from shards.artifacts import codec_fingerprint, mel_fingerprint, tokenizer_fingerprint
 from shards.config import read_config
 from shards.errors import PipelineError
-from shards.manifest import Fingerprints
+from shards.manifest import Fingerprints, open_dataset
 
 NUM_ROWS = 24
 
@@ -64,8 +65,6 @@ def test_codec_processes_give_the_same_bytes(arabic_mini, config, job, tiny_dir,
 
 
 def test_codec_process_batches_equal_lengths_only(tiny_dir):
-    import threading
-
     codec = load_codec(tiny_dir / "codec")
     rng = np.random.default_rng(0)
     waves = [
@@ -125,17 +124,46 @@ def test_two_array_tasks_and_finalize_give_the_same_bytes(run_command, arabic_mi
     assert tree(out) == tree(job)
 
 
-def test_finalize_names_a_damaged_shard(run_command, job, tmp_path):
+def flip(tar: Path, offset: int) -> None:
+    data = bytearray(tar.read_bytes())
+    data[offset] ^= 4
+    tar.write_bytes(data)
+
+
+def truncate(tar: Path, offset: int) -> None:
+    tar.write_bytes(tar.read_bytes()[:offset])
+
+
+def zero_tail(tar: Path, offset: int) -> None:
+    tar.write_bytes(tar.read_bytes()[:offset] + bytes(tar.stat().st_size - offset))
+
+
+@pytest.mark.parametrize("damage", [flip, truncate, zero_tail])
+def test_finalize_names_the_damaged_shard_and_sample(run_command, job, tmp_path, damage):
     out = shutil.copytree(job, tmp_path / "out")
     tar = out / "shards/000/shard-000003.tar"
     tar.chmod(0o644)
-    data = bytearray(tar.read_bytes())
-    data[3000] ^= 4
-    tar.write_bytes(data)
+    _, index = open_dataset(out)
+    second = index[index["shard"] == 3][1]
+    damage(tar, int(second["offset"]) + 2000)
+    (out / "dataset.json").unlink()
     result = run_command("preprocess", "finalize", out)
     assert result.returncode == 1
-    assert "shard-000003.tar: sha256" in result.stderr
-    assert run_command("preprocess", "finalize", tmp_path / "nowhere").returncode == 1
+    assert "shard-000003.tar: " in result.stderr
+    assert "sample 1 of 6" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (out / "dataset.json").exists()
+
+
+def test_finalize_names_a_missing_marker_and_a_foreign_folder(run_command, job, tmp_path):
+    out = shutil.copytree(job, tmp_path / "out")
+    (out / "shards/000/shard-000002.done.json").unlink()
+    result = run_command("preprocess", "finalize", out)
+    assert result.returncode == 1
+    assert "shard-000002.done.json: missing, as 1 of 4 shards" in result.stderr
+    result = run_command("preprocess", "finalize", tmp_path)
+    assert result.returncode == 1
+    assert "no job.json" in result.stderr
 
 
 @pytest.mark.slow
@@ -183,6 +211,44 @@ def test_a_worker_lost_on_ray_only_repeats_its_shard(arabic_mini, tiny_dir, job,
     os.kill(ray_workers()[0], signal.SIGKILL)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
+    assert tree(out) == tree(job)
+
+
+@pytest.mark.slow
+def test_a_node_lost_on_ray_only_repeats_its_shards(arabic_mini, config, job, repository, tmp_path, monkeypatch):
+    """Two nodes of one core; the one that works first is taken away in the middle of the job."""
+    ray = pytest.importorskip("ray", reason="extra ray")
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.chdir(repository)
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("PYTHONPATH", str(repository))
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    extra = cluster.add_node(num_cpus=1)
+    ray.init(address=cluster.address, log_to_driver=False)
+    out = tmp_path / "out"
+
+    def take_the_node_away() -> None:
+        end = time.monotonic() + 60
+        while not list(out.glob("shards/*/*.done.json")) and time.monotonic() < end:
+            time.sleep(0.02)
+        done_at_removal.append(len(list(out.glob("shards/*/*.done.json"))))
+        cluster.remove_node(extra, allow_graceful=False)
+
+    done_at_removal: list[int] = []
+    thief = threading.Thread(target=take_the_node_away)
+    try:
+        thief.start()
+        assert preprocess(Request(arabic_mini, out, limit=NUM_ROWS, engine="ray"), config)
+        thief.join()
+        assert done_at_removal[0] < 4, "the node must be lost in the middle of the job"
+        end = time.monotonic() + 60
+        while sum(node["Alive"] for node in ray.nodes()) > 1:  # the head notices by missed heartbeats
+            assert time.monotonic() < end
+            time.sleep(0.2)
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
     assert tree(out) == tree(job)
 
 

@@ -129,15 +129,19 @@ def children(pid: int) -> list[int]:
 
 
 @pytest.mark.slow
-def test_a_killed_job_ends_with_the_same_bytes(preprocess, arabic_mini, job, tiny_dir, repository, tmp_path):
+def test_a_job_killed_at_random_moments_ends_with_the_same_bytes(
+    preprocess, arabic_mini, job, tiny_dir, repository, tmp_path
+):
+    """Twice right after a shard was committed, then at moments drawn with a seed, wherever the job then stands."""
     out = tmp_path / "out"
-    for num_done in (1, 3):
+    moments = np.random.default_rng(0)
+    for num_done, delay_s in ((1, 0.0), (3, 0.0), (0, moments.uniform(1, 4)), (0, moments.uniform(3, 7))):
         process = start(arabic_mini, out, tiny_dir, repository)
         wait_for(lambda wanted=num_done: len(list(out.glob("shards/*/*.done.json"))) >= wanted)
-        workers = children(process.pid)
+        time.sleep(delay_s)
+        workers = children(process.pid) if process.poll() is None else []
         process.kill()
         process.wait()
-        assert not (out / "dataset.json").exists()
         wait_for(lambda pids=workers: not any(Path(f"/proc/{pid}").exists() for pid in pids))
     result = preprocess(arabic_mini, out, *SMALL_SHARDS)
     assert result.returncode == 0, result.stderr
@@ -145,11 +149,16 @@ def test_a_killed_job_ends_with_the_same_bytes(preprocess, arabic_mini, job, tin
 
 
 @pytest.mark.slow
-def test_a_killed_worker_costs_nothing(arabic_mini, job, tiny_dir, repository, tmp_path):
+def test_workers_killed_at_random_moments_cost_nothing(arabic_mini, job, tiny_dir, repository, tmp_path):
     out = tmp_path / "out"
     process = start(arabic_mini, out, tiny_dir, repository)
     wait_for(lambda: len(children(process.pid)) == 2 and (out / "encoded").exists())
-    os.kill(children(process.pid)[0], signal.SIGKILL)
+    moments = np.random.default_rng(1)
+    for number in range(2):
+        workers = children(process.pid)
+        if workers:
+            os.kill(workers[number % len(workers)], signal.SIGKILL)
+        time.sleep(moments.uniform(0.2, 1.5))
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     assert tree(out) == tree(job)

@@ -173,3 +173,32 @@ def test_rows_without_a_clear_pair(row, reason):
     with pytest.raises(AudioFault) as fault:
         pair_of(row)
     assert fault.value.reason == reason
+
+
+@pytest.mark.slow
+def test_a_200_mb_list_is_taken_in_within_100_mb(tmp_path: Path):
+    import os
+    import subprocess
+    import sys
+
+    row = json.dumps(ROW, ensure_ascii=False)
+    count = 200_000_000 // len(row.encode()) + 1
+    with (tmp_path / "list.json").open("w", encoding="utf-8") as file:
+        for number in range(count):
+            file.write(("[" if number == 0 else ",\n") + row)
+        file.write("]")
+    code = (
+        "import sys; from pathlib import Path; from preprocess.plan import Request, take_in;"
+        "print(take_in(Request(Path(sys.argv[1]), Path(sys.argv[2])), 0));"
+        "print([line for line in open('/proc/self/status') if line.startswith('VmHWM')][0].split()[1])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "list.json"), str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+    )
+    counts, peak_kb = result.stdout.splitlines()
+    assert counts == str((count, count))
+    assert int(peak_kb) < 100_000
