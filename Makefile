@@ -8,7 +8,7 @@ INSTALLED := .venv/installed
 DEMO := out/demo
 REFERENCE := tests/data/arabic-mini/spk_00_36.flac
 
-.PHONY: setup demo test check lint fmt clean
+.PHONY: setup demo test check lint fmt boson-oracle clean
 
 setup: $(INSTALLED)
 
@@ -46,9 +46,19 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+# boson's own tokenizer class as the oracle of our codec; it needs transformers 4.46, so an environment of its own (6 GB).
+boson-oracle: $(INSTALLED) .venv-boson/installed
+	$(BIN)/python tests/boson_oracle.py out/boson-oracle
+	.venv-boson/bin/python -m pytest -W default tests/test_boson_codec.py
+
+.venv-boson/installed: pyproject.toml constraints-boson.txt
+	$(PYTHON) -m venv .venv-boson
+	.venv-boson/bin/pip install --quiet --disable-pip-version-check -c constraints-boson.txt -e '.[boson,dev]'
+	@touch $@
+
 fmt: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv out .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-boson out .pytest_cache .ruff_cache .hypothesis

@@ -16,6 +16,7 @@ from preprocess.join import join_dataset, pending_shards
 from preprocess.plan import Request, plan_job
 from preprocess.report import Progress, print_share, print_summary
 from preprocess.shard_task import ShardTask, TaskResult, TaskSetup
+from preprocess.sources import read_rows
 from preprocess.workers import run_tasks, usable_cores
 from shards.artifacts import codec_fingerprint, mel_fingerprint, resolve, tokenizer_fingerprint, whisper_fingerprint
 from shards.manifest import Dataset, Fingerprints
@@ -24,6 +25,7 @@ from shards.manifest import Dataset, Fingerprints
 def preprocess(request: Request, config: PreprocessConfig) -> Dataset | None:
     """Run or continue the job; None when other machines still have shards to make. Raises PipelineError."""
     started = time.monotonic()
+    next(read_rows(request.data))  # a mistyped or empty list is answered before models are looked for
 
     # 1. What makes the features: tokenizer, codec, mel recipe, each with its fingerprint.
     model_dir = resolve(config.model.base, config.model.revision, "model.base")

@@ -99,6 +99,7 @@ def run_command():
         "checkpoints": "tools.checkpoints",
         "speak": "tools.speak",
         "tiny": "tools.tiny",
+        "bench": "tools.bench",
     }
 
     def run(name: str, *arguments: object, env: dict[str, str] | None = None):

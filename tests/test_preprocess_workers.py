@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
+from poison_task import Poison
 
 from preprocess.workers import run_tasks, usable_cores
 from shards.errors import DataError
 
 
 @pytest.fixture
-def poison(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
-    import poison_task
-
-    yield poison_task.Poison
-    sys.modules.pop("poison_task", None)
+def poison():
+    return Poison
 
 
 def results(poison, setup: dict, num_tasks: int = 4) -> dict:

@@ -19,11 +19,14 @@ def main() -> None:
 @click.option("--list-mb", default=200, help="Size of the generated ChatML list.")
 @click.option("--workers", type=int, help="Most workers to try; default one per usable core.")
 @click.option("--codec", default="full", type=click.Choice(["full", "tiny"]), help="Random weights of this size.")
-def preprocess_command(out: Path, speech: Path, clips: int, list_mb: int, workers: int | None, codec: str) -> None:
+@click.option("--rounds", default=3, help="Each job is run this often, in turn; medians are told.")
+def preprocess_command(
+    out: Path, speech: Path, clips: int, list_mb: int, workers: int | None, codec: str, rounds: int
+) -> None:
     """Stage one: intake, codec, parallel efficiency, deduplication, and the plain way of today beside it."""
     from tools.bench_preprocess import Settings, bench
 
-    bench(Settings(speech, clips, list_mb, workers, codec), out)
+    bench(Settings(speech, clips, list_mb, workers, codec, rounds), out)
 
 
 if __name__ == "__main__":

@@ -71,6 +71,7 @@ class Settings:
     list_mb: int
     workers: int | None
     codec: str
+    rounds: int
 
 
 def bench(settings: Settings, out: Path) -> dict[str, Any]:
@@ -87,7 +88,7 @@ def bench(settings: Settings, out: Path) -> dict[str, Any]:
         figures["settings"] = {**settings.__dict__, "speech": str(settings.speech)}
         figures["intake"] = bench_intake(settings, work)
         figures["codec"] = bench_codec(work / "codec")
-        figures["jobs"] = bench_jobs(settings.workers or usable_cores(), work, config, audio_s)
+        figures["jobs"] = bench_jobs(settings.workers or usable_cores(), settings.rounds, work, config, audio_s)
     write_json(out, figures)
     print_table(figures, out)
     return figures
@@ -250,14 +251,18 @@ def _median_s(call: Callable[[], Any], repeats: int) -> float:
     return float(np.median(times))
 
 
-def bench_jobs(max_workers: int, work: Path, config: Path, audio_s: float) -> dict[str, Any]:
+def bench_jobs(max_workers: int, rounds: int, work: Path, config: Path, audio_s: float) -> dict[str, Any]:
     """Whole jobs, one row a shard; rates are taken from the first finished shard to the last, so start-up is left out."""
-    rates: dict[int, float] = {}
-    num_files = 0
-    for workers in range(1, max_workers + 1):
-        result = run(CODE_OF_JOB, config, work / "shared.json", work / f"job-{workers}", workers).result
-        rates[workers], num_files = result["files_per_s"], result["files"]
-    copies = run(CODE_OF_JOB, config, work / "copies.json", work / "job-copies", max_workers).result
+    measured: dict[int, list[float]] = {workers: [] for workers in range(1, max_workers + 1)}
+    num_files, copies = 0, []
+    for number in range(rounds):  # in turn, so that a change of the machine's speed meets all of them
+        for workers, rates in measured.items():
+            result = run(CODE_OF_JOB, config, work / "shared.json", work / f"job-{workers}-{number}", workers).result
+            rates.append(result["files_per_s"])
+            num_files = result["files"]
+        result = run(CODE_OF_JOB, config, work / "copies.json", work / f"copies-{number}", max_workers).result
+        copies.append(result["files"] / result["files_per_s"])
+    rates = {workers: float(np.median(values)) for workers, values in measured.items()}
     loop_start = run(CODE_OF_PLAIN_LOOP, work / "shared-one.json", work / "codec")
     loop = run(CODE_OF_PLAIN_LOOP, work / "shared.json", work / "codec")
     seconds_per_file = audio_s / num_files
@@ -267,7 +272,8 @@ def bench_jobs(max_workers: int, work: Path, config: Path, audio_s: float) -> di
         "distinct_audio_s": audio_s,
         "audio_s_per_s": {workers: rate * seconds_per_file for workers, rate in rates.items()},
         "parallel_efficiency": {workers: rate / (workers * rates[1]) for workers, rate in rates.items()},
-        "deduplication_gain": (copies["files"] / copies["files_per_s"]) / steady_s,
+        "deduplication_gain": float(np.median(copies)) / steady_s,
+        "files_per_s_of_all_rounds": measured,
         "plain_loop_audio_s_per_s": audio_s / loop_s,
         "gain_over_plain_loop": loop_s / steady_s,
     }

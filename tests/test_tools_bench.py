@@ -1,0 +1,23 @@
+"""`bench` runs to its end and stores what it shows. Figures are not judged here: speed belongs to the benchmark."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+
+@pytest.mark.slow
+def test_bench_preprocess_stores_every_figure(run_command, tmp_path):
+    out = tmp_path / "figures.json"
+    options = ("--codec", "tiny", "--clips", 4, "--list-mb", 2, "--workers", 2, "--rounds", 1, "--out", out)
+    result = run_command("bench", "preprocess", *options)
+    assert result.returncode == 0, result.stderr
+    assert "every clip used twice" in result.stdout
+    figures = json.loads(out.read_text())
+    assert {"mb_per_s", "peak_mb", "json_load_mb_per_s", "json_load_peak_mb"} <= set(figures["intake"])
+    assert figures["codec"]["audio_s_per_core_s"] > 0
+    jobs = figures["jobs"]
+    assert set(jobs["audio_s_per_s"]) == set(jobs["parallel_efficiency"]) == {"1", "2"}
+    assert jobs["deduplication_gain"] > 0
+    assert jobs["gain_over_plain_loop"] > 0
