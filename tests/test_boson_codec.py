@@ -48,5 +48,5 @@ def test_boson_gives_the_same_codes(codec, name):
     codes = np.asarray(codec.encode(wave, sr=24000))
     assert expected.shape == codes.shape
     assert all(len(np.unique(book)) > 10 for book in expected), "codes that do not vary would prove nothing"
-    # Both are fp32 with other orders of summation: a code may flip where two entries are equally near.
-    assert (codes == expected).mean() > 0.995
+    # Same torch, same weights: equal to the last code (measured 2026-11-23, torch 2.11.0 on both sides).
+    assert (codes == expected).mean() == 1.0
