@@ -115,10 +115,10 @@ class AudioLimits:
 def read_bytes(path: str) -> bytes:
     """The file's bytes. Raises AudioFault."""
     file = Path(path)
-    if not file.is_file():
-        detail = "not a regular file" if file.exists() else "no such file"
-        raise AudioFault("audio_missing", detail)
     try:
+        if not file.is_file():
+            detail = "not a regular file" if file.exists() else "no such file"
+            raise AudioFault("audio_missing", detail)
         return file.read_bytes()
     except OSError as error:
         raise AudioFault("audio_unreadable", str(error.strerror)) from None
@@ -126,7 +126,7 @@ def read_bytes(path: str) -> bytes:
 
 def decode(data: bytes, limits: AudioLimits) -> AudioFile:
     """Decode and check a file's bytes. Raises AudioFault."""
-    samples, declared, sample_rate = _samples(data)  # [S, channels]
+    samples, declared, sample_rate = _samples(data, limits.max_duration_s)  # [S, channels]
     missing = _missing_riff_bytes(data)
     if missing:
         raise AudioFault("audio_truncated", f"{missing} bytes fewer than its RIFF header says")
@@ -170,10 +170,13 @@ def _measure(wave: np.ndarray, sample_rate: int, num_channels: int, clipped_shar
     return AudioMeasures(duration_s, sample_rate, num_channels, clipped_share, leading_s, trailing_s, warnings)
 
 
-def _samples(data: bytes) -> tuple[np.ndarray, int, int]:
+def _samples(data: bytes, max_duration_s: float) -> tuple[np.ndarray, int, int]:
     """(samples [S, channels] float32, samples the header declares, rate): libsndfile first, PyAV for what it lacks."""
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
+            duration_s = file.frames / file.samplerate
+            if file.frames < 1 << 40 and duration_s > 2 * max_duration_s:  # hours of audio would fill the memory
+                raise AudioFault("audio_too_long", f"{duration_s:.3f} s by its header, at most {max_duration_s:g} s")
             return file.read(dtype="float32", always_2d=True), file.frames, file.samplerate
     except (soundfile.LibsndfileError, RuntimeError) as error:
         if not _is_mp4_or_webm(data):

@@ -80,15 +80,24 @@ def load_codec(folder: Path, device: str = "cpu") -> Codec:
             f"the codec needs transformers 5.3 or newer, found {transformers.__version__}; install this project without "
             "the boson extra to run stage one"
         )
+    layout, config = codec_layout(folder)
+    return Codec(_load_native(folder) if layout == "native" else _load_boson(folder, config), device)
+
+
+def codec_layout(folder: Path) -> tuple[str, dict[str, Any]]:
+    """("native" or "boson", its config) of a codec folder, without loading weights. Raises CheckpointError."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{folder}/config.json: not readable as a codec's config: {error}") from None
-    if "acoustic_model_config" in config:
-        return Codec(_load_native(folder), device)
-    if (folder / "model.pth").is_file():
-        return Codec(_load_boson(folder, config), device)
-    raise CheckpointError(f"{folder}: neither a native codec (acoustic_model_config) nor a boson one (model.pth)")
+    if "acoustic_model_config" in config and (folder / "model.safetensors").is_file():
+        return "native", config
+    if "n_q" in config and (folder / "model.pth").is_file():
+        return "boson", config
+    raise CheckpointError(
+        f"{folder}: neither a native codec (acoustic_model_config in config.json, model.safetensors) nor a boson one "
+        "(n_q in config.json, model.pth)"
+    )
 
 
 def _load_native(folder: Path) -> Any:

@@ -58,6 +58,7 @@ def _refuse_missing(out: Path, job: Job) -> None:
 def join_dataset(out: Path, job: Job, max_reject_fraction: float) -> Dataset:
     """Write the data set's own files. Raises ShardError for a missing shard, DataError for too many rejects."""
     _refuse_missing(out, job)
+    remove_partial_files(out)
     shards = [_marker(out, shard) for shard in range(job.num_shards)]
     rejects = join_rejects(out, job)
     check_rejects(out, job.input_path, job.num_rows, rejects, max_reject_fraction)
@@ -89,6 +90,12 @@ def join_dataset(out: Path, job: Job, max_reject_fraction: float) -> Dataset:
     dataset = msgspec.structs.replace(dataset, digest=digest)
     write_json(out / "dataset.json", dataset)
     return dataset
+
+
+def remove_partial_files(out: Path) -> None:
+    """Delete what killed workers left half written; every shard has its marker by now, so nobody is writing one."""
+    for partial in (out / "shards").glob("*/*.tmp.*"):
+        partial.unlink(missing_ok=True)
 
 
 def join_rejects(out: Path, job: Job) -> dict[str, int]:

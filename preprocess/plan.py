@@ -185,11 +185,22 @@ def refuse_foreign_folder(out: Path) -> None:
 
 
 def _remove_job(out: Path) -> None:
-    """Remove exactly what a job writes, job.json first so that a kill in between leaves no half-believable job."""
-    for name in ("dataset.json", "job.json", "index.npy", "rejects.jsonl", "report.json"):
+    """Remove exactly what a job writes, and only where a job stands: OUT may be a folder with a `shards` of its own.
+
+    job.json is first renamed: a kill in between leaves no half-believable job, and --new-job still knows it as ours.
+    """
+    removed = out / "job.removed.json"
+    if (out / "job.json").is_file():
+        read_record(out / "job.json", Job)  # somebody else's job.json is no licence to delete
+        (out / "job.json").replace(removed)
+    if not removed.is_file():
+        return
+    for name in ("dataset.json", "index.npy", "rejects.jsonl", "report.json"):
         (out / name).unlink(missing_ok=True)
     for name in ("shards", "job", "encoded"):
-        shutil.rmtree(out / name, ignore_errors=True)
+        if (out / name).exists():
+            shutil.rmtree(out / name)  # what cannot be deleted is told, not left under the next job
+    removed.unlink()
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

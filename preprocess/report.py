@@ -15,10 +15,11 @@ PLAIN_LINE_EVERY_S = 10.0
 class Progress:
     """Shards done, audio per hour, rejects, time left."""
 
-    def __init__(self, num_shards: int, already_done: int) -> None:
+    def __init__(self, num_shards: int, already_done: int, rows_per_shard: int) -> None:
         self._num_shards = num_shards
         self._done = already_done
-        self._new = 0
+        self._rows = 0  # begun in this run
+        self._rows_to_do = (num_shards - already_done) * rows_per_shard
         self._audio_s = 0.0
         self._samples = self._rejects = self.num_encoded = self.num_reused = 0
         self._start = self._last_line = time.monotonic()
@@ -43,10 +44,17 @@ class Progress:
     def add_checked(self, num_samples: int, num_rejects: int, audio_s: float) -> None:
         """One more shard, or slice of rows, is through."""
         self._done += 1
-        self._new += 1
         self._samples += num_samples
         self._rejects += num_rejects
         self._audio_s += audio_s
+        self._show()
+
+    def row(self) -> None:
+        """One more row is begun: at full size a shard takes an hour or more, too long to say nothing."""
+        self._rows += 1
+        self._show()
+
+    def _show(self) -> None:
         if self._bar:
             self._bar.update(self._task, completed=self._done, description=self._line())
         elif time.monotonic() - self._last_line > PLAIN_LINE_EVERY_S:
@@ -60,12 +68,16 @@ class Progress:
     def audio_hours_per_hour(self) -> float:
         return self._audio_s / max(1e-9, time.monotonic() - self._start)
 
+    def _num_rows(self) -> int:
+        return max(self._rows, self._samples + self._rejects)  # Ray tells of whole shards only
+
     def _line(self) -> str:
-        rate = self._samples / max(1e-9, time.monotonic() - self._start)
-        return f"{rate:.1f} samples/s | {self.audio_hours_per_hour():.0f} audio-hours/h | rejects {self._rejects}"
+        rate = self._num_rows() / max(1e-9, time.monotonic() - self._start)
+        return f"{rate:.1f} rows/s | {self.audio_hours_per_hour():.0f} audio-hours/h | rejects {self._rejects}"
 
     def _eta(self) -> str:
-        left = (self._num_shards - self._done) * (time.monotonic() - self._start) / max(1, self._new)
+        per_row_s = (time.monotonic() - self._start) / max(1, self._num_rows())
+        left = max(0, self._rows_to_do - self._num_rows()) * per_row_s  # a last shard that is not full ends sooner
         return f"{left / 60:.0f} min" if left > 90 else f"{left:.0f} s"
 
 

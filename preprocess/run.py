@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+from preprocess.codec import codec_layout
 from preprocess.codec_server import CodecServers, cuda_devices
 from preprocess.config import PreprocessConfig
 from preprocess.join import join_dataset, pending_shards
@@ -30,6 +31,7 @@ def preprocess(request: Request, config: PreprocessConfig) -> Dataset | None:
     # 1. What makes the features: tokenizer, codec, mel recipe, each with its fingerprint.
     model_dir = resolve(config.model.base, config.model.revision, "model.base")
     codec_dir = resolve(config.model.codec, config.model.codec_revision, "model.codec")
+    codec_layout(codec_dir)  # before the job is fixed: a wrong folder must not become part of it
     features = config.features
     is_encoder = features.whisper == "encoder"
     whisper_dir = (
@@ -51,9 +53,9 @@ def preprocess(request: Request, config: PreprocessConfig) -> Dataset | None:
     setup = TaskSetup(
         config, str(request.out), str(model_dir), str(codec_dir), str(whisper_dir) if whisper_dir else None
     )
-    progress = Progress(len(mine), len(mine) - len(pending))
+    progress = Progress(len(mine), len(mine) - len(pending), config.preprocess.samples_per_shard)
     try:
-        for result in make_shards(request, config, setup, pending):
+        for result in make_shards(request, config, setup, pending, progress.row):
             progress.add(result)
     finally:
         progress.close()
@@ -71,7 +73,7 @@ def preprocess(request: Request, config: PreprocessConfig) -> Dataset | None:
 
 
 def make_shards(
-    request: Request, config: PreprocessConfig, setup: TaskSetup, pending: list[int]
+    request: Request, config: PreprocessConfig, setup: TaskSetup, pending: list[int], on_row: Callable[[], None]
 ) -> Iterator[TaskResult]:
     """The shards, by the engine and device asked for, as they come."""
     num_workers = config.preprocess.workers or usable_cores()
@@ -82,17 +84,22 @@ def make_shards(
 
         yield from run_tasks_on_ray(pending, ShardTask, setup, request.ray_address)
     elif request.device == "cuda":
-        yield from make_with_codec_servers(cuda_devices(), num_workers, setup, pending)
+        yield from make_with_codec_servers(cuda_devices(), num_workers, setup, pending, on_row)
     else:
-        yield from run_tasks(pending, num_workers, ShardTask, setup)
+        yield from run_tasks(pending, num_workers, ShardTask, setup, on_row)
 
 
 def make_with_codec_servers(
-    devices: list[str], num_workers: int, setup: TaskSetup, pending: list[int]
+    devices: list[str],
+    num_workers: int,
+    setup: TaskSetup,
+    pending: list[int],
+    on_row: Callable[[], None] | None = None,
 ) -> Iterator[TaskResult]:
     """CPU workers decode and make mels; one codec process per device encodes for them."""
     servers = CodecServers(setup.codec_dir, devices, setup.whisper_dir)
     try:
-        yield from run_tasks(pending, num_workers, ShardTask, setup.with_servers(servers.addresses, servers.key))
+        with_servers = setup.with_servers(servers.addresses, servers.key)
+        yield from run_tasks(pending, num_workers, ShardTask, with_servers, on_row)
     finally:
         servers.close()

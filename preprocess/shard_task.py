@@ -30,6 +30,8 @@ from shards.sample import AudioFacts, MelFacts, Sample, SampleFacts, TextItem, T
 from shards.sequence import SequenceBuilder, encode_text
 from shards.writer import Reject, ShardDone, sample_key, write_shard
 
+MAX_TEXT_TOKENS = 65535  # what a row of the index can count (`shards.index.INDEX_DTYPE`)
+
 
 class TaskSetup(msgspec.Struct, frozen=True):
     """All a worker needs to make any shard of a job; travels to the worker process."""
@@ -130,7 +132,10 @@ class ShardTask:
             reference_mel_zst=whisper.features_zst if whisper and kind == "mel" else None,
             reference_whisper_zst=whisper.features_zst if whisper and kind == "encoder" else None,
         )
-        facts = msgspec.structs.replace(facts, num_as_written_tokens=self._builder.num_as_written_tokens(sample))
+        num_tokens = self._builder.num_as_written_tokens(sample)
+        if num_tokens > MAX_TEXT_TOKENS:
+            raise RowFault("text", "text_too_long", f"{num_tokens} tokens in all texts, at most {MAX_TEXT_TOKENS}")
+        facts = msgspec.structs.replace(facts, num_as_written_tokens=num_tokens)
         return dataclasses.replace(sample, facts=facts)
 
     def _codes(self, path: str, cache: Cache) -> tuple[EncodedCodes, str]:

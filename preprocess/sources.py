@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import io
 import re
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,6 +26,8 @@ from shards.writer import Reject
 
 INSTRUCTION_PREFIX = "Please generate speech for given text in reference audio's voice:"
 CONTROL_TOKEN = re.compile(r"<\|.*?\|>")
+# A list that ends early or is not compressed as its name says; JSON faults come beside these.
+UNREADABLE = (OSError, EOFError, zlib.error, zstandard.ZstdError, UnicodeDecodeError)
 KNOWN_KEYS = frozenset(field.name for field in msgspec.structs.fields(ChatRow))
 
 
@@ -68,15 +71,18 @@ def _open(path: Path) -> BinaryIO:
     if path.suffix == ".gz":
         return io.BufferedReader(gzip.GzipFile(fileobj=file))  # pyright: ignore - a GzipFile is a raw reader
     if path.suffix == ".zst":
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(file, closefd=True))
+        return io.BufferedReader(_ZstdFile(file), buffer_size=1 << 16)
     return file  # pyright: ignore[reportReturnType]
 
 
 def _values(file: BinaryIO, path: Path) -> Iterator[Any]:
     buffered = file if isinstance(file, io.BufferedReader) else io.BufferedReader(file)  # pyright: ignore
-    if buffered.peek(3)[:3] == b"\xef\xbb\xbf":
-        buffered.read(3)  # a byte order mark, which JSON parsers refuse
-    first = buffered.peek(4096).lstrip()[:1]
+    try:
+        if buffered.peek(3)[:3] == b"\xef\xbb\xbf":
+            buffered.read(3)  # a byte order mark, which JSON parsers refuse
+        first = buffered.peek(4096).lstrip()[:1]
+    except UNREADABLE as error:
+        raise DataError(f"{path}: not readable as a {path.suffix} file: {error}") from None
     if first == b"[":
         yield from _array(buffered, path)
     elif first == b"{":
@@ -91,7 +97,7 @@ def _array(file: BinaryIO, path: Path) -> Iterator[Any]:
         for value in ijson.items(file, "item", use_float=True):
             yield value
             number += 1
-    except (ijson.JSONError, UnicodeDecodeError, OSError, zstandard.ZstdError) as error:
+    except (ijson.JSONError, *UNREADABLE) as error:
         reason = str(error).strip().splitlines()[0]
         raise DataError(f"{path}: row {number}: not valid JSON: {reason}; nothing behind it was read") from None
 
@@ -106,18 +112,57 @@ def _lines(file: BinaryIO, path: Path) -> Iterator[Any]:
                 _refuse_wrapped_list(line, path)
             yield msgspec.json.decode(line)
             number += 1
-    except (msgspec.DecodeError, UnicodeDecodeError, OSError, zstandard.ZstdError) as error:
+    except (msgspec.DecodeError, *UNREADABLE) as error:
         raise DataError(f"{path}: row {number}: not valid JSON: {error}; nothing behind it was read") from None
 
 
 def _refuse_wrapped_list(line: bytes, path: Path) -> None:
-    """`{"data": [...]}` would otherwise look like one strange row."""
+    """`{"data": [...]}` would otherwise look like one strange row; a row with a list of its own beside messages is one."""
     head = line.strip()[:4096]
-    if b'"messages"' not in head or re.match(rb'\{\s*"(?!messages|speaker|misc|start_index|id)\w+"\s*:\s*\[', head):
+    try:
+        row = msgspec.json.decode(line, type=dict[str, msgspec.Raw])
+    except msgspec.DecodeError:
+        is_wrapped = b'"messages"' not in head  # an object over many lines
+    else:
+        is_wrapped = "messages" not in row and any(bytes(value).lstrip()[:1] == b"[" for value in row.values())
+    if is_wrapped:
         raise DataError(
             f"{path}: the top level is an object, {head[:40].decode('utf-8', 'replace')} ...; the list itself must be the "
             "top level: [ {row}, {row}, ... ], or one row per line"
         )
+
+
+class _ZstdFile(io.RawIOBase):
+    """Decompressed bytes of all frames of a file. zstandard's own reader takes a frame that was cut off for its end."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._frame = zstandard.ZstdDecompressor().decompressobj()
+        self._packed = b""
+        self._ready = memoryview(b"")  # a view, because one block may unpack to megabytes
+        self._is_inside = False  # a frame
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            self._packed = self._packed or self._file.read(1 << 14)
+            if not self._packed:
+                if self._is_inside:
+                    raise EOFError("the compressed file is cut off")
+                return 0
+            self._ready = memoryview(self._frame.decompress(self._packed))
+            self._is_inside, self._packed = not self._frame.eof, self._frame.unused_data
+            if self._frame.eof:
+                self._frame = zstandard.ZstdDecompressor().decompressobj()
+        size = min(len(buffer), len(self._ready))
+        buffer[:size], self._ready = self._ready[:size], self._ready[size:]
+        return size
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 # --- who is cloned, and what is said --------------------------------------------------------------------------------

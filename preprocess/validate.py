@@ -94,10 +94,10 @@ def validate(request: Request, config: PreprocessConfig) -> dict[str, Any]:
     size = config.preprocess.samples_per_shard
     tasks = list(range(-(-num_usable // size)))
     workers = config.preprocess.workers or usable_cores()
-    progress = Progress(len(tasks), 0)
+    progress = Progress(len(tasks), 0, size)
     parts: list[SliceReport] = []
     try:
-        for part in run_tasks(tasks, workers, ValidateTask, ValidateSetup(config, str(request.out))):
+        for part in run_tasks(tasks, workers, ValidateTask, ValidateSetup(config, str(request.out)), progress.row):
             progress.add_checked(len(part.target_s), len(part.rejects), sum(part.reference_s) + sum(part.target_s))
             parts.append(part)
     finally:

@@ -43,15 +43,17 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def run_tasks(tasks: list[int], num_workers: int, prepare: Prepare, setup: Any) -> Iterator[Any]:
-    """Results of `prepare(setup).run(task, ...)` for every task, as they come.
+def run_tasks(
+    tasks: list[int], num_workers: int, prepare: Prepare, setup: Any, on_row: Callable[[], None] | None = None
+) -> Iterator[Any]:
+    """Results of `prepare(setup).run(task, ...)` for every task, as they come; `on_row` is called as a row begins.
 
     `prepare` and `setup` travel to the workers. Raises the PipelineError a worker raised, or DataError when workers keep
     dying.
     """
     for variable in THREAD_VARIABLES:
         os.environ[variable] = "1"  # before the spawn: the libraries, torch too, read it when loaded
-    pool = _Pool(prepare, setup, waiting=deque(tasks))
+    pool = _Pool(prepare, setup, waiting=deque(tasks), on_row=on_row)
     try:
         while pool.waiting or pool.busy():
             pool.hand_out(min(num_workers, len(tasks)))
@@ -75,6 +77,7 @@ class _Pool:
     waiting: deque[int]
     workers: list[_Worker] = field(default_factory=list)
     deaths: Counter[tuple[int, int | None]] = field(default_factory=Counter)
+    on_row: Callable[[], None] | None = None
     skip: defaultdict[int, Skip] = field(default_factory=lambda: defaultdict(dict))
 
     def busy(self) -> list[_Worker]:
@@ -105,6 +108,8 @@ class _Pool:
                 continue
             if kind == "row":
                 worker.position = value
+                if self.on_row:
+                    self.on_row()
             elif kind == "fault":
                 raise value
             else:
