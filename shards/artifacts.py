@@ -19,6 +19,8 @@ from shards.errors import ConfigError
 # Whisper large-v3's features (openai/whisper-large-v3 preprocessor_config.json): 128 mels, 16 kHz, 25 ms windows, 10 ms
 # hop, 30 s. The model wants exactly these whatever the checkpoint folder holds, so they are constants, not a download.
 WHISPER_FEATURES = {"feature_size": 128, "sampling_rate": 16000, "hop_length": 160, "chunk_length": 30, "n_fft": 400}
+# Other formats of the same weights in hub repositories: Whisper large-v3 alone has 20 GB of them.
+NOT_NEEDED = ("*.msgpack", "*.h5", "*.onnx*", "*.fp32*", "pytorch_model*")
 MEL_FORMAT = "float16, ceil(n/160)+2 frames, floor, zstd"
 
 
@@ -33,7 +35,7 @@ def resolve(name: str, revision: str, key: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, revision=revision or None))
+        return Path(snapshot_download(name, revision=revision or None, ignore_patterns=list(NOT_NEEDED)))
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise ConfigError(

@@ -21,13 +21,21 @@ from typing import Any
 
 import numpy as np
 
+# Each times itself, so that imports and loading models are left out.
 CODE_OF_INTAKE = """
-import sys
+import json, sys, time
 from pathlib import Path
 from preprocess.plan import Request, take_in
+started = time.monotonic()
 take_in(Request(Path(sys.argv[1]), Path(sys.argv[2])), 0)
+print("RESULT", json.dumps({"seconds": time.monotonic() - started}), flush=True)
 """
-CODE_OF_JSON_LOAD = "import json, sys; rows = json.load(open(sys.argv[1], encoding='utf-8')); assert rows"
+CODE_OF_JSON_LOAD = """
+import json, sys, time
+started = time.monotonic()
+rows = json.load(open(sys.argv[1], encoding="utf-8"))
+print("RESULT", json.dumps({"seconds": time.monotonic() - started}), flush=True)
+"""
 CODE_OF_JOB = """
 import json, sys, time
 from pathlib import Path
@@ -48,19 +56,21 @@ after_first = sum(count for _, count in finished[1:]) / (finished[-1][0] - finis
 print("RESULT", json.dumps({"files": files, "files_per_s": after_first}), flush=True)
 """
 CODE_OF_PLAIN_LOOP = """
-import json, sys
+import json, sys, time
 import numpy as np, soundfile, torch, torchaudio
 from transformers import WhisperFeatureExtractor
 from pathlib import Path
 from preprocess.codec import load_codec
 from shards.artifacts import WHISPER_FEATURES
 codec, mels = load_codec(Path(sys.argv[2])), WhisperFeatureExtractor(**WHISPER_FEATURES)
+started = time.monotonic()
 for row in json.load(open(sys.argv[1], encoding="utf-8")):
     for turn in (1, 2):
         wave, rate = soundfile.read(row["messages"][turn]["content"][1]["audio_url"], dtype="float32")
         codec.encode(wave if rate == 24000 else torchaudio.functional.resample(torch.from_numpy(wave), rate, 24000).numpy())
         if turn == 1:
             mels(torchaudio.functional.resample(torch.from_numpy(wave), rate, 16000).numpy(), sampling_rate=16000)
+print("RESULT", json.dumps({"seconds": time.monotonic() - started}), flush=True)
 """
 
 
@@ -126,7 +136,6 @@ def prepare(settings: Settings, work: Path) -> tuple[Path, float]:
     for name, kind in (("shared", "target"), ("copies", "copy")):
         rows = [row_of(work, kind, (n + 1) % len(files), n) for n in range(len(files))]
         (work / f"{name}.json").write_text(json.dumps(rows))
-        (work / f"{name}-one.json").write_text(json.dumps(rows[:1]))
     config = work / "bench.toml"
     config.write_text(
         f'[model]\nbase = "{work}/model"\nrevision = ""\ncodec = "{work}/codec"\ncodec_revision = ""\n'
@@ -172,7 +181,6 @@ def write_full_codec(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Finished:
-    elapsed_s: float
     peak_mb: float  # of the process itself, not its workers
     result: dict[str, Any]
 
@@ -181,19 +189,17 @@ def run(code: str, *arguments: object) -> Finished:
     """Run Python code in a process of its own with one thread. VmHWM counts from the exec on, ru_maxrss would not."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     measured = f"exec({code!r})\nprint('PEAK', [x for x in open('/proc/self/status') if x.startswith('VmHWM')][0].split()[1])\n"
-    started = time.monotonic()
     result = subprocess.run(
         [sys.executable, "-c", measured, *map(str, arguments)], env=env, capture_output=True, text=True, check=False
     )
-    elapsed_s = time.monotonic() - started
     if result.returncode:
         raise SystemExit(f"error: a benchmark process failed:\n{result.stderr[-2000:]}")
     values = {line.split(" ", 1)[0]: line.split(" ", 1)[1] for line in result.stdout.splitlines() if " " in line}
-    return Finished(elapsed_s, int(values["PEAK"]) / 1024, json.loads(values.get("RESULT", "{}")))
+    return Finished(int(values["PEAK"]) / 1024, json.loads(values.get("RESULT", "{}")))
 
 
 def bench_intake(settings: Settings, work: Path) -> dict[str, float]:
-    """MB/s and peak memory of reading a long list, start of the process taken off."""
+    """MB/s and peak memory of reading a long list."""
     path = work / "long.json"
     row = json.dumps(row_of(work, "target", 0, 1), ensure_ascii=False)
     with path.open("w", encoding="utf-8") as file:
@@ -201,17 +207,13 @@ def bench_intake(settings: Settings, work: Path) -> dict[str, float]:
             file.write(("[" if number == 0 else ",\n") + row)
         file.write("]")
     size_mb = path.stat().st_size / 1e6
-    (work / "short.json").write_text(f"[{row}]", encoding="utf-8")
-    start = run(CODE_OF_INTAKE, work / "short.json", work / "intake-0")
-    ours = run(CODE_OF_INTAKE, path, work / "intake-1")
-    plain_start = run(CODE_OF_JSON_LOAD, work / "short.json")
+    ours = run(CODE_OF_INTAKE, path, work / "intake")
     plain = run(CODE_OF_JSON_LOAD, path)
     return {
         "list_mb": size_mb,
-        "mb_per_s": size_mb / (ours.elapsed_s - start.elapsed_s),
+        "mb_per_s": size_mb / ours.result["seconds"],
         "peak_mb": ours.peak_mb,
-        "peak_mb_of_one_row": start.peak_mb,
-        "json_load_mb_per_s": size_mb / (plain.elapsed_s - plain_start.elapsed_s),
+        "json_load_mb_per_s": size_mb / plain.result["seconds"],
         "json_load_peak_mb": plain.peak_mb,
     }
 
@@ -263,11 +265,9 @@ def bench_jobs(max_workers: int, rounds: int, work: Path, config: Path, audio_s:
         result = run(CODE_OF_JOB, config, work / "copies.json", work / f"copies-{number}", max_workers).result
         copies.append(result["files"] / result["files_per_s"])
     rates = {workers: float(np.median(values)) for workers, values in measured.items()}
-    loop_start = run(CODE_OF_PLAIN_LOOP, work / "shared-one.json", work / "codec")
-    loop = run(CODE_OF_PLAIN_LOOP, work / "shared.json", work / "codec")
+    loop_s = run(CODE_OF_PLAIN_LOOP, work / "shared.json", work / "codec").result["seconds"]
     seconds_per_file = audio_s / num_files
     steady_s = num_files / rates[max_workers]
-    loop_s = loop.elapsed_s - loop_start.elapsed_s
     return {
         "distinct_audio_s": audio_s,
         "audio_s_per_s": {workers: rate * seconds_per_file for workers, rate in rates.items()},
