@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from shards.artifacts import WHISPER_FEATURES
-from shards.mel import NUM_FRAMES, num_stored_frames, rebuild_mel
+from shards.mel import NUM_FRAMES, num_rows, num_stored_frames, rebuild_mel
 
 
 def stored_mel(wave: np.ndarray) -> tuple[np.ndarray, float]:
@@ -39,9 +39,12 @@ class WhisperEncoder:
         """Stored mel frames [128, Tm] -> hidden states [W, d] float16 at 25 Hz."""
         import torch
 
+        from shards.whisper_tower import tower_features
+
         features, _ = rebuild_mel(frames, floor, num_samples)
+        heard = torch.from_numpy(tower_features(features, num_samples)).to(self._device)
         with torch.inference_mode():
-            states = self._tower(torch.from_numpy(features).to(self._device), num_samples)
+            states = self._tower(heard[None])[0, : num_rows(num_samples)]
         return states.half().cpu().numpy()
 
 

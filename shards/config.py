@@ -54,7 +54,8 @@ class SequenceSection(msgspec.Struct, frozen=True, kw_only=True):
     """How a sample becomes a sequence; applied when reading, so changing it never means encoding again."""
 
     layout: Literal["clone", "as_written"] = "clone"
-    conditioning: Literal["auto", "codes"] = "auto"
+    # "auto": "whisper+codes" where the checkpoint has a Whisper tower, else "codes".
+    conditioning: Literal["auto", "codes", "whisper+codes"] = "auto"
     system_prompt: str = RELEASED_SYSTEM_PROMPT
 
 

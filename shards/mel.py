@@ -1,4 +1,4 @@
-"""Rebuilds Whisper's 30-s features [128, 3000] from the few frames a shard stores.
+"""Rebuilds Whisper's 30-s features [128, 3000] from the few frames a shard stores, and counts what they become.
 
 Every frame behind the stored ones equals one value, the floor: the maximum of the clip's log-mel minus 8, rescaled. It
 is stored, not derived, because padding with 0 instead is wrong by up to 1.0 in normalised units.
@@ -15,6 +15,20 @@ SAMPLES_PER_FRAME = 160  # at 16 kHz
 def num_stored_frames(num_samples: int) -> int:
     """Two frames more than the clip has: the last analysis windows still touch it."""
     return min(NUM_FRAMES, -(-num_samples // SAMPLES_PER_FRAME) + 2)
+
+
+def num_positions(num_samples):
+    """Positions at 50 Hz, after the tower's convolutions, that hear a clip of `num_samples` at 16 kHz (int or array)."""
+    mel_frames = -(-num_samples // SAMPLES_PER_FRAME)
+    return (mel_frames - 1) // 2 + 1
+
+
+def num_rows(num_samples):
+    """W, rows at 25 Hz that a clip becomes in a sequence: 1.0 s gives 25, 30 s gives 750 (int or array).
+
+    The released formula, rounding included (boson-ai/higgs-audio, HiggsAudioEncoder._get_feat_extract_output_lengths).
+    """
+    return (num_positions(num_samples) - 2) // 2 + 1
 
 
 def rebuild_mel(frames: np.ndarray, floor: float, num_samples: int) -> tuple[np.ndarray, np.ndarray]:

@@ -4,7 +4,11 @@ In: a `Sample` (facts). Out: a `Sequence`, what the model reads at each position
 The targets are stored already shifted (`next_token`, `next_codes`): the most expensive bug of this field is a shift
 that was forgotten later. The price is that they do not line up with `token_ids` when printed side by side.
 
-Letters: K = 8 codebooks, T = codec frames of one audio, A = T + K + 1 delayed columns, L = positions of the sequence.
+With conditioning "whisper+codes" a reference becomes [Whisper rows at 25 Hz][columns]: the rows carry the id of
+`<|AUDIO|>`, take the text path, and their embeddings come from a Whisper tower.
+
+Letters: K = 8 codebooks, T = codec frames of one audio, A = T + K + 1 delayed columns, L = positions of the sequence,
+W = Whisper rows of one reference.
 Formats: prompt and labels of boson-ai/higgs-audio `prepare_chatml_sample` and its collator, delay pattern of the released
 model; facts and measurements in NOTES.md.
 """
@@ -17,7 +21,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from shards.config import SequenceSection
-from shards.errors import ConfigError
+from shards.errors import ConfigError, ShardError
+from shards.mel import num_rows, rebuild_mel
 from shards.sample import Sample
 
 NUM_CODEBOOKS = 8
@@ -33,6 +38,7 @@ EOT = 128009
 AUDIO_BOS = 128011
 AUDIO_EOS = 128012
 AUDIO_OUT_BOS = 128013
+WHISPER = 128015  # `<|AUDIO|>`: the id at every Whisper row; the embedding there comes from the tower
 AUDIO_OUT = 128016  # the id at every audio column; the embedding there comes from the codes
 SPECIAL_TOKENS = {
     "<|begin_of_text|>": BEGIN_OF_TEXT,
@@ -43,21 +49,35 @@ SPECIAL_TOKENS = {
     "<|audio_bos|>": AUDIO_BOS,
     "<|audio_eos|>": AUDIO_EOS,
     "<|audio_out_bos|>": AUDIO_OUT_BOS,
-    "<|AUDIO|>": 128015,
+    "<|AUDIO|>": WHISPER,
     "<|AUDIO_OUT|>": AUDIO_OUT,
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """What Whisper hears of one reference: the mel its tower reads, or the states that stage one made of it."""
+
+    num_samples: int  # at 16 kHz
+    mel: np.ndarray | None = None  # [128, 3000] float32
+    states: np.ndarray | None = None  # [W, d] float16
+
+    def __len__(self) -> int:
+        """W."""
+        return int(num_rows(self.num_samples))
 
 
 @dataclass(frozen=True, slots=True)
 class Sequence:
     """One sample as the model sees it. Audio columns appear in `codes` in the order of their positions."""
 
-    token_ids: np.ndarray  # [L] int32, AUDIO_OUT at audio columns
+    token_ids: np.ndarray  # [L] int32, AUDIO_OUT at audio columns, WHISPER at Whisper rows
     codes: np.ndarray  # [K, A] int16, markers included; A over all audios of the sample
     next_token: np.ndarray  # [L] int32, what the text head must say at this position; IGNORE = not learned
     next_codes: np.ndarray  # [K, A] int16, what the audio head must say at this column; IGNORE = not learned
     reference_columns: tuple[int, int]  # [start, end) of the reference in A
     target_columns: tuple[int, int]  # [start, end) of the target in A; empty in a prompt
+    heard: tuple[Heard, ...] = ()  # in the order of their positions; empty without Whisper conditioning
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -120,6 +140,7 @@ class Text:
 class Audio:
     codes: np.ndarray  # [K, T] raw
     is_target: bool
+    heard: Heard | None = None  # its Whisper rows come right before its columns
 
 
 Segment = Text | Audio
@@ -132,6 +153,7 @@ class SequenceBuilder:
         """Raises ConfigError when the tokenizer does not have Higgs Audio v2's special tokens."""
         check_special_tokens(tokenizer)
         self.layout = section.layout
+        self.hears = section.conditioning == "whisper+codes"  # "auto" is decided by whoever knows the checkpoint
         self._headers = {
             role: encode_text(tokenizer, f"<|start_header_id|>{role}<|end_header_id|>\n\n")
             for role in ("system", "user", "assistant")
@@ -160,10 +182,11 @@ class SequenceBuilder:
             system = index["num_system_tokens"] if self._system is None else len(self._system)
             texts = index["num_reference_text_tokens"].astype(np.int64) + index["num_target_text_tokens"]
             text = self._clone_fixed_tokens + system + texts
-        return text + index["reference_frames"] + index["target_frames"] + 2 * NUM_MARKER_COLUMNS
+        whisper = num_rows(index["mel_samples"].astype(np.int64)) if self.hears else 0
+        return text + whisper + index["reference_frames"] + index["target_frames"] + 2 * NUM_MARKER_COLUMNS
 
     def num_as_written_tokens(self, sample: Sample) -> int:
-        """Text-path positions of the as_written layout: a fact that stage one stores in the index."""
+        """Token ids of the as_written layout without Whisper rows: a fact that stage one stores in the index."""
         return sum(len(segment.ids) for segment in self._as_written(sample) if isinstance(segment, Text))
 
     @property
@@ -191,7 +214,7 @@ class SequenceBuilder:
             Text(_ids(EOT)),
             Text(self._headers["assistant"]),
             Text(_ids(AUDIO_OUT_BOS)),
-            Audio(sample.reference_codes, is_target=False),
+            self._reference(sample),
             Text(_ids(AUDIO_EOS, EOT)),
             Text(self._headers["user"]),
             Text(sample.text_item_ids(facts.target_text)),
@@ -214,14 +237,33 @@ class SequenceBuilder:
                 if isinstance(item, int):
                     segments.append(Text(sample.text_item_ids(item), learned))
                     continue
-                codes = sample.reference_codes if item == "reference" else sample.target_codes
                 opening = AUDIO_OUT_BOS if is_assistant else AUDIO_BOS
                 segments.append(Text(_ids(opening), learned))
-                segments.append(Audio(codes, is_target=item == "target"))
+                is_target = item == "target"
+                segments.append(Audio(sample.target_codes, True) if is_target else self._reference(sample))
                 segments.append(Text(_ids(AUDIO_EOS), learned))
             goes_on = is_assistant and number + 1 < len(facts.turns) and facts.turns[number + 1].role == "assistant"
             segments.append(Text(_ids(EOM if goes_on else EOT), learned))
         return segments
+
+    def _reference(self, sample: Sample) -> Audio:
+        return Audio(sample.reference_codes, is_target=False, heard=heard(sample) if self.hears else None)
+
+
+def heard(sample: Sample) -> Heard:
+    """What Whisper hears of the sample's reference. Raises ShardError when the shard does not hold it."""
+    mel = sample.facts.mel
+    if mel is not None:
+        states = sample.reference_whisper()
+        if states is not None:
+            return Heard(mel.num_samples, states=states)
+        frames = sample.reference_mel()
+        if frames is not None:
+            return Heard(mel.num_samples, mel=rebuild_mel(frames, mel.floor, mel.num_samples)[0])
+    raise ShardError(
+        f'sample {sample.key}: no Whisper features of the reference, and sequence.conditioning is "whisper+codes"; run '
+        'preprocess with features.whisper = "mel", or set sequence.conditioning = "codes"'
+    )
 
 
 def assemble(segments: list[Segment]) -> Sequence:
@@ -232,11 +274,16 @@ def assemble(segments: list[Segment]) -> Sequence:
     targets: list[np.ndarray] = []
     spans = {False: (0, 0), True: (0, 0)}  # is_target -> columns
     num_columns = 0
+    listened: list[Heard] = []
     for segment in segments:
         if isinstance(segment, Text):
             ids.append(segment.ids)
             labels.append(segment.ids if segment.learned else np.full_like(segment.ids, IGNORE))
             continue
+        if segment.heard is not None:
+            listened.append(segment.heard)
+            ids.append(np.full(len(segment.heard), WHISPER, dtype=np.int32))
+            labels.append(np.full(len(segment.heard), IGNORE, dtype=np.int32))
         delayed = delay(segment.codes)
         spans[segment.is_target] = (num_columns, num_columns + delayed.shape[1])
         num_columns += delayed.shape[1]
@@ -252,6 +299,7 @@ def assemble(segments: list[Segment]) -> Sequence:
         next_codes=np.concatenate(targets, axis=1) if targets else np.zeros((NUM_CODEBOOKS, 0), np.int16),
         reference_columns=spans[False],
         target_columns=spans[True],
+        heard=tuple(listened),
     )
 
 

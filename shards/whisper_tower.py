@@ -2,10 +2,10 @@
 
 It differs from Whisper's own in three places (boson-ai/higgs-audio, HiggsAudioEncoder): padding frames are masked out of
 attention, hidden states are averaged in pairs (50 -> 25 Hz), and the last layer norm comes after the averaging. Because
-masked positions reach nobody, only the clip's own frames are computed, not 30 s; the result is the same (tested). It
+masked positions reach nobody, only the clips' own frames are computed, not 30 s; the result is the same (tested). It
 lies in this package because stage one stores its output and stage two computes it: both must mean the same thing.
 
-Letters: m mel frames that hear the clip, L = frames at 50 Hz after the convolutions, W = rows at 25 Hz, d width.
+Letters: C clips, m positions at 50 Hz of the longest, W rows at 25 Hz of one clip, d width.
 """
 
 from __future__ import annotations
@@ -13,55 +13,76 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shards.errors import CheckpointError
-from shards.mel import SAMPLES_PER_FRAME
+from shards.mel import num_positions
 
 NUM_MELS = 128
 MAX_POSITIONS = 1500
+# Sizes of a boson config.json that leaves them out: its class's defaults, Whisper large-v3.
+BOSON_SIZES = {
+    "num_mel_bins": 128,
+    "d_model": 1280,
+    "encoder_layers": 32,
+    "encoder_attention_heads": 20,
+    "encoder_ffn_dim": 5120,
+}
 PREFIXES = ("model.encoder.", "encoder.", "audio_tower.")  # of a Whisper checkpoint, or of Higgs Audio's own tower
 
 
-def num_mel_frames(num_samples: int) -> int:
-    """m of a clip of `num_samples` at 16 kHz."""
-    return -(-num_samples // SAMPLES_PER_FRAME)
+class WhisperSizes(NamedTuple):
+    """What a tower's weights are shaped by."""
 
-
-def num_rows(num_samples: int) -> int:
-    """W: 1.0 s gives 25, 30 s gives 750. The formula is the released one's, rounding included."""
-    return (_num_positions(num_mel_frames(num_samples)) - 2) // 2 + 1
-
-
-def _num_positions(mel_frames: int) -> int:
-    return (mel_frames - 1) // 2 + 1
+    width: int  # d
+    num_layers: int
+    num_heads: int
+    inner: int  # of the feed-forward network
 
 
 class WhisperTower(nn.Module):
     """Parameter names equal transformers' `WhisperEncoder`."""
 
-    def __init__(self, width: int, num_layers: int, num_heads: int, inner: int) -> None:
+    def __init__(self, sizes: WhisperSizes) -> None:
         super().__init__()
+        width, num_layers, num_heads, inner = sizes
         self.conv1 = nn.Conv1d(NUM_MELS, width, kernel_size=3, padding=1)
         self.conv2 = nn.Conv1d(width, width, kernel_size=3, stride=2, padding=1)
         self.embed_positions = nn.Embedding(MAX_POSITIONS, width)
         self.layers = nn.ModuleList(_Layer(width, num_heads, inner) for _ in range(num_layers))
         self.layer_norm = nn.LayerNorm(width)
 
-    def forward(self, features: Tensor, num_samples: int) -> Tensor:
-        """features [128, 3000] of one clip, padded to 30 s -> [W, d]."""
-        positions = _num_positions(num_mel_frames(num_samples))
-        # The last position hears one frame to each side: two more keep the convolutions' edge away from it.
-        x = features[None, :, : 2 * positions + 2].to(self.conv1.weight.dtype)
-        x = F.gelu(self.conv2(F.gelu(self.conv1(x))))[..., :positions]
-        x = x.transpose(1, 2) + self.embed_positions.weight[:positions]
+    def forward(self, features: Tensor, positions: Tensor | None = None) -> Tensor:
+        """features [C, 128, 2 m + 2] of C clips -> states [C, m // 2, d]; rows behind a clip's own W mean nothing.
+
+        positions [C] int64: how many of the m positions at 50 Hz are each clip's own; None: all of them. The two frames
+        more keep the convolutions' edge away from the last position.
+        """
+        longest = features.shape[2] // 2 - 1
+        x = F.gelu(self.conv2(F.gelu(self.conv1(features.to(self.conv1.weight.dtype)))))[..., :longest]
+        x = x.transpose(1, 2) + self.embed_positions.weight[:longest]
+        mask = None
+        if positions is not None:
+            mask = torch.arange(longest, device=x.device) < positions[:, None]  # [C, m]: who may be heard
+            mask = mask[:, None, None, :]
         for layer in self.layers:
-            x = layer(x)
+            x = layer(x, mask)
         x = F.avg_pool1d(x.transpose(1, 2), kernel_size=2, stride=2).transpose(1, 2)
-        return self.layer_norm(x)[0, : num_rows(num_samples)]
+        return self.layer_norm(x)
+
+
+def tower_features(features: np.ndarray, num_samples: int) -> np.ndarray:
+    """The part [128, 2 m + 2] of a clip's 30-s features [128, 3000] that its m positions hear.
+
+    A clip of the full 30 s has nothing behind it; the convolutions pad with zeros there, so zeros stand for it.
+    """
+    needed = 2 * num_positions(num_samples) + 2
+    return np.pad(features[:, :needed], ((0, 0), (0, max(0, needed - features.shape[1]))))
 
 
 class _Layer(nn.Module):
@@ -73,8 +94,8 @@ class _Layer(nn.Module):
         self.fc2 = nn.Linear(inner, width)
         self.final_layer_norm = nn.LayerNorm(width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.self_attn(self.self_attn_layer_norm(x))
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        x = x + self.self_attn(self.self_attn_layer_norm(x), mask)
         return x + self.fc2(F.gelu(self.fc1(self.final_layer_norm(x))))
 
 
@@ -87,27 +108,46 @@ class _Attention(nn.Module):
         self.v_proj = nn.Linear(width, width)
         self.out_proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         q, k, v = (
             p(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
         )
-        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.out_proj(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
 
 
-def load_whisper_tower(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> WhisperTower:
-    """The tower of a Whisper checkpoint folder, strictly. Raises CheckpointError."""
+def read_whisper_sizes(folder: Path) -> WhisperSizes | None:
+    """The tower's sizes from config.json of a Whisper checkpoint or of a Higgs Audio model; None when it has no tower."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        sizes = [config[key] for key in ("d_model", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim")]
-    except (OSError, json.JSONDecodeError, KeyError) as error:
+    except (OSError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{folder}: not a Whisper checkpoint: {error}") from None
+    if config.get("model_type") == "higgs_audio_v2":
+        config = config.get("audio_encoder_config")  # the native layout has none; ours adds it
+        if config is None:
+            return None
+    elif config.get("model_type") == "higgs_audio":
+        if config.get("skip_audio_tower", False):  # it may describe a tower that the checkpoint does not have
+            return None
+        config = {**BOSON_SIZES, **(config.get("audio_encoder_config") or {})}
+    try:
+        sizes = [config[key] for key in ("d_model", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim")]
+    except KeyError as error:
+        raise CheckpointError(f"{folder}: not a Whisper checkpoint: config.json has no {error}") from None
     if config.get("num_mel_bins") != NUM_MELS:
         raise CheckpointError(
             f"{folder}: {config.get('num_mel_bins')} mels, Higgs Audio needs {NUM_MELS} (Whisper large-v3)"
         )
+    return WhisperSizes(*sizes)
+
+
+def load_whisper_tower(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> WhisperTower:
+    """The tower of a Whisper checkpoint or of a Higgs Audio model that has one, strictly. Raises CheckpointError."""
+    sizes = read_whisper_sizes(folder)
+    if sizes is None:
+        raise CheckpointError(f"{folder}: this model has no Whisper tower; name a Whisper checkpoint")
     with torch.device("meta"):
-        tower = WhisperTower(*sizes)
-    state = {name: tensor.to(device=device, dtype=dtype) for name, tensor in _encoder_tensors(folder)}
+        tower = WhisperTower(sizes)
+    state = {name: tensor.to(device=device, dtype=dtype) for name, tensor in encoder_tensors(folder)}
     expected = tower.state_dict()
     problems = [f"missing {name}" for name in expected.keys() - state.keys()]
     problems += [f"unexpected {name}" for name in state.keys() - expected.keys()]
@@ -117,7 +157,8 @@ def load_whisper_tower(folder: Path, dtype: torch.dtype = torch.float32, device:
     return tower.eval().requires_grad_(False)
 
 
-def _encoder_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+def encoder_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """(name without prefix, tensor) of every tower tensor in the folder's safetensors files."""
     from safetensors import safe_open
 
     for path in sorted(folder.glob("*.safetensors")):

@@ -36,6 +36,7 @@ def boson_config(folder: Path) -> dict:
         "audio_dual_ffn_layers": list(range(config.num_layers)),
         "audio_num_codebooks": 8,
         "audio_codebook_size": 1024,
+        "skip_audio_tower": True,
         "text_config": {
             "model_type": "llama",
             "hidden_size": config.hidden_size,

@@ -1,16 +1,17 @@
 """`checkpoints`: what a run wrote, and what to do with it.
 
     list RUN            the complete checkpoints with their metrics
-    merge RUN OUT       base + adapter -> one model folder in the native layout
+    merge RUN OUT       base + adapter -> one model folder, in the native or the older layout
+    convert MODEL OUT   a model folder of either layout -> the other
 
-A merged folder loads in transformers' `HiggsAudioV2ForConditionalGeneration` and in `speak`. `higgs_voice.json` in it
-says how prompts must be built and which codec its codes belong to, so that speech is made exactly as it was trained.
+A merged folder loads in transformers' `HiggsAudioV2ForConditionalGeneration` (or boson's `HiggsAudioModel`) and in
+`speak`. `higgs_voice.json` in it says how prompts must be built and which codec its codes belong to, so that speech is
+made exactly as it was trained.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,40 +21,32 @@ from typing import TYPE_CHECKING
 import click
 import msgspec
 
-from shards.config import ModelSection, SequenceSection
+from shards.config import FeaturesSection, ModelSection, SequenceSection
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from train.model import HiggsAudio
-
-VOICE_FILE = "higgs_voice.json"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-
-
-class Voice(msgspec.Struct, frozen=True, kw_only=True):
-    """higgs_voice.json: what a merged model was trained with, and therefore must be spoken with."""
-
-    base: str
-    base_revision: str
-    adapter: str
-    step: int
-    codec: str
-    codec_revision: str
-    codec_fingerprint: str
-    sequence: SequenceSection
+    from tools.model_folder import Layout
 
 
 class CheckpointConfig(msgspec.Struct, frozen=True, kw_only=True):
     """The sections of a checkpoint's config.toml that a merged model must remember."""
 
     model: ModelSection
+    features: FeaturesSection
     sequence: SequenceSection
+
+
+LAYOUT = click.option(
+    "--layout",
+    type=click.Choice(["native", "boson"]),
+    default="native",
+    show_default=True,
+    help="native: transformers >= 5.3 and vLLM-Omni. boson: boson-multimodal 0.1.1.",
+)
 
 
 @click.group()
 def main() -> None:
-    """List and merge checkpoints."""
+    """List, merge and convert checkpoints."""
 
 
 @main.command("list")
@@ -80,45 +73,58 @@ def list_command(run: Path, as_json: bool) -> None:
 @main.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-def merge(run: Path, out: Path) -> None:
+@LAYOUT
+def merge(run: Path, out: Path, layout: Layout) -> None:
     """Merge the newest checkpoint of RUN (or a checkpoint folder) into its base model and write OUT."""
     with explained():
-        step = merge_checkpoint(run, out)
+        step = merge_checkpoint(run, out, layout)
     click.echo(
         f"merged step {step} into {out}; next: speak {out} --reference WAV --reference-text TEXT --text TEXT", err=True
     )
 
 
-def merge_checkpoint(run: Path, out: Path) -> int:
+@main.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@LAYOUT
+def convert(model: Path, out: Path, layout: Layout) -> None:
+    """Write the model folder MODEL, of either layout, as another layout into OUT. Every weight is kept."""
+    with explained():
+        from shards.errors import CheckpointError
+        from tools.model_folder import check_empty, convert_model
+
+        if not (model / "config.json").is_file():
+            raise CheckpointError(f"{model}: no model here; give a folder with config.json and safetensors")
+        check_empty(out)
+        num_tensors = convert_model(model, out, layout)
+    click.echo(f"{out}: {num_tensors} tensors in the {layout} layout", err=True)
+
+
+def merge_checkpoint(run: Path, out: Path, layout: Layout = "native") -> int:
     """Write the merged model folder; returns the step it comes from. Raises CheckpointError."""
-    import torch
-    from huggingface_hub import save_torch_state_dict
+    import dataclasses
 
     from shards.artifacts import codec_fingerprint, resolve
     from shards.config import read_config
-    from shards.errors import CheckpointError
+    from tools.model_folder import Voice, check_empty, merged_state, write_model_folder
+    from train.conditioning import decide_conditioning
     from train.lora import load_adapter
     from train.weights import load_model, stored_dtype
 
     # 1. The checkpoint, and the base it was trained on.
     folder = find_checkpoint(run)
-    if out.exists() and any(out.iterdir()):
-        raise CheckpointError(f"{out}: exists and is not empty; give another folder")
+    check_empty(out)
     config = read_config(CheckpointConfig, only_sections(folder / "config.toml"))
     base_dir = resolve(config.model.base, config.model.revision, "model.base")
     codec_dir = resolve(config.model.codec, config.model.codec_revision, "model.codec")
+    conditioning = decide_conditioning(config.sequence, config.features, base_dir)
 
     # 2. Base + adapter, in the base's own dtype.
-    model = load_model(base_dir, stored_dtype(base_dir))
+    model = load_model(base_dir, stored_dtype(base_dir), conditioning=conditioning)
     load_adapter(model, folder / "adapter")
-    with torch.no_grad():
-        state = dict(merged_tensors(model))
+    state = merged_state(model)
 
     # 3. A folder of its own, complete or not there.
-    partial = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_torch_state_dict(state, partial, max_shard_size="5GB")
     step = int(folder.name.removeprefix("checkpoint-"))
     voice = Voice(
         base=config.model.base,
@@ -130,31 +136,9 @@ def merge_checkpoint(run: Path, out: Path) -> int:
         codec_fingerprint=codec_fingerprint(codec_dir),
         sequence=config.sequence,
     )
-    (partial / VOICE_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(voice), indent=1) + b"\n")
-    write_native_config(partial, model, config.model.codec)
-    for name in TOKENIZER_FILES:
-        if (base_dir / name).is_file():
-            shutil.copyfile(base_dir / name, partial / name)
-    if out.exists():
-        out.rmdir()  # empty, checked above
-    partial.rename(out)
+    trained = dataclasses.replace(model.config, is_random=False)
+    write_model_folder(out, state, trained, layout, tokenizer_dir=base_dir, codec=config.model.codec, voice=voice)
     return step
-
-
-def merged_tensors(model: HiggsAudio) -> Iterator[tuple[str, Tensor]]:
-    """(native name, tensor) with every adapter added to its weight in fp32 and rounded once to the base's dtype."""
-    from peft.tuners.lora import LoraLayer
-
-    adapted = {
-        f"{name}.base_layer.weight": module for name, module in model.named_modules() if isinstance(module, LoraLayer)
-    }
-    for name, parameter in model.named_parameters():
-        if name in adapted:
-            delta = adapted[name].get_delta_weight("default")  # pyright: ignore - the linear kinds have it
-            merged = (parameter.float() + delta.float()).to(parameter.dtype)
-            yield name.replace(".base_layer.weight", ".weight"), merged
-        elif ".lora_" not in name:
-            yield name, parameter.detach()
 
 
 def find_checkpoint(run: Path) -> Path:
@@ -178,17 +162,6 @@ def only_sections(path: Path) -> Path:
     if not path.is_file():
         raise CheckpointError(f"{path}: missing; the checkpoint is incomplete")
     return path
-
-
-def write_native_config(folder: Path, model: HiggsAudio, codec: str) -> None:
-    """config.json of the merged model. vLLM-Omni reads the codec from `audio_tokenizer_id`."""
-    from train.model_config import native_config
-
-    config = native_config(model.config)
-    config["dtype"] = str(model.audio_lm_head.weight.dtype).removeprefix("torch.")
-    config["random_weights"] = False
-    config["audio_tokenizer_id"] = codec
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
 @contextmanager

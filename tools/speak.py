@@ -18,13 +18,14 @@ import click
 import msgspec
 import numpy as np
 
-from shards.config import ModelSection, SequenceSection, read_config
+from shards.config import FeaturesSection, ModelSection, SequenceSection, read_config
 
 if TYPE_CHECKING:
+    from preprocess.audio import AudioFile
     from preprocess.codec import Codec
     from shards.sample import Sample
     from shards.sequence import SequenceBuilder
-    from tools.checkpoints import Voice
+    from tools.model_folder import Voice
     from train.generate import Sampling, Speech
     from train.model import HiggsAudio
 
@@ -36,6 +37,7 @@ INSTRUCTION = "Please generate speech for given text in reference audio's voice:
 
 class SpeakConfig(msgspec.Struct, frozen=True, kw_only=True):
     model: ModelSection
+    features: FeaturesSection
     sequence: SequenceSection
 
 
@@ -125,11 +127,15 @@ class Speaker:
         self, reference: Path, reference_text: str, text: str, max_frames: int, sampling: Sampling
     ) -> tuple[Speech, np.ndarray]:
         """The codes, and the wave [S] float32 at 24 kHz."""
+        from preprocess.audio import CODEC_RATE, WHISPER_RATE
         from shards.artifacts import load_tokenizer
         from train.generate import generate
 
-        codes = self.codec.encode(read_reference(reference))
+        heard = read_reference(reference)
+        codes = self.codec.encode(heard.at(CODEC_RATE))
         sample = cloning_sample(load_tokenizer(self.model_dir), reference_text, codes, text)
+        if self.builder.hears:
+            sample = with_mel(sample, heard.at(WHISPER_RATE))
         speech = generate(self.model, self.builder.prompt(sample), max_frames, sampling)
         return speech, self.codec.decode(speech.codes)
 
@@ -142,6 +148,7 @@ def load_speaker(model_dir: Path, adapter: Path | None, config: SpeakConfig, dev
     from shards.artifacts import codec_fingerprint, load_tokenizer, resolve
     from shards.errors import CheckpointError
     from shards.sequence import SequenceBuilder
+    from train.conditioning import decide_conditioning
     from train.lora import load_adapter
     from train.weights import load_model
 
@@ -157,10 +164,13 @@ def load_speaker(model_dir: Path, adapter: Path | None, config: SpeakConfig, dev
         )
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
-    model = load_model(base, dtype, where, text_head=False)
+    sequence = voice.sequence if voice else config.sequence
+    conditioning = decide_conditioning(sequence, config.features, base)
+    sequence = msgspec.structs.replace(sequence, conditioning=conditioning.name)
+    # An adapter may hold the text head, which speaking does not need, so it must be there to take it.
+    model = load_model(base, dtype, where, text_head=adapter is not None, conditioning=conditioning)
     if adapter:
         load_adapter(model, adapter)
-    sequence = voice.sequence if voice else config.sequence
     builder = SequenceBuilder(load_tokenizer(base), sequence)
     return Speaker(model.eval(), load_codec(codec_dir, str(where)), builder, base)
 
@@ -168,7 +178,7 @@ def load_speaker(model_dir: Path, adapter: Path | None, config: SpeakConfig, dev
 def read_voice(model_dir: Path) -> Voice | None:
     """higgs_voice.json of a merged folder; None for a base model."""
     from shards.manifest import read_record
-    from tools.checkpoints import VOICE_FILE, Voice
+    from tools.model_folder import VOICE_FILE, Voice
 
     path = model_dir / VOICE_FILE
     return read_record(path, Voice) if path.is_file() else None
@@ -202,13 +212,25 @@ def cloning_sample(tokenizer, reference_text: str, reference_codes: np.ndarray, 
     return Sample("speak", facts, np.concatenate(ids), reference_codes, np.zeros((8, 0), np.uint16))
 
 
-def read_reference(path: Path) -> np.ndarray:
-    """The reference wave [S] float32 at 24 kHz, read and checked as stage one does."""
-    from preprocess.audio import CODEC_RATE, AudioFault, AudioLimits, decode, read_bytes
+def with_mel(sample: Sample, wave: np.ndarray) -> Sample:
+    """The sample with its reference's Whisper features, stored as stage one stores them; wave [n] float32 at 16 kHz."""
+    import dataclasses
+
+    from preprocess.features import stored_mel
+    from shards.sample import MelFacts, compress, write_npy
+
+    frames, floor = stored_mel(wave)
+    facts = msgspec.structs.replace(sample.facts, mel=MelFacts(len(wave), floor))
+    return dataclasses.replace(sample, facts=facts, reference_mel_zst=compress(write_npy(frames.astype(np.float16))))
+
+
+def read_reference(path: Path) -> AudioFile:
+    """The reference, read and checked as stage one does."""
+    from preprocess.audio import AudioFault, AudioLimits, decode, read_bytes
     from shards.errors import DataError
 
     try:
-        return decode(read_bytes(str(path)), AudioLimits()).at(CODEC_RATE)
+        return decode(read_bytes(str(path)), AudioLimits())
     except AudioFault as fault:
         raise DataError(f"--reference {path}: {fault.detail}") from None
 

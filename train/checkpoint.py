@@ -52,6 +52,7 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
     batch_tokens: int
     packs_per_step: int
     layout: str
+    conditioning: str = "codes"
 
 
 def save(

@@ -20,6 +20,8 @@ class LoraSection(msgspec.Struct, frozen=True, kw_only=True):
     alpha: Positive = 32
     dropout: Annotated[float, msgspec.Meta(ge=0.0, lt=1.0)] = 0.0
     use_rslora: bool = False
+    use_dora: bool = False
+    text_head: bool = False
 
 
 class LossSection(msgspec.Struct, frozen=True, kw_only=True):

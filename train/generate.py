@@ -52,7 +52,7 @@ def generate(model: HiggsAudio, prompt: Sequence, max_frames: int, sampling: Sam
 
     batch = pack([prompt], [0], ["prompt"]).to(device)
     cache.order = batch.to_padded[0]
-    model.model(batch.text_ids, batch.codes, batch.positions, cache)
+    model.model(batch.text_ids, batch.codes, batch.positions, cache, model.hear(batch.whisper))
     cache.advance(len(prompt))
 
     no_text = torch.zeros(0, dtype=torch.long, device=device)

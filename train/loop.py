@@ -24,6 +24,7 @@ from shards.manifest import Fingerprints, check_fingerprints, open_dataset
 from shards.sequence import IGNORE, SequenceBuilder
 from shards.writer import write_bytes, write_json
 from train import checkpoint
+from train.conditioning import decide_conditioning, fit_to_shards
 from train.config import LossSection, TrainConfig
 from train.data import planned_batches
 from train.lora import add_lora, lora_parameters, trainable_table
@@ -50,6 +51,10 @@ def train(config: TrainConfig, dataset_dir: Path, run_dir: Path, options: RunOpt
     codec_dir = resolve(config.model.codec, config.model.codec_revision, "model.codec")
     expected = Fingerprints(codec_fingerprint(codec_dir), tokenizer_fingerprint(base_dir), mel_fingerprint())
     check_fingerprints(dataset, expected)
+    conditioning = decide_conditioning(config.sequence, config.features, base_dir)
+    conditioning = fit_to_shards(conditioning, dataset, index)
+    sequence = msgspec.structs.replace(config.sequence, conditioning=conditioning.name)
+    config = msgspec.structs.replace(config, sequence=sequence)  # "auto" is decided from here on
 
     # 2. The plan: every epoch follows from lengths and seed alone.
     builder = SequenceBuilder(load_tokenizer(base_dir), config.sequence)
@@ -61,6 +66,7 @@ def train(config: TrainConfig, dataset_dir: Path, run_dir: Path, options: RunOpt
     start_from = find_start(run_dir, options.resume)
     open_log(run_dir)
     describe_plan(config, planner, len(index), total_steps)
+    log.info("layout %s, %s", config.sequence.layout, conditioning)
 
     # 4. The frozen base with LoRA, and its optimizer.
     device = torch.device(
@@ -68,8 +74,8 @@ def train(config: TrainConfig, dataset_dir: Path, run_dir: Path, options: RunOpt
     )
     bf16 = section.precision == "bf16" or (section.precision == "auto" and device.type == "cuda")
     torch.manual_seed(section.seed)
-    model = load_model(base_dir, torch.bfloat16 if bf16 else torch.float32, device)
-    lora_config = add_lora(model, config.lora, config.model.base, section.seed)
+    model = load_model(base_dir, torch.bfloat16 if bf16 else torch.float32, device, conditioning=conditioning)
+    lora_config = add_lora(model, config.lora, config.model.base, section.seed, conditioning)
     describe_model(model)
     optimizer = make_optimizer([parameter for _, parameter in lora_parameters(model)], section)
     if options.dry_run:
@@ -266,6 +272,7 @@ def make_identity(config: TrainConfig, dataset_digest: str) -> checkpoint.Identi
         batch_tokens=config.train.batch_tokens,
         packs_per_step=config.train.packs_per_step,
         layout=config.sequence.layout,
+        conditioning=config.sequence.conditioning,
     )
 
 
@@ -285,7 +292,6 @@ def describe_plan(config: TrainConfig, planner: Planner, num_samples: int, total
         log.info(
             "left out: %d samples longer than train.batch_tokens = %d", planner.num_too_long, config.train.batch_tokens
         )
-    log.info("layout %s, conditioning codes (the checkpoint has no Whisper tower)", config.sequence.layout)
 
 
 def describe_model(model: nn.Module) -> None:

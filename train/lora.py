@@ -4,6 +4,9 @@ peft injects its layers into our model; module names equal the transformers clas
 renaming beyond peft's own prefix. Two things are done here because they are silent otherwise: LoRA weights are raised to
 fp32 (`inject_adapter_in_model` leaves them in the base's bf16, and Adam then rounds small updates away), and A is
 drawn from one seeded CPU generator so that the number of ranks or devices does not change the start.
+
+A Whisper projection that the base does not have starts at zero and is trained whole: LoRA on a zero matrix would be a
+projection of low rank. It is saved as peft saves `modules_to_save`.
 """
 
 from __future__ import annotations
@@ -20,7 +23,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from shards.errors import CheckpointError, ConfigError
+from train.conditioning import CODES, Conditioning
 from train.config import LoraSection
+from train.model import HiggsAudio
 
 ATTENTION = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
 TEXT_FFN = ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
@@ -30,23 +35,33 @@ MODES = {
     "audio_focused": [*AUDIO_FFN, "self_attn.q_proj", "self_attn.v_proj", "audio_lm_head"],
     "attention_only": ATTENTION,
 }
+PROJECTION = "audio_encoder_proj.linear"
 PEFT_PREFIX = "base_model.model."
 
 
-def add_lora(model: nn.Module, section: LoraSection, base_name: str, seed: int) -> LoraConfig:
+def add_lora(
+    model: HiggsAudio, section: LoraSection, base_name: str, seed: int, conditioning: Conditioning = CODES
+) -> LoraConfig:
     """Freeze the model and inject trainable fp32 LoRA layers. Raises ConfigError for a target that matches nothing."""
     model.requires_grad_(False)
-    targets = lora_targets(model, section)
+    starts_at_zero = conditioning.tower_dir is not None and not conditioning.has_projector
     config = LoraConfig(
         r=section.rank,
         lora_alpha=section.alpha,
         lora_dropout=section.dropout,
         use_rslora=section.use_rslora,
-        target_modules=targets,
+        use_dora=section.use_dora,
+        target_modules=lora_targets(model, section, starts_at_zero),
+        # The tower's layers are named as the decoder's. It stays frozen, here and wherever the adapter is loaded.
+        exclude_modules=r"audio_tower\..*" if conditioning.tower_dir else None,
         base_model_name_or_path=base_name,
         init_lora_weights=True,  # B = 0: the first step starts from the base model exactly
     )
     inject_adapter_in_model(config, model)
+    if starts_at_zero:
+        assert model.audio_encoder_proj is not None
+        model.audio_encoder_proj.requires_grad_(True)
+        config.modules_to_save = [PROJECTION]
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in lora_parameters(model):
         parameter.data = parameter.data.float()
@@ -56,12 +71,21 @@ def add_lora(model: nn.Module, section: LoraSection, base_name: str, seed: int) 
     return config
 
 
-def lora_targets(model: nn.Module, section: LoraSection) -> list[str]:
-    """The suffixes to adapt, each checked to match a linear layer."""
+def lora_targets(model: nn.Module, section: LoraSection, projection_is_whole: bool = False) -> list[str]:
+    """The suffixes to adapt, each checked to match a linear layer. The frozen Whisper tower is never adapted."""
     targets = list(section.targets if section.mode == "custom" else MODES[section.mode])
+    if section.text_head:
+        targets.append("text_lm_head")
+    if section.mode == "comprehensive" and getattr(model, "audio_encoder_proj", None) and not projection_is_whole:
+        targets.append(PROJECTION)
+    if projection_is_whole and PROJECTION in targets:
+        raise ConfigError(
+            f"lora.targets: {PROJECTION} is not in the base model, so it is trained whole; leave it out of the list"
+        )
     if not targets:
         raise ConfigError("lora.mode = 'custom' needs lora.targets, for example ['self_attn.q_proj', 'audio_lm_head']")
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    linears = [name for name in linears if not name.startswith("audio_tower.")]
     suffixes = sorted({".".join(name.split(".")[-2:]) if "." in name else name for name in linears})
     problems = [
         f"lora.targets: {target!r} matches no linear layer; near: "
@@ -82,20 +106,31 @@ def trainable_table(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Per target suffix: (number of adapted modules, trainable parameters), for the line that says what trains."""
     table: dict[str, tuple[int, int]] = {}
     for name, parameter in lora_parameters(model):
-        module = name.split(".lora_")[0]
-        suffix = ".".join(module.split(".")[-2:]) if module.startswith("model.") else module
+        suffix = group_of(name)
         modules, count = table.get(suffix, (0, 0))
-        table[suffix] = (modules + (".lora_A." in name), count + parameter.numel())
+        is_module = ".lora_A." in name or name == f"{PROJECTION}.weight"
+        table[suffix] = (modules + is_module, count + parameter.numel())
     return table
+
+
+def group_of(name: str) -> str:
+    """The group a trainable parameter counts to: model.layers.3.mlp.up_proj.lora_A... -> mlp.up_proj."""
+    module = name.split(".lora_")[0]
+    if module == name:
+        return f"{PROJECTION} (whole)"
+    return ".".join(module.split(".")[-2:]) if module.startswith("model.") else module
+
+
+def file_name(name: str) -> str:
+    """A trainable parameter's name in adapter_model.safetensors, as peft writes it."""
+    name = name.replace(".lora_magnitude_vector.default.weight", ".lora_magnitude_vector")
+    return PEFT_PREFIX + name.replace(".default.weight", ".weight")
 
 
 def save_adapter(folder: Path, tensors: Mapping[str, Tensor], config: LoraConfig) -> None:
     """Write adapter_config.json and adapter_model.safetensors. `tensors` has our names, full (not sharded) values."""
     folder.mkdir(parents=True, exist_ok=True)
-    renamed = {
-        PEFT_PREFIX + name.replace(".default.weight", ".weight"): tensor.detach().cpu().contiguous()
-        for name, tensor in tensors.items()
-    }
+    renamed = {file_name(name): tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(renamed, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config.inference_mode = True
     config.save_pretrained(str(folder))
@@ -109,12 +144,16 @@ def load_adapter(model: nn.Module, folder: Path) -> LoraConfig:
         raise CheckpointError(f"{folder}: no adapter here; expected adapter_config.json and adapter_model.safetensors")
     known = LoraConfig.from_pretrained(str(folder))
     assert isinstance(known, LoraConfig)
+    whole = known.modules_to_save or []
+    known.modules_to_save = None  # these are loaded into the model's own layer below, not wrapped
     inject_adapter_in_model(known, model)
-    saved = {
-        name.removeprefix(PEFT_PREFIX).replace(".weight", ".default.weight"): tensor
-        for name, tensor in load_file(path).items()
+    known.modules_to_save = whole or None
+    own = {
+        file_name(name): parameter
+        for name, parameter in model.named_parameters()
+        if ".lora_" in name or name.rpartition(".")[0] in whole
     }
-    own = {name: parameter for name, parameter in model.named_parameters() if ".lora_" in name}
+    saved = load_file(path)
     problems = [f"missing {name}" for name in own.keys() - saved.keys()]
     problems += [f"unexpected {name}" for name in saved.keys() - own.keys()]
     problems += [
@@ -125,7 +164,9 @@ def load_adapter(model: nn.Module, folder: Path) -> LoraConfig:
     if problems:
         raise CheckpointError(f"{path}: adapter does not fit the model: {'; '.join(sorted(problems)[:6])}")
     for name, parameter in own.items():
-        parameter.data = saved[name].to(parameter.device)
+        # LoRA stays fp32; a whole module takes the dtype of the model it becomes part of.
+        dtype = saved[name].dtype if ".lora_" in name else parameter.dtype
+        parameter.data = saved[name].to(parameter.device, dtype)
     return known
 
 

@@ -22,9 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shards.errors import CheckpointError
+from shards.whisper_tower import WhisperTower
 from train.loss import LossSums, audio_loss_sums, contrastive_loss_sum, text_loss_sum
 from train.model_config import ModelConfig
-from train.packing import PackedBatch
+from train.packing import PackedBatch, WhisperRows
 
 # --- attention ------------------------------------------------------------------------------------------------------
 
@@ -197,6 +198,25 @@ class AudioEmbedding(nn.Module):
         return self.embed_audio_tokens(codes + offsets).sum(dim=-2)
 
 
+class Heard(NamedTuple):
+    """Embeddings of Whisper rows, in place of those of their ids."""
+
+    rows: Tensor  # [Nw] int64 text rows
+    embeddings: Tensor  # [Nw, d]
+
+
+class WhisperProjection(nn.Module):
+    """Whisper states to embeddings; named as in boson's class."""
+
+    def __init__(self, width: int, config: ModelConfig) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, config.hidden_size)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """states [Nw, width] -> [Nw, d]."""
+        return self.linear(states.to(self.linear.weight.dtype))
+
+
 class Backbone(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -207,9 +227,13 @@ class Backbone(nn.Module):
         self.config = config
         self._frequencies: Tensor | None = None
 
-    def forward(self, text_ids: Tensor, codes: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+    def forward(
+        self, text_ids: Tensor, codes: Tensor, positions: Tensor, attend: Attend, heard: Heard | None = None
+    ) -> Tensor:
         """text_ids [Nt], codes [Na, K], positions [R] (text rows first) -> normed hidden states [R, d]."""
         text, audio = self.embed_tokens(text_ids), self.embed_audio_tokens(codes)
+        if heard is not None:
+            text = text.index_copy(0, heard.rows, heard.embeddings.to(text.dtype))
         cos, sin = self._rotation(positions, text.dtype)
         for layer in self.layers:
             text, audio = layer(text, audio, cos, sin, attend)
@@ -225,14 +249,19 @@ class Backbone(nn.Module):
 
 
 class HiggsAudio(nn.Module):
-    """Backbone and heads; `forward` returns summed losses so that every use of a parameter lies inside it (FSDP)."""
+    """Backbone and heads; `forward` returns summed losses so that every use of a parameter lies inside it (FSDP).
 
-    def __init__(self, config: ModelConfig) -> None:
+    With `config.whisper` there is a projection of Whisper states, and with `runs_tower` the tower that makes them.
+    """
+
+    def __init__(self, config: ModelConfig, runs_tower: bool = True) -> None:
         super().__init__()
         self.config = config
         self.model = Backbone(config)
         self.audio_lm_head = nn.Linear(config.hidden_size, config.num_codebooks * config.codebook_vocab, bias=False)
         self.text_lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.audio_encoder_proj = WhisperProjection(config.whisper.width, config) if config.whisper else None
+        self.audio_tower = WhisperTower(config.whisper) if config.whisper and runs_tower else None
 
     def forward(self, batch: PackedBatch) -> LossSums:
         """Loss sums of a pack; logits are made at learned rows only."""
@@ -247,7 +276,19 @@ class HiggsAudio(nn.Module):
     def hidden(self, batch: PackedBatch) -> Tensor:
         """Normed hidden states [R, d] of a pack, text rows first."""
         documents = Documents(batch.to_padded, batch.from_padded)
-        return self.model(batch.text_ids, batch.codes, batch.positions, documents)
+        return self.model(batch.text_ids, batch.codes, batch.positions, documents, self.hear(batch.whisper))
+
+    def hear(self, whisper: WhisperRows | None) -> Heard | None:
+        """The embeddings of a pack's Whisper rows. The tower is frozen; gradients stop at the projection."""
+        if whisper is None:
+            return None
+        assert self.audio_encoder_proj is not None, "a pack with Whisper rows needs a model with a projection"
+        states = whisper.states
+        if len(whisper.positions):
+            assert self.audio_tower is not None, "a pack with mels needs a model that runs the tower"
+            with torch.no_grad():
+                states = self.audio_tower(whisper.mels, whisper.positions).flatten(0, 1)[whisper.places]
+        return Heard(whisper.rows, self.audio_encoder_proj(states))
 
     def audio_logits(self, hidden: Tensor) -> Tensor:
         """[n, d] -> [n, K, codebook_vocab]."""

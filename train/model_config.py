@@ -1,4 +1,8 @@
-"""The model's sizes: read from the config.json of either layout, written in the native one."""
+"""The model's sizes: config.json of either layout in, and out again.
+
+The native layout has no Whisper tower; where a model has one, `audio_encoder_config` is added under boson's name. The
+transformers class ignores it, and says so about the weights.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from shards.errors import CheckpointError
+from shards.whisper_tower import NUM_MELS, WhisperSizes, read_whisper_sizes
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,7 @@ class ModelConfig:
     rope_high_freq_factor: float = 0.5
     rope_original_length: int = 1024
     rope_type: str = "llama3"
+    whisper: WhisperSizes | None = None  # of the Whisper tower, where the checkpoint has one
     is_random: bool = False  # written by `tiny`: weights were never trained
 
 
@@ -42,9 +48,9 @@ def read_model_config(folder: Path) -> ModelConfig:
         raise CheckpointError(f"{path}: not readable as a model's config: {error}") from None
     kind = config.get("model_type")
     if kind == "higgs_audio_v2":
-        return _from_native(config)
+        return _from_native(config, read_whisper_sizes(folder))
     if kind == "higgs_audio":
-        return _from_boson(config, path)
+        return _from_boson(config, path, read_whisper_sizes(folder))
     raise CheckpointError(
         f"{path}: model_type is {kind!r}; expected higgs_audio_v2 or, in the older layout, higgs_audio"
     )
@@ -83,20 +89,86 @@ def native_config(config: ModelConfig) -> dict[str, Any]:
         "eos_token_id": 128009,
         "pad_token_id": 128001,
         "random_weights": config.is_random,
+        **({"audio_encoder_config": _encoder_config(config.whisper)} if config.whisper else {}),
     }
 
 
-def _from_native(config: dict[str, Any]) -> ModelConfig:
+def boson_config(config: ModelConfig) -> dict[str, Any]:
+    """config.json of the older layout, which boson's `HiggsAudioModel` reads; fixed values as in the released one."""
+    has_tower = config.whisper is not None
+    return {
+        "architectures": ["HiggsAudioModel"],
+        "model_type": "higgs_audio",
+        "text_config": {
+            "model_type": "llama",
+            "vocab_size": config.vocab_size,
+            "hidden_size": config.hidden_size,
+            "intermediate_size": config.intermediate_size,
+            "num_hidden_layers": config.num_layers,
+            "num_attention_heads": config.num_heads,
+            "num_key_value_heads": config.num_key_value_heads,
+            "head_dim": config.head_dim,
+            "rms_norm_eps": config.rms_norm_eps,
+            "max_position_embeddings": 131072,
+            "rope_theta": config.rope_theta,
+            "rope_scaling": _boson_rope(config),
+        },
+        "audio_adapter_type": "dual_ffn_fast_forward",
+        "audio_dual_ffn_layers": list(range(config.num_layers)),
+        "audio_num_codebooks": config.num_codebooks,
+        "audio_codebook_size": config.codebook_vocab - 2,  # without the markers
+        "audio_stream_bos_id": 1024,
+        "audio_stream_eos_id": 1025,
+        "audio_in_token_idx": 128015,
+        "audio_out_token_idx": 128016,
+        "audio_out_bos_token_id": 128013,
+        "audio_eos_token_id": 128012,
+        "encode_audio_in_tokens": True,
+        "use_delay_pattern": True,
+        "encode_whisper_embed": has_tower,
+        "skip_audio_tower": not has_tower,
+        **({"audio_encoder_config": _encoder_config(config.whisper)} if config.whisper else {}),
+        "pad_token_id": 128001,
+        "random_weights": config.is_random,
+    }
+
+
+def _boson_rope(config: ModelConfig) -> dict[str, Any] | None:
+    """Frequencies are bit-equal to the native ones when all four numbers are scaled alike (factors x 8, length x 8)."""
+    if config.rope_type == "default":
+        return None
+    return {
+        "rope_type": config.rope_type,
+        "factor": config.rope_factor,
+        "low_freq_factor": config.rope_low_freq_factor,
+        "high_freq_factor": config.rope_high_freq_factor,
+        "original_max_position_embeddings": config.rope_original_length,
+    }
+
+
+def _encoder_config(sizes: WhisperSizes) -> dict[str, Any]:
+    return {
+        "model_type": "higgs_audio_encoder",
+        "num_mel_bins": NUM_MELS,
+        "d_model": sizes.width,
+        "encoder_layers": sizes.num_layers,
+        "encoder_attention_heads": sizes.num_heads,
+        "encoder_ffn_dim": sizes.inner,
+    }
+
+
+def _from_native(config: dict[str, Any], whisper: WhisperSizes | None) -> ModelConfig:
     rope = config.get("rope_parameters") or {}
     return ModelConfig(
         num_codebooks=config.get("num_codebooks", 8),
         codebook_vocab=config["codebook_size"],
+        whisper=whisper,
         is_random=config.get("random_weights", False),
         **_llama_sizes(config, rope),
     )
 
 
-def _from_boson(config: dict[str, Any], path: Path) -> ModelConfig:
+def _from_boson(config: dict[str, Any], path: Path, whisper: WhisperSizes | None) -> ModelConfig:
     text = config["text_config"]
     layers = list(range(text["num_hidden_layers"]))
     if config.get("audio_dual_ffn_layers", layers) != layers:
@@ -105,6 +177,7 @@ def _from_boson(config: dict[str, Any], path: Path) -> ModelConfig:
     return ModelConfig(
         num_codebooks=config["audio_num_codebooks"],
         codebook_vocab=config["audio_codebook_size"] + 2,
+        whisper=whisper,
         is_random=config.get("random_weights", False),
         **_llama_sizes(text, rope),
     )

@@ -11,14 +11,15 @@ import bisect
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from shards.errors import ConfigError
-from shards.sequence import AUDIO_OUT, IGNORE, Sequence
+from shards.errors import ConfigError, ShardError
+from shards.mel import num_positions
+from shards.sequence import AUDIO_OUT, IGNORE, WHISPER, Heard, Sequence
 
 OPEN_PACKS = 8  # fill 97.8 / 99.0 / 99.5 % at 4k / 8k / 16k tokens; more open packs gain < 0.2 % (NOTES.md)
 CLOSE_BELOW = 64  # tokens of room no real sample fits into
@@ -100,6 +101,16 @@ def best_fit(order: np.ndarray, lengths: np.ndarray, budget: int) -> list[np.nda
     return packs
 
 
+class WhisperRows(NamedTuple):
+    """Where the embeddings of a pack's Whisper rows come from: C clips to run through the tower, or stored states."""
+
+    rows: Tensor  # [Nw] int64 text rows, in sentence order
+    mels: Tensor  # [C, 128, 2 m + 2] float32 for the tower; C = 0 where the shards hold states
+    positions: Tensor  # [C] int64, each clip's own positions at 50 Hz among the m
+    places: Tensor  # [Nw] int64 place of each row in the tower's flattened output [C * (m // 2)]
+    states: Tensor  # [Nw, d] float16 stored states; [0, 0] where the tower runs
+
+
 @dataclass(slots=True)
 class PackedBatch:
     """The tensors of one pack. Rows are numbered text first: text row i is i, audio row j is Nt + j."""
@@ -115,6 +126,7 @@ class PackedBatch:
     audio_targets: Tensor  # [m, K] int64, IGNORE in the staircases
     segments: Tensor  # [Na] int64, 2 s for sample s's reference columns, 2 s + 1 for its target's
     speakers: Tensor  # [S] int64
+    whisper: WhisperRows | None  # None without Whisper conditioning
     keys: list[str]  # [S]
 
     def to(self, device: torch.device) -> PackedBatch:
@@ -126,6 +138,8 @@ class PackedBatch:
     def _each(self, change: Callable[[Tensor], Tensor]) -> PackedBatch:
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         changed: dict[str, Any] = {n: change(v) if isinstance(v, Tensor) else v for n, v in values.items()}
+        if self.whisper is not None:
+            changed["whisper"] = WhisperRows(*(change(tensor) for tensor in self.whisper))
         return PackedBatch(**changed)
 
     @property
@@ -168,7 +182,34 @@ def pack(sequences: list[Sequence], speakers: list[int], keys: list[str]) -> Pac
         audio_targets=_int64(next_codes[says_codes]),
         segments=torch.from_numpy(_segments(sequences)),
         speakers=torch.from_numpy(np.array(speakers, np.uint64).view(np.int64)),
+        whisper=pack_whisper(
+            _int64(row_of[ids == WHISPER]), [h for sequence in sequences for h in sequence.heard], keys
+        ),
         keys=keys,
+    )
+
+
+def pack_whisper(rows: Tensor, heard: list[Heard], keys: list[str]) -> WhisperRows | None:
+    """rows [Nw] of the clips in `heard`. Raises ShardError when mels and states meet in one pack."""
+    if not heard:
+        return None
+    mels = [clip.mel for clip in heard if clip.mel is not None]
+    states = [clip.states for clip in heard if clip.states is not None]
+    none = torch.zeros(0, dtype=torch.long)
+    if not mels:
+        return WhisperRows(rows, torch.zeros(0, 128, 0), none, none, torch.from_numpy(np.concatenate(states)))
+    if states:
+        raise ShardError(
+            f"samples {keys[0]} to {keys[-1]}: some hold Whisper mels, some encoder states; one data set, one kind"
+        )
+    positions = np.array([num_positions(clip.num_samples) for clip in heard])
+    longest = int(positions.max())
+    features = np.zeros((len(mels), mels[0].shape[0], 2 * longest + 2), np.float32)
+    for clip, mel in zip(features, mels, strict=True):
+        clip[:, : mel.shape[1]] = mel[:, : clip.shape[1]]  # behind 30 s stand zeros, as the convolutions pad
+    places = [clip * (longest // 2) + np.arange(len(one)) for clip, one in enumerate(heard)]
+    return WhisperRows(
+        rows, torch.from_numpy(features), _int64(positions), _int64(np.concatenate(places)), torch.zeros(0, 0)
     )
 
 

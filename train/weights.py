@@ -1,12 +1,13 @@
 """Loads a checkpoint folder of either layout into the model, strictly.
 
 In: safetensors, one file or sharded with an index, in the native layout (transformers) or the older one (boson), told
-apart by their tensor names. Every missing, unexpected or wrongly shaped tensor is listed; nothing is skipped. Tensors
-are read one by one and cast, so the peak is one model, not two.
+apart by their tensor names. Every missing, unexpected or wrongly shaped tensor is listed; nothing is skipped but what the
+caller leaves out by name. Tensors are read one by one and cast, so the peak is one model, not two.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from shards.errors import CheckpointError
+from shards.whisper_tower import encoder_tensors
+from train.conditioning import CODES, Conditioning
 from train.model import HiggsAudio
 from train.model_config import read_model_config
 
@@ -27,11 +30,26 @@ BOSON_RENAMES = [
     (re.compile(r"^audio_codebook_embeddings\."), "model.embed_audio_tokens.embed_audio_tokens."),
     (re.compile(r"^(layers|norm|embed_tokens)\."), r"model.\1."),
 ]
+NATIVE_RENAMES = [
+    (re.compile(r"^(audio_lm_head|text_lm_head)\."), r"audio_decoder_proj.\1."),
+    (re.compile(r"^model\.embed_audio_tokens\.embed_audio_tokens\."), "audio_codebook_embeddings."),
+    (re.compile(r"^model\."), ""),
+]
+TOWER = ("audio_tower.", "audio_encoder_proj.")
 
 
 def native_name(name: str) -> str:
     """The native name of a tensor of either layout."""
-    for pattern, replacement in BOSON_RENAMES:
+    return _renamed(name, BOSON_RENAMES)
+
+
+def boson_name(name: str) -> str:
+    """boson's name of a native tensor; the inverse of `native_name`."""
+    return _renamed(name, NATIVE_RENAMES)
+
+
+def _renamed(name: str, rules: list[tuple[re.Pattern[str], str]]) -> str:
+    for pattern, replacement in rules:
         renamed, count = pattern.subn(replacement, name)
         if count:
             return renamed
@@ -39,23 +57,32 @@ def native_name(name: str) -> str:
 
 
 def load_model(
-    folder: Path, dtype: torch.dtype, device: torch.device | str = "cpu", text_head: bool = True
+    folder: Path,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    text_head: bool = True,
+    conditioning: Conditioning = CODES,
 ) -> HiggsAudio:
     """The model with the folder's weights. `text_head=False` leaves the head out: generation does not need it.
 
-    Raises CheckpointError naming every tensor that does not fit.
+    With Whisper conditioning the tower comes from `conditioning.tower_dir`, and a projection that the folder does not
+    hold is zero. Raises CheckpointError naming every tensor that does not fit.
     """
+    stored = read_model_config(folder)
+    config = dataclasses.replace(stored, whisper=conditioning.sizes)
     with torch.device("meta"):
-        model = HiggsAudio(read_model_config(folder))
+        model = HiggsAudio(config, conditioning.runs_tower)
     if not text_head:
         del model.text_lm_head
     expected = {name: parameter.shape for name, parameter in model.named_parameters()}
+    left_out = left_out_prefixes(conditioning, stored.whisper is not None, text_head)
     state: dict[str, Tensor] = {}
     problems: list[str] = []
-    for name, tensor in read_tensors(folder):
+    for name, tensor in source_tensors(folder, conditioning, expected):
+        if name.startswith(left_out):
+            continue
         if name not in expected:
-            if name != "text_lm_head.weight":
-                problems.append(f"unexpected {name} {list(tensor.shape)}")
+            problems.append(f"unexpected {name} {list(tensor.shape)}")
         elif tensor.shape != expected[name]:
             problems.append(f"{name} has shape {list(tensor.shape)}, config.json says {list(expected[name])}")
         else:
@@ -66,6 +93,28 @@ def load_model(
         raise CheckpointError(f"{folder}: weights do not fit the model: {shown}")
     model.load_state_dict(state, assign=True)
     return model
+
+
+def left_out_prefixes(conditioning: Conditioning, has_tower: bool, text_head: bool) -> tuple[str, ...]:
+    """What the checkpoint holds and this use does not need."""
+    left_out = [] if text_head else ["text_lm_head."]
+    if conditioning.tower_dir is None:
+        left_out += TOWER if has_tower else ()
+    elif not conditioning.runs_tower:
+        left_out.append("audio_tower.")
+    return tuple(left_out)
+
+
+def source_tensors(
+    folder: Path, conditioning: Conditioning, expected: dict[str, torch.Size]
+) -> Iterator[tuple[str, Tensor]]:
+    """The folder's tensors, and those that Whisper conditioning adds to a base without a tower."""
+    yield from read_tensors(folder)
+    if conditioning.tower_dir and not conditioning.has_projector:
+        for name in ("audio_encoder_proj.linear.weight", "audio_encoder_proj.linear.bias"):
+            yield name, torch.zeros(expected[name])
+        for name, tensor in encoder_tensors(conditioning.tower_dir):
+            yield f"audio_tower.{name}", tensor
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
