@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,10 +34,45 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tokenizer(tiny_dir: Path):
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model and tokenizer alone, the same as `tiny_dir`'s: what needs no codec."""
+    from tools.tiny import tiny_config, write_model, write_tokenizer
+
+    folder = tmp_path_factory.mktemp("model")
+    write_model(folder, tiny_config(), seed=0)
+    write_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(model_dir: Path):
     from shards.artifacts import load_tokenizer
 
-    return load_tokenizer(tiny_dir / "model")
+    return load_tokenizer(model_dir)
+
+
+@pytest.fixture(scope="session")
+def whisper(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random Whisper checkpoint with large-v3's 128 mels."""
+    import torch
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+    folder = tmp_path_factory.mktemp("whisper")
+    sizes: dict[str, Any] = {
+        "d_model": 32,
+        "encoder_layers": 3,
+        "encoder_attention_heads": 4,
+        "encoder_ffn_dim": 64,
+        "num_mel_bins": 128,
+    }
+    torch.manual_seed(0)
+    config = WhisperConfig(**sizes, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=32, vocab_size=60000)
+    model = WhisperForConditionalGeneration(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

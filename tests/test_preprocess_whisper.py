@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
@@ -16,29 +13,6 @@ from shards.manifest import open_dataset
 from shards.mel import num_rows, rebuild_mel
 from shards.reader import SampleReader
 from shards.whisper_tower import load_whisper_tower, tower_features
-
-
-@pytest.fixture(scope="module")
-def whisper(tmp_path_factory) -> Path:
-    """A small random Whisper checkpoint with large-v3's 128 mels."""
-    from transformers import WhisperConfig, WhisperForConditionalGeneration
-
-    folder = tmp_path_factory.mktemp("whisper")
-    sizes: dict[str, Any] = {
-        "d_model": 32,
-        "encoder_layers": 3,
-        "encoder_attention_heads": 4,
-        "encoder_ffn_dim": 64,
-        "num_mel_bins": 128,
-    }
-    torch.manual_seed(0)
-    config = WhisperConfig(**sizes, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=32, vocab_size=60000)
-    model = WhisperForConditionalGeneration(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    model.save_pretrained(folder)
-    return folder
 
 
 def wave_of(num_samples: int) -> np.ndarray:

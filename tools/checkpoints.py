@@ -2,7 +2,7 @@
 
     list RUN            the complete checkpoints with their metrics
     merge RUN OUT       base + adapter -> one model folder, in the native or the older layout
-    convert MODEL OUT   a model folder of either layout -> the other
+    convert MODEL OUT   a model or adapter folder of either layout -> the other
 
 A merged folder loads in transformers' `HiggsAudioV2ForConditionalGeneration` (or boson's `HiggsAudioModel`) and in
 `speak`. `higgs_voice.json` in it says how prompts must be built and which codec its codes belong to, so that speech is
@@ -88,15 +88,20 @@ def merge(run: Path, out: Path, layout: Layout) -> None:
 @click.argument("out", type=click.Path(path_type=Path))
 @LAYOUT
 def convert(model: Path, out: Path, layout: Layout) -> None:
-    """Write the model folder MODEL, of either layout, as another layout into OUT. Every weight is kept."""
+    """Write the model (or adapter) folder MODEL, of either layout, as another layout into OUT. Every weight is kept."""
     with explained():
         from shards.errors import CheckpointError
-        from tools.model_folder import check_empty, convert_model
+        from tools.model_folder import check_empty, convert_adapter, convert_model
 
-        if not (model / "config.json").is_file():
-            raise CheckpointError(f"{model}: no model here; give a folder with config.json and safetensors")
         check_empty(out)
-        num_tensors = convert_model(model, out, layout)
+        if (model / "adapter_config.json").is_file():
+            num_tensors = convert_adapter(model, out, layout)
+        elif (model / "config.json").is_file():
+            num_tensors = convert_model(model, out, layout)
+        else:
+            raise CheckpointError(
+                f"{model}: neither config.json nor adapter_config.json; give a model or adapter folder"
+            )
     click.echo(f"{out}: {num_tensors} tensors in the {layout} layout", err=True)
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,11 +21,12 @@ from torch import Tensor
 
 from shards.config import SequenceSection
 from shards.errors import CheckpointError
-from shards.writer import write_json
+from shards.writer import sync_folder, write_json
 from train.conditioning import Conditioning
+from train.lora import PEFT_PREFIX
 from train.model import HiggsAudio
 from train.model_config import ModelConfig, boson_config, native_config, read_model_config
-from train.weights import boson_name, load_model, stored_dtype
+from train.weights import boson_name, load_model, native_name, stored_dtype
 
 Layout = Literal["native", "boson"]
 VOICE_FILE = "higgs_voice.json"
@@ -62,6 +65,22 @@ def convert_model(folder: Path, out: Path, layout: Layout) -> int:
     return len(state)
 
 
+def convert_adapter(folder: Path, out: Path, layout: Layout) -> int:
+    """Write the peft adapter of `folder` with the layer names of `layout` into `out`; returns the number of tensors.
+
+    `target_modules` are suffixes that fit both layouts, so only tensors are renamed.
+    """
+    from safetensors.torch import load_file, save_file
+
+    rename = boson_name if layout == "boson" else native_name
+    tensors = load_file(folder / "adapter_model.safetensors")
+    renamed = {PEFT_PREFIX + rename(name.removeprefix(PEFT_PREFIX)): tensor for name, tensor in tensors.items()}
+    with whole_folder(out) as partial:
+        save_file(renamed, partial / "adapter_model.safetensors", metadata={"format": "pt"})
+        shutil.copyfile(folder / "adapter_config.json", partial / "adapter_config.json")
+    return len(renamed)
+
+
 def own_conditioning(folder: Path) -> Conditioning:
     """How a finished model hears its reference: with its own tower, where it has one."""
     sizes = read_model_config(folder).whisper
@@ -80,31 +99,40 @@ def write_model_folder(
     voice: Voice | None = None,
 ) -> None:
     """`state` under native names. `codec` is told to vLLM-Omni, which reads `audio_tokenizer_id`."""
-    check_empty(out)
-    partial = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     dtype = str(state["audio_lm_head.weight"].dtype).removeprefix("torch.")
     if layout == "boson":
         state = {boson_name(name): tensor for name, tensor in state.items()}
         settings: dict[str, Any] = {**boson_config(config), "torch_dtype": dtype}
-        write_json(partial / "generation_config.json", {"bos_token_id": 128000, "eos_token_id": 128001})
     else:
         settings = {**native_config(config), "dtype": dtype}
     if codec:
         settings["audio_tokenizer_id"] = codec
-    save_torch_state_dict(state, partial, max_shard_size="5GB")
-    (partial / "config.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-    for name in TOKENIZER_FILES:
-        if (tokenizer_dir / name).is_file():
-            shutil.copyfile(tokenizer_dir / name, partial / name)
-    if voice:
-        (partial / VOICE_FILE).write_bytes(msgspec.json.format(msgspec.json.encode(voice), indent=1) + b"\n")
-    elif (tokenizer_dir / VOICE_FILE).is_file():  # a merged model in another layout is still that voice
-        shutil.copyfile(tokenizer_dir / VOICE_FILE, partial / VOICE_FILE)
+    with whole_folder(out) as partial:
+        save_torch_state_dict(state, partial, max_shard_size="5GB")
+        write_json(partial / "config.json", settings)
+        if layout == "boson":
+            write_json(partial / "generation_config.json", {"bos_token_id": 128000, "eos_token_id": 128001})
+        for name in TOKENIZER_FILES:
+            if (tokenizer_dir / name).is_file():
+                shutil.copyfile(tokenizer_dir / name, partial / name)
+        if voice:
+            write_json(partial / VOICE_FILE, voice)
+        elif (tokenizer_dir / VOICE_FILE).is_file():  # a merged model in another layout is still that voice
+            shutil.copyfile(tokenizer_dir / VOICE_FILE, partial / VOICE_FILE)
+
+
+@contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """A temporary folder to fill; it becomes `out` when nothing went wrong."""
+    check_empty(out)
+    partial = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
     if out.exists():
         out.rmdir()  # empty, checked above
     partial.rename(out)
+    sync_folder(out.parent)
 
 
 def check_empty(out: Path) -> None:
@@ -117,9 +145,8 @@ def merged_state(model: HiggsAudio) -> dict[str, Tensor]:
     """Native names; every adapter added to its weight in fp32 by peft and rounded once to the base's dtype."""
     from peft.tuners.lora import LoraLayer
 
-    state: dict[str, Tensor] = {}
     with torch.no_grad():
-        for name, module in model.named_modules():
+        for module in model.modules():
             if isinstance(module, LoraLayer):
                 layer: Any = module  # every kind of LoRA layer has what follows; the base class does not declare it
                 base = layer.get_base_layer()
@@ -127,8 +154,8 @@ def merged_state(model: HiggsAudio) -> dict[str, Tensor]:
                 base.float()
                 layer.merge(adapter_names=["default"])
                 base.to(dtype)
-                state[f"{name}.weight"] = base.weight.detach()
-        for name, parameter in model.named_parameters():
-            if ".base_layer." not in name and ".lora_" not in name:
-                state[name] = parameter.detach()
-    return state
+    return {
+        name.replace(".base_layer.", "."): parameter.detach()
+        for name, parameter in model.named_parameters()
+        if ".lora_" not in name
+    }

@@ -97,17 +97,8 @@ def main(out: Path, seed: int, hidden_size: int, layers: int) -> None:
 def write_tiny(out: Path, seed: int = 0, hidden_size: int = 128, num_layers: int = 4) -> None:
     """Write the three things into `out`."""
     from tools.tiny_codec import write_codec
-    from train.model_config import ModelConfig
 
-    config = ModelConfig(
-        hidden_size=hidden_size,
-        intermediate_size=2 * hidden_size,
-        num_layers=num_layers,
-        num_heads=hidden_size // 16,
-        num_key_value_heads=hidden_size // 32,
-        head_dim=16,
-        is_random=True,
-    )
+    config = tiny_config(hidden_size, num_layers)
     model_dir, codec_dir = out / "model", out / "codec"
     model_dir.mkdir(parents=True, exist_ok=True)
     write_model(model_dir, config, seed)
@@ -116,6 +107,21 @@ def write_tiny(out: Path, seed: int = 0, hidden_size: int = 128, num_layers: int
     write_codec(codec_dir, seed)
     text = PIPELINE_TOML.format(model=json.dumps(str(model_dir)), codec=json.dumps(str(codec_dir)))
     (out / "pipeline.toml").write_text(text, encoding="utf-8")
+
+
+def tiny_config(hidden_size: int = 128, num_layers: int = 4) -> ModelConfig:
+    """Sizes of the true proportions: grouped-query attention, a feed-forward network for each kind of token."""
+    from train.model_config import ModelConfig
+
+    return ModelConfig(
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_layers=num_layers,
+        num_heads=hidden_size // 16,
+        num_key_value_heads=hidden_size // 32,
+        head_dim=16,
+        is_random=True,
+    )
 
 
 def write_model(folder: Path, config: ModelConfig, seed: int) -> None:

@@ -1,0 +1,245 @@
+"""Whisper conditioning end to end: the tower in a pack, states stored by stage one, a base without a tower, the whole road."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+
+from preprocess.features import WhisperEncoder, stored_mel
+from shards.config import FeaturesSection, SequenceSection
+from shards.errors import ConfigError, ShardError
+from shards.manifest import open_dataset
+from shards.sample import MelFacts, Sample, compress, write_npy
+from shards.sequence import WHISPER, SequenceBuilder
+from tools.model_folder import merged_state
+from train.conditioning import decide_conditioning, fit_to_shards
+from train.config import LoraSection
+from train.generate import generate
+from train.lora import add_lora, load_adapter, lora_parameters, save_adapter, trainable_table
+from train.packing import pack
+from train.weights import load_model
+
+HEARS = SequenceSection(conditioning="whisper+codes")
+
+
+@pytest.fixture(scope="module")
+def features(whisper) -> FeaturesSection:
+    return FeaturesSection(whisper_model=str(whisper), whisper_revision="")
+
+
+@pytest.fixture(scope="module")
+def decided(features, model_dir):
+    return decide_conditioning(HEARS, features, model_dir)
+
+
+@pytest.fixture(scope="module")
+def samples(make_sample) -> list[Sample]:
+    """Three samples with mels of different lengths."""
+    return [with_mel(make_sample(seed, frames, 9), frames) for seed, frames in enumerate((12, 30, 17))]
+
+
+def with_mel(sample: Sample, num_frames: int) -> Sample:
+    wave = (np.random.default_rng(num_frames).standard_normal(num_frames * 640 + 37) * 0.1).astype(np.float32)
+    frames, floor = stored_mel(wave)
+    facts = msgspec.structs.replace(sample.facts, mel=MelFacts(len(wave), floor))
+    return dataclasses.replace(sample, facts=facts, reference_mel_zst=compress(write_npy(frames.astype(np.float16))))
+
+
+def with_states(sample: Sample, encoder: WhisperEncoder) -> Sample:
+    assert sample.facts.mel
+    mel = sample.reference_mel()
+    assert mel is not None
+    states = encoder.encode(mel.astype(np.float32), sample.facts.mel.floor, sample.facts.mel.num_samples)
+    return dataclasses.replace(sample, reference_mel_zst=None, reference_whisper_zst=compress(write_npy(states)))
+
+
+def hearing_model(model_dir, decided):
+    """A model whose projection says something."""
+    model = load_model(model_dir, torch.float32, conditioning=decided)
+    assert model.audio_encoder_proj is not None
+    torch.manual_seed(0)
+    torch.nn.init.normal_(model.audio_encoder_proj.linear.weight, std=0.3)
+    return model
+
+
+def test_rows_stand_in_front_of_the_references_codes_and_count_in_the_length(
+    samples, tokenizer, make_dataset, tmp_path
+):
+    for layout in ("clone", "as_written"):
+        section = SequenceSection(layout=layout, conditioning="whisper+codes")
+        plain = SequenceBuilder(tokenizer, SequenceSection(layout=layout))
+        builder = SequenceBuilder(tokenizer, section)
+        _, index = open_dataset(make_dataset(tmp_path / layout, samples))
+        for sample, length in zip(samples, builder.lengths(index), strict=True):
+            sequence, without = builder.training(sample), plain.training(sample)
+            assert len(sequence) == length
+            is_row = sequence.token_ids == WHISPER
+            np.testing.assert_array_equal(sequence.token_ids[~is_row], without.token_ids)
+            np.testing.assert_array_equal(sequence.next_codes, without.next_codes)
+            places = np.flatnonzero(is_row)
+            assert len(places) == len(sequence.heard[0]) == without.codes.shape[1] - 9 - 9 - 9  # 25 a second, as codes
+            assert (np.diff(places) == 1).all()
+            assert sequence.token_ids[places[-1] + 1] == 128016
+            assert (sequence.next_token[places] == -100).all()
+
+
+def test_clips_of_a_pack_do_not_hear_each_other(model_dir, decided, samples, tokenizer):
+    model = hearing_model(model_dir, decided)
+    sequences = [SequenceBuilder(tokenizer, HEARS).training(sample) for sample in samples]
+    with torch.no_grad():
+        together = model(pack(sequences, [0, 1, 2], ["a", "b", "c"]))
+        alone = [model(pack([sequence], [0], ["k"])) for sequence in sequences]
+    torch.testing.assert_close(together.audio, torch.stack([sums.audio for sums in alone]).sum(0), rtol=1e-5, atol=0)
+    torch.testing.assert_close(together.text, torch.stack([sums.text for sums in alone]).sum(), rtol=1e-5, atol=0)
+
+
+def test_the_reference_is_heard(model_dir, decided, samples, tokenizer):
+    model = hearing_model(model_dir, decided)
+    builder = SequenceBuilder(tokenizer, HEARS)
+    other = dataclasses.replace(samples[0], reference_mel_zst=louder(samples[0]))
+    with torch.no_grad():
+        first, second = (model(pack([builder.training(s)], [0], ["k"])).audio.sum() for s in (samples[0], other))
+    assert abs(first - second) > 1e-2
+
+
+def louder(sample: Sample) -> bytes:
+    mel = sample.reference_mel()
+    assert mel is not None
+    return compress(write_npy((mel + np.linspace(0, 1, mel.shape[1])).astype(np.float16)))
+
+
+def test_stored_states_equal_the_tower(model_dir, decided, samples, tokenizer, whisper):
+    encoder = WhisperEncoder(whisper, "cpu")
+    model = hearing_model(model_dir, decided)
+    without_tower = load_model(model_dir, torch.float32, conditioning=dataclasses.replace(decided, runs_tower=False))
+    assert without_tower.audio_tower is None
+    without_tower.load_state_dict({n: p for n, p in model.state_dict().items() if not n.startswith("audio_tower.")})
+    builder = SequenceBuilder(tokenizer, HEARS)
+    with torch.no_grad():
+        from_mels = model(pack([builder.training(s) for s in samples], [0, 1, 2], ["k"] * 3))
+        stored = [with_states(s, encoder) for s in samples]
+        from_states = without_tower(pack([builder.training(s) for s in stored], [0, 1, 2], ["k"] * 3))
+    # States are stored in float16.
+    torch.testing.assert_close(from_states.audio, from_mels.audio, rtol=1e-3, atol=0)
+    with pytest.raises(ShardError, match="some hold Whisper mels, some encoder states"):
+        pack([builder.training(samples[0]), builder.training(stored[1])], [0, 1], ["a", "b"])
+
+
+def test_generation_hears_what_training_heard(model_dir, decided, samples, tokenizer):
+    """Greedy codes of the prompt must be the likeliest ones of the training pass over prompt + those codes."""
+    model = hearing_model(model_dir, decided).eval()
+    builder = SequenceBuilder(tokenizer, HEARS)
+    speech = generate(model, builder.prompt(samples[1]), 12)
+    assert not speech.stopped
+    whole = builder.training(dataclasses.replace(samples[1], target_codes=speech.codes))
+    batch = pack([whole], [0], ["k"])
+    start = whole.target_columns[0]
+    with torch.no_grad():
+        logits = model.audio_logits(model.hidden(batch)[len(batch.text_ids) :])[start:]
+    best = logits.argmax(-1).numpy()  # [A, K]
+    for k in range(8):
+        np.testing.assert_array_equal(best[k : k + 12 - k, k], speech.codes[k, : 12 - k])
+
+
+def test_a_base_without_a_tower_starts_as_if_nothing_were_said(model_dir, decided, samples, tokenizer, tmp_path):
+    """The projection is zero, trained whole in fp32, and comes back from the adapter folder and into the merged model."""
+    model = load_model(model_dir, torch.bfloat16, conditioning=decided)
+    config = add_lora(model, LoraSection(rank=4, alpha=4), "base", seed=0, conditioning=decided)
+    assert model.audio_encoder_proj is not None
+    linear = model.audio_encoder_proj.linear
+    assert linear.weight.dtype == torch.float32
+    assert linear.weight.requires_grad
+    assert not linear.weight.any()
+    assert trainable_table(model)["audio_encoder_proj.linear (whole)"] == (1, 32 * 128 + 128)
+    assert not any(name.startswith("audio_tower.") for name, _ in lora_parameters(model))
+
+    batch = pack([SequenceBuilder(tokenizer, HEARS).training(s) for s in samples], [0, 1, 2], ["k"] * 3)
+    model(batch).audio.sum().backward()
+    assert linear.weight.grad is not None
+    assert linear.weight.grad.abs().max() > 0
+    with torch.no_grad():
+        linear.weight += 0.1
+        linear.bias += 0.2
+    save_adapter(tmp_path / "adapter", dict(lora_parameters(model)), config)
+    again = load_model(model_dir, torch.float32, conditioning=decided)
+    load_adapter(again, tmp_path / "adapter")
+    state = merged_state(again)
+    torch.testing.assert_close(state["audio_encoder_proj.linear.weight"], linear.weight.detach())
+    torch.testing.assert_close(state["audio_encoder_proj.linear.bias"], linear.bias.detach())
+
+
+def test_what_does_not_fit_is_refused(features, decided, model_dir, make_dataset, make_sample, samples, tmp_path):
+    dataset, index = open_dataset(make_dataset(tmp_path / "none", [make_sample(1)]))
+    with pytest.raises(ConfigError, match=r"1 of 1 samples have no Whisper features"):
+        fit_to_shards(decided, dataset, index)
+    dataset, index = open_dataset(make_dataset(tmp_path / "some", samples))
+    foreign = msgspec.structs.replace(
+        dataset, fingerprints=msgspec.structs.replace(dataset.fingerprints, whisper="0" * 64)
+    )
+    with pytest.raises(ShardError, match="hold states of encoder 0000000000000000, this tower is"):
+        fit_to_shards(decided, foreign, index)
+    assert decide_conditioning(SequenceSection(), features, model_dir).name == "codes"
+    section = LoraSection(mode="custom", targets=["audio_encoder_proj.linear"])
+    model = load_model(model_dir, torch.float32, conditioning=decided)
+    with pytest.raises(ConfigError, match=r"lora.targets: audio_encoder_proj\.linear is not in the base model"):
+        add_lora(model, section, "b", 0, decided)
+
+
+@pytest.mark.slow
+def test_the_road_with_whisper(tmp_path: Path, tiny_dir, arabic_mini, whisper, run_command):
+    """preprocess, train, merge, speak with whisper+codes on a base without a tower, from mels and from stored states."""
+    models = (tiny_dir / "pipeline.toml").read_text().split("[lora]")[0]
+    config = tmp_path / "pipeline.toml"
+    config.write_text(
+        models
+        + f"""
+[features]
+whisper_model = {json.dumps(str(whisper))}
+whisper_revision = ""
+[sequence]
+conditioning = "whisper+codes"
+[train]
+batch_tokens = 2048
+packs_per_step = 1
+max_steps = 6
+learning_rate = 3e-3
+log_every = 1
+"""
+    )
+    losses = {}
+    for kind in ("mel", "encoder"):
+        out = tmp_path / kind
+        options = ("--config", config, "--set", f"features.whisper={kind}")
+        for name, *arguments in (
+            ("preprocess", arabic_mini, out / "shards", "--limit", 4),
+            ("train", out / "shards", out / "run"),
+        ):
+            result = run_command(name, *arguments, *options)
+            assert result.returncode == 0, result.stderr
+        assert "conditioning whisper+codes (tower of" in result.stderr
+        assert ("the shards hold its states" in result.stderr) == (kind == "encoder")
+        lines = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text().splitlines()]
+        losses[kind] = [line["loss/audio_loss"] for line in lines]
+    np.testing.assert_allclose(losses["encoder"], losses["mel"], rtol=2e-3)  # states are stored in float16
+    assert losses["mel"][-1] < losses["mel"][0]
+
+    result = run_command("checkpoints", "merge", tmp_path / "encoder" / "run", tmp_path / "merged")
+    assert result.returncode == 0, result.stderr
+    spoken = run_command(
+        "speak",
+        tmp_path / "merged",
+        *("--reference", "tests/data/arabic-mini/spk_03_06.flac", "--reference-text", "نص", "--text", "نص آخر"),
+        *("--greedy", "--max-seconds", 0.4, "--out", tmp_path / "speech.wav", "--config", config, "--json"),
+    )
+    assert spoken.returncode == 0, spoken.stderr
+    assert json.loads(spoken.stdout)["frames"] == 10
+    # The tower is part of the merged model: the Whisper checkpoint is no longer needed.
+    elsewhere = run_command("checkpoints", "convert", tmp_path / "merged", tmp_path / "older", "--layout", "boson")
+    assert elsewhere.returncode == 0, elsewhere.stderr
+    assert json.loads((tmp_path / "older" / "config.json").read_text())["encode_whisper_embed"] is True
