@@ -164,8 +164,8 @@ def test_a_base_without_a_tower_starts_as_if_nothing_were_said(model_dir, decide
     assert linear.weight.grad is not None
     assert linear.weight.grad.abs().max() > 0
     with torch.no_grad():
-        linear.weight += 0.1
-        linear.bias += 0.2
+        linear.weight.add_(0.1)
+        linear.bias.add_(0.2)
     save_adapter(tmp_path / "adapter", dict(lora_parameters(model)), config)
     again = load_model(model_dir, torch.float32, conditioning=decided)
     load_adapter(again, tmp_path / "adapter")
