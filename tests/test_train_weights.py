@@ -137,3 +137,20 @@ def test_weights_are_cast_on_the_way_in(tiny_dir):
     model = load_model(tiny_dir / "model", torch.bfloat16, text_head=False)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert not hasattr(model, "text_lm_head")
+
+
+def test_matrices_split_by_bosons_training_are_joined(boson_folder, tiny_dir, native):
+    """Frozen rows first, in whichever file each half lies; a half alone is an error."""
+    weight_map = json.loads((boson_folder / "model.safetensors.index.json").read_text())["weight_map"]
+    name = boson_name("text_lm_head.weight")
+    path = boson_folder / weight_map[name]
+    tensors = load_file(path)
+    whole = tensors.pop(name)
+    prefix = name.removesuffix(".weight")
+    save_file({**tensors, f"{prefix}.linear_trainable.weight": whole[128000:].clone()}, path)
+    with pytest.raises(CheckpointError, match="the other half is missing of trainable"):
+        load_model(boson_folder, torch.float32)
+    other = boson_folder / next(file for file in set(weight_map.values()) if file != weight_map[name])
+    save_file({**load_file(other), f"{prefix}.linear_frozen.weight": whole[:128000].clone()}, other)
+    model = load_model(boson_folder, torch.float32)
+    assert torch.equal(model.text_lm_head.weight, native["text_lm_head.weight"])

@@ -35,6 +35,8 @@ NATIVE_RENAMES = [
     (re.compile(r"^model\.embed_audio_tokens\.embed_audio_tokens\."), "audio_codebook_embeddings."),
     (re.compile(r"^model\."), ""),
 ]
+# embed_tokens.embedding_frozen.weight, audio_decoder_proj.text_lm_head.linear_trainable.weight, ...
+PARTLY_FROZEN = re.compile(r"^(.*)\.(?:embedding|linear)_(frozen|trainable)\.weight$")
 TOWER = ("audio_tower.", "audio_encoder_proj.")
 
 
@@ -118,11 +120,29 @@ def source_tensors(
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """(native name, tensor) of every tensor in the folder's safetensors files."""
+    """(native name, tensor) of every tensor in the folder's safetensors files.
+
+    Checkpoints of boson's own training split a matrix into `X_frozen.weight` and `X_trainable.weight`; they come out
+    joined, frozen rows first.
+    """
+    halves: dict[str, Tensor] = {}
     for path in weight_files(folder):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - safe_open is not a dict
-                yield native_name(name), file.get_tensor(name)
+                match = PARTLY_FROZEN.match(name)
+                if match is None:
+                    yield native_name(name), file.get_tensor(name)
+                    continue
+                whole, half = match.groups()
+                halves[half + whole] = file.get_tensor(name)
+                if (
+                    len(both := [halves[kind + whole] for kind in ("frozen", "trainable") if kind + whole in halves])
+                    == 2
+                ):
+                    del halves["frozen" + whole], halves["trainable" + whole]
+                    yield native_name(f"{whole}.weight"), torch.cat(both)
+    if halves:
+        raise CheckpointError(f"{folder}: the other half is missing of {', '.join(sorted(halves))}")
 
 
 def weight_files(folder: Path) -> list[Path]:
