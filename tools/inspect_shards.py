@@ -2,7 +2,8 @@
 
 summary DATASET     what is in it, as a table a person understands
 list DATASET        one line per sample
-show DATASET KEY    one sample: texts, turns, audio, codes; KEY is its twelve digits or the id of your list
+show DATASET KEY    one sample: texts, turns, audio, codes; KEY is its twelve digits or the id of your list;
+                    --sequence prints what the model reads and learns, position by position
 verify DATASET      every byte against the markers; exit status 1 names the shard and the sample
 """
 
@@ -101,11 +102,20 @@ def list_command(dataset: Path, as_json: bool) -> None:
 @DATASET
 @click.argument("key")
 @AS_JSON
-def show(dataset: Path, key: str, as_json: bool) -> None:
+@click.option("--sequence", is_flag=True, help="What the model reads and must say at every position.")
+@click.option("--config", "config_path", type=click.Path(path_type=Path), help="Default: ./pipeline.toml if it exists.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="E.g. sequence.layout=as_written.")
+def show(
+    dataset: Path, key: str, as_json: bool, sequence: bool, config_path: Path | None, overrides: tuple[str, ...]
+) -> None:
     """One sample of DATASET."""
     with explained():
         _, index = open_dataset(dataset)
         sample = find_sample(dataset, index, key)
+        if sequence:
+            for line in describe_sequence(sample, config_path, overrides):
+                click.echo(line)
+            return
     if as_json:
         facts = msgspec.to_builtins(sample.facts)
         codes = {"reference_codes": sample.reference_codes.tolist(), "target_codes": sample.target_codes.tolist()}
@@ -143,6 +153,25 @@ def describe(sample: Sample) -> Iterator[str]:
     if states is not None:
         yield f"Whisper states: {states.dtype}{list(states.shape)}"
     yield f"warnings: {', '.join(facts.warnings) or 'none'}   extra keys: {', '.join(facts.extra) or 'none'}"
+
+
+def describe_sequence(sample: Sample, config_path: Path | None, overrides: tuple[str, ...]) -> Iterator[str]:
+    """The sample as training with this configuration builds it."""
+    from shards.artifacts import load_tokenizer, resolve
+    from shards.config import read_config
+    from shards.sequence import SequenceBuilder
+    from tools.show_sequence import sequence_lines
+    from train.conditioning import decide_conditioning
+    from train.config import TrainConfig
+
+    config = read_config(TrainConfig, config_path, overrides)
+    base_dir = resolve(config.model.base, config.model.revision, "model.base")
+    conditioning = decide_conditioning(config.sequence, config.features, base_dir)
+    section = msgspec.structs.replace(config.sequence, conditioning=conditioning.name)
+    yield f"layout {section.layout}, {conditioning}"
+    tokenizer = load_tokenizer(base_dir)
+    sequence = SequenceBuilder(tokenizer, section).training(sample)
+    yield from sequence_lines(sequence, tokenizer, config.loss.text_loss_weight, config.loss.audio_loss_weight)
 
 
 @main.command("verify")

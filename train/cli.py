@@ -22,6 +22,7 @@ import click
 @click.option("--wandb/--no-wandb", "use_wandb", default=None, help="Sets wandb.mode to online or off.")
 @click.option("--wandb-project", help="Sets wandb.project.")
 @click.option("--dry-run", is_flag=True, help="Check everything, load the model, train nothing.")
+@click.option("--skip-preflight", is_flag=True, help="Train even if the checks before the first step would fail.")
 def main(
     shards: Path,
     run: Path,
@@ -29,6 +30,7 @@ def main(
     overrides: tuple[str, ...],
     resume: str,
     dry_run: bool,
+    skip_preflight: bool,
     **flags: Any,
 ) -> None:
     """Train LoRA adapters on SHARDS (the OUT folder of `preprocess`) into the folder RUN."""
@@ -43,7 +45,7 @@ def main(
         open_dataset(shards)  # before torch is imported: a mistyped folder is answered at once
         from train.loop import RunOptions, train
 
-        checkpoint = train(config, shards, run, RunOptions(resume=resume, dry_run=dry_run))
+        checkpoint = train(config, shards, run, RunOptions(resume, dry_run, skip_preflight))
     except PipelineError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(1)

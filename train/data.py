@@ -96,5 +96,13 @@ def planned_batches(
         yield batch.pin() if torch.cuda.is_available() else batch
 
 
+def read_pack(dataset_dir: Path, index: np.ndarray, rows: np.ndarray, builder: SequenceBuilder) -> PackedBatch:
+    """One pack of these index rows, read here and now. Raises ShardError."""
+    reader = SampleReader(dataset_dir)
+    samples = [reader.read(index[row]) for row in rows]
+    speakers = [int(index[row]["speaker"]) for row in rows]
+    return pack([builder.training(sample) for sample in samples], speakers, [sample.key for sample in samples])
+
+
 def _unchanged(batch: Any) -> Any:
     return batch

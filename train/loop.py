@@ -21,14 +21,14 @@ from shards.artifacts import codec_fingerprint, load_tokenizer, mel_fingerprint,
 from shards.config import to_toml
 from shards.errors import CheckpointError, PipelineError
 from shards.manifest import Fingerprints, check_fingerprints, open_dataset
-from shards.sequence import IGNORE, SequenceBuilder
+from shards.sequence import SequenceBuilder
 from shards.writer import write_bytes, write_json
-from train import checkpoint
+from train import checkpoint, preflight
 from train.conditioning import decide_conditioning, fit_to_shards
 from train.config import LossSection, TrainConfig
-from train.data import planned_batches
+from train.data import planned_batches, read_pack
 from train.lora import add_lora, lora_parameters, trainable_table
-from train.loss import LossSums, curriculum_factor, num_contrastive_pairs
+from train.loss import LossCounts, curriculum_factor, step_losses
 from train.metrics import Metrics, console_line, log, open_log
 from train.optim import learning_rate_at, make_optimizer
 from train.packing import PackedBatch, Planner
@@ -41,6 +41,7 @@ class RunOptions:
 
     resume: str = "auto"  # auto, never, or a checkpoint folder
     dry_run: bool = False
+    skip_preflight: bool = False
 
 
 def train(config: TrainConfig, dataset_dir: Path, run_dir: Path, options: RunOptions) -> Path | None:
@@ -78,11 +79,20 @@ def train(config: TrainConfig, dataset_dir: Path, run_dir: Path, options: RunOpt
     lora_config = add_lora(model, config.lora, config.model.base, section.seed, conditioning)
     describe_model(model)
     optimizer = make_optimizer([parameter for _, parameter in lora_parameters(model)], section)
+
+    # 5. Preflight: what would train to a silent model is found here.
+    trial = None
+    if options.skip_preflight:
+        log.info("preflight skipped: --skip-preflight")
+    elif start_from is None:
+        _, packs = next(planner.steps_from(0))
+        trial = read_pack(dataset_dir, index, packs[0][: preflight.NUM_SAMPLES], builder).to(device)
+        preflight.check_before_training(model, trial, config.loss)
     if options.dry_run:
         log.info("dry run: everything fits together; nothing was trained")
         return None
 
-    # 5. Resume, or begin.
+    # 6. Resume, or begin.
     identity = make_identity(config, dataset.digest)
     config_toml = to_toml(config)
     step = checkpoint.restore(start_from, model, optimizer, identity) if start_from else 0
@@ -91,7 +101,7 @@ def train(config: TrainConfig, dataset_dir: Path, run_dir: Path, options: RunOpt
     metrics = Metrics(run_dir, config.wandb, msgspec.to_builtins(config), step)
     log.info("step %d of %d%s", step, total_steps, f", resumed from {start_from}" if start_from else "")
 
-    # 6. Steps.
+    # 7. Steps.
     steps = planner.steps_from(step)
     batches = planned_batches(dataset_dir, index, planner, step, builder, section.num_workers)
     clock = StepClock()
@@ -106,6 +116,9 @@ def train(config: TrainConfig, dataset_dir: Path, run_dir: Path, options: RunOpt
         result = train_step(model, optimizer, batch_list, config.loss, step, learning_rate, section.max_grad_norm)
         clock.count(batch_list)
         step += 1
+        if trial is not None:
+            preflight.check_after_first_step(model, trial)
+            trial = None
         if step % section.log_every == 0 or step in (1, total_steps):
             values = {"epoch": epoch, **result.values(), "metrics/learning_rate": learning_rate, **clock.values(device)}
             metrics.write(step, values)
@@ -116,7 +129,7 @@ def train(config: TrainConfig, dataset_dir: Path, run_dir: Path, options: RunOpt
             )
             log.info("saved %s", last)
 
-    # 7. Done.
+    # 8. Done.
     metrics.close()
     return last
 
@@ -160,18 +173,10 @@ def train_step(
     ramp = curriculum_factor(step, section.curriculum_steps, section.enable_curriculum_learning)
     parts: list[StepResult] = []
     for batch in batches:
-        sums: LossSums = model(batch)
-        text = sums.text / counts.text
-        codebooks = sums.audio / counts.audio
-        contrastive = sums.contrastive / counts.contrastive
-        total = (
-            section.text_loss_weight * text
-            + section.audio_loss_weight * codebooks.mean()
-            + section.contrastive_loss_weight * ramp * contrastive
-        )
-        total.backward()
-        zero = torch.zeros_like(total)
-        parts.append(StepResult(total.detach(), text.detach(), codebooks.detach(), contrastive.detach(), zero))
+        losses = step_losses(model(batch), counts, section, ramp)
+        losses.total.backward()
+        zero = torch.zeros_like(losses.total)
+        parts.append(StepResult(*(value.detach() for value in losses), grad_norm=zero))
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     grad_norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
     total = torch.stack([part.total for part in parts]).sum()
@@ -193,24 +198,6 @@ def train_step(
         torch.stack([part.contrastive for part in parts]).sum(),
         grad_norm,
     )
-
-
-@dataclass(frozen=True)
-class LossCounts:
-    """How many targets a whole step has; never 0, so that a step without one kind divides 0 by 1."""
-
-    text: int
-    audio: Tensor  # [K]
-    contrastive: int
-
-    @staticmethod
-    def of(batches: list[PackedBatch]) -> LossCounts:
-        audio = torch.stack([(batch.audio_targets != IGNORE).sum(dim=0) for batch in batches]).sum(dim=0)
-        return LossCounts(
-            text=max(1, sum(len(batch.text_targets) for batch in batches)),
-            audio=audio.clamp(min=1),
-            contrastive=max(1, sum(num_contrastive_pairs(batch.speakers) for batch in batches)),
-        )
 
 
 # --- around the loop ------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ Logits come at learned rows only and are raised to fp32 before the softmax. Targ
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shards.sequence import IGNORE
+from train.config import LossSection
+from train.packing import PackedBatch
 
 CONTRASTIVE_TEMPERATURE = 0.1  # the original guide's InfoNCE temperature
 RAMP_START = 0.1  # the original guide's curriculum: half a cosine from 0.1 to 1
@@ -31,16 +34,62 @@ class LossSums(NamedTuple):
     contrastive: Tensor  # []
 
 
-def text_loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
-    """logits [n, V], targets [n] int64 -> []; n may be 0."""
-    return F.cross_entropy(logits.float(), targets, reduction="sum")
+class LossTerms(NamedTuple):
+    """fp32 losses of a pack, one by one: for looking, not for training."""
+
+    text: Tensor  # [n]
+    audio: Tensor  # [m, K], 0 where nothing is learned
 
 
-def audio_loss_sums(logits: Tensor, targets: Tensor) -> Tensor:
-    """logits [n, K, V], targets [n, K] int64 with IGNORE in the staircases -> [K]; n may be 0."""
-    num_columns, num_codebooks, _ = logits.shape
+class StepLosses(NamedTuple):
+    """Losses divided by what the step counted."""
+
+    total: Tensor  # []
+    text: Tensor  # []
+    codebooks: Tensor  # [K]
+    contrastive: Tensor  # []
+
+
+@dataclass(frozen=True)
+class LossCounts:
+    """How many targets a whole step has; never 0, so that a step without one kind divides 0 by 1."""
+
+    text: int
+    audio: Tensor  # [K]
+    contrastive: int
+
+    @staticmethod
+    def of(batches: list[PackedBatch]) -> LossCounts:
+        audio = torch.stack([(batch.audio_targets != IGNORE).sum(dim=0) for batch in batches]).sum(dim=0)
+        return LossCounts(
+            text=max(1, sum(len(batch.text_targets) for batch in batches)),
+            audio=audio.clamp(min=1),
+            contrastive=max(1, sum(num_contrastive_pairs(batch.speakers) for batch in batches)),
+        )
+
+
+def step_losses(sums: LossSums, counts: LossCounts, section: LossSection, ramp: float) -> StepLosses:
+    """The formula above, for one pack of a step; `ramp` is the contrastive weight's curriculum factor."""
+    text = sums.text / counts.text
+    codebooks = sums.audio / counts.audio
+    contrastive = sums.contrastive / counts.contrastive
+    total = (
+        section.text_loss_weight * text
+        + section.audio_loss_weight * codebooks.mean()
+        + section.contrastive_loss_weight * ramp * contrastive
+    )
+    return StepLosses(total, text, codebooks, contrastive)
+
+
+def text_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """logits [n, V], targets [n] int64 -> [n]; n may be 0."""
+    return F.cross_entropy(logits.float(), targets, reduction="none")
+
+
+def audio_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """logits [m, K, V], targets [m, K] int64 with IGNORE in the staircases -> [m, K]; m may be 0."""
     losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none", ignore_index=IGNORE)
-    return losses.view(num_columns, num_codebooks).sum(dim=0)
+    return losses.view(logits.shape[:2])
 
 
 def contrastive_loss_sum(audio_hidden: Tensor, segments: Tensor, speakers: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from shards.errors import CheckpointError
 from shards.whisper_tower import WhisperTower
-from train.loss import LossSums, audio_loss_sums, contrastive_loss_sum, text_loss_sum
+from train.loss import LossSums, LossTerms, audio_losses, contrastive_loss_sum, text_losses
 from train.model_config import ModelConfig
 from train.packing import PackedBatch, WhisperRows
 
@@ -263,15 +263,16 @@ class HiggsAudio(nn.Module):
         self.audio_encoder_proj = WhisperProjection(config.whisper.width, config) if config.whisper else None
         self.audio_tower = WhisperTower(config.whisper) if config.whisper and runs_tower else None
 
-    def forward(self, batch: PackedBatch) -> LossSums:
-        """Loss sums of a pack; logits are made at learned rows only."""
+    def forward(self, batch: PackedBatch, per_target: bool = False) -> LossSums | LossTerms:
+        """Loss sums of a pack, or its losses one by one; logits are made at learned rows only."""
         hidden = self.hidden(batch)
         audio_hidden = hidden[batch.text_ids.shape[0] :]
-        return LossSums(
-            text=text_loss_sum(self.text_lm_head(hidden[batch.text_rows]), batch.text_targets),
-            audio=audio_loss_sums(self.audio_logits(audio_hidden[batch.audio_rows]), batch.audio_targets),
-            contrastive=contrastive_loss_sum(audio_hidden, batch.segments, batch.speakers),
-        )
+        text = text_losses(self.text_lm_head(hidden[batch.text_rows]), batch.text_targets)
+        audio = audio_losses(self.audio_logits(audio_hidden[batch.audio_rows]), batch.audio_targets)
+        if per_target:
+            return LossTerms(text, audio)
+        contrastive = contrastive_loss_sum(audio_hidden, batch.segments, batch.speakers)
+        return LossSums(text.sum(), audio.sum(dim=0), contrastive)
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """Normed hidden states [R, d] of a pack, text rows first."""

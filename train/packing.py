@@ -8,6 +8,7 @@ the number of ranks or loader workers. `pack` turns the sequences of one pack in
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
@@ -134,6 +135,10 @@ class PackedBatch:
 
     def pin(self) -> PackedBatch:
         return self._each(lambda tensor: tensor.pin_memory())
+
+    def with_codes(self, codes: Tensor) -> PackedBatch:
+        """The same pack with other inputs [Na, K] and the old targets."""
+        return dataclasses.replace(self, codes=codes)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> PackedBatch:
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}

@@ -1,0 +1,201 @@
+"""The checks before the first step: silent on a sound run, and each of the original failure modes, put back, stops it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import shards.sequence as sequence_module
+from shards.config import SequenceSection
+from shards.errors import PipelineError
+from shards.sequence import IGNORE, STREAM_EOS, SequenceBuilder
+from train.config import LoraSection, LossSection
+from train.lora import add_lora, lora_parameters
+from train.packing import pack
+from train.preflight import check_after_first_step, check_before_training
+from train.weights import load_model
+
+
+@pytest.fixture
+def model(model_dir):
+    model = load_model(model_dir, torch.float32)
+    add_lora(model, LoraSection(rank=4, alpha=4), "base", seed=0)
+    return model
+
+
+@pytest.fixture(params=["clone", "as_written"])
+def make_batch(request, tokenizer, make_sample):
+    """A function without arguments, so that a test can break the builder first."""
+
+    def make():
+        builder = SequenceBuilder(tokenizer, SequenceSection(layout=request.param))
+        return pack([builder.training(make_sample(seed, 5 + seed, 9)) for seed in range(3)], [0, 1, 2], ["a", "b", "c"])
+
+    return make
+
+
+def pretrained(model) -> None:
+    """As if it were not marked random: losses as high as guessing are then a fault."""
+    model.config = dataclasses.replace(model.config, is_random=False)
+
+
+def test_a_sound_start_passes_and_leaves_no_trace(model, make_batch, caplog):
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    trainable = [name for name, _ in lora_parameters(model)]
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    model.train()
+    with caplog.at_level("INFO", "train"):
+        check_before_training(model, make_batch(), LossSection())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training
+    assert [name for name, _ in lora_parameters(model)] == trainable
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    lines = [record.getMessage() for record in caplog.records]
+    assert sum(line.startswith("preflight ok") for line in lines) == 7
+    assert [line for line in lines if line.startswith("preflight warn")] == [lines[0]]
+    assert "the base has random weights" in lines[0]
+
+
+def fails(model, batch, *what: str, section: LossSection | None = None) -> None:
+    with pytest.raises(PipelineError) as caught:
+        check_before_training(model, batch, section or LossSection())
+    found = [part.split(":")[0] for part in str(caught.value).partition("trained: ")[2].split("; ")]
+    assert set(what) <= set(found), caught.value
+
+
+def test_unshifted_labels(model, make_batch, monkeypatch):
+    def unshifted(codes):
+        columns = sequence_module.delay(codes)
+        return np.where(columns == 1024, IGNORE, columns)
+
+    monkeypatch.setattr(sequence_module, "next_columns", unshifted)
+    fails(model, make_batch(), "shift")
+
+
+def test_unshifted_text(model, make_batch, monkeypatch):
+    whole = sequence_module.assemble
+
+    def unshifted(segments):
+        sequence = whole(segments)
+        shifted = np.append(np.int32(IGNORE), sequence.next_token[:-1])
+        return dataclasses.replace(sequence, next_token=shifted)
+
+    monkeypatch.setattr(sequence_module, "assemble", unshifted)
+    fails(model, make_batch(), "shift")
+
+
+def test_masked_end_of_speech(model, make_batch, monkeypatch):
+    whole = sequence_module.next_columns
+    monkeypatch.setattr(
+        sequence_module, "next_columns", lambda codes: np.where(whole(codes) == STREAM_EOS, IGNORE, whole(codes))
+    )
+    fails(model, make_batch(), "end of speech")
+
+
+def test_supervised_reference(model, make_batch, monkeypatch):
+    audio = sequence_module.Audio
+    monkeypatch.setattr(sequence_module, "Audio", lambda codes, is_target, heard=None: audio(codes, True, heard))
+    fails(model, make_batch(), "end of speech")
+
+
+def test_delay_pattern_off(model, make_batch, monkeypatch):
+    def flat(codes):
+        markers = [np.full((8, n), value, np.int16) for n, value in ((1, 1024), (8, 1025))]
+        return np.concatenate([markers[0], codes.astype(np.int16), markers[1]], axis=1)
+
+    monkeypatch.setattr(sequence_module, "delay", flat)
+    fails(model, make_batch(), "delay pattern")
+
+
+def test_labels_destroyed_on_second_use(model, make_batch):
+    batch = make_batch()
+    destroyed = dataclasses.replace(batch, audio_targets=torch.full_like(batch.audio_targets, IGNORE))
+    fails(model, destroyed, "targets", "end of speech")
+
+
+def test_packed_neighbours_attending_to_each_other(model, make_batch):
+    batch = make_batch()
+    lengths = [int((batch.from_padded // batch.to_padded.shape[1] == document).sum()) for document in range(3)]
+    order = torch.cat([batch.to_padded[document, :length] for document, length in enumerate(lengths)])
+    places = torch.empty_like(batch.from_padded)
+    places[order] = torch.arange(len(order))
+    fails(model, dataclasses.replace(batch, to_padded=order[None], from_padded=places), "no leak")
+
+
+def test_losses_as_high_as_guessing_on_a_pretrained_base(model, make_batch):
+    pretrained(model)
+    fails(model, make_batch(), "step-0 losses")
+
+
+def test_a_later_column_that_is_seen_early(model, make_batch, monkeypatch):
+    """Attention without its causal mask."""
+    import torch.nn.functional as F
+
+    attend = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, is_causal, **k: attend(*a, **k))
+    fails(model, make_batch(), "no leak")
+
+
+def test_codes_that_do_not_reach_the_model(model, make_batch):
+    model.model.embed_audio_tokens.embed_audio_tokens.weight.data.zero_()
+    fails(model, make_batch(), "no leak")
+
+
+def test_a_group_without_gradient(model_dir, make_batch):
+    model = load_model(model_dir, torch.float32)
+    add_lora(model, LoraSection(rank=4, alpha=4, text_head=True), "base", seed=0)
+    fails(model, make_batch(), "gradients", section=LossSection(text_loss_weight=0.0))
+    check_before_training(model, make_batch(), LossSection())
+
+
+def test_an_adapter_that_is_not_neutral_and_one_that_stays_so(model, make_batch):
+    batch = make_batch()
+    with pytest.raises(PipelineError, match="adapter after step 1: losses with and without it differ by up to 0;"):
+        check_after_first_step(model, batch)
+    for name, parameter in lora_parameters(model):
+        if ".lora_B." in name:
+            parameter.data += 0.01
+    check_after_first_step(model, batch)
+    fails(model, batch, "adapter at start")
+
+
+def test_dora_starts_neutral(model_dir, make_batch):
+    model = load_model(model_dir, torch.float32)
+    add_lora(model, LoraSection(rank=4, alpha=4, use_dora=True), "base", seed=0)
+    check_before_training(model, make_batch(), LossSection())
+
+
+@pytest.mark.slow
+def test_the_command_checks_first_and_can_be_told_not_to(run_command, make_dataset, make_sample, tiny_dir, tmp_path):
+    """The same losses with and without; on a base that is not marked random the run stops before training."""
+    dataset = make_dataset(tmp_path / "shards", [make_sample(seed) for seed in range(6)])
+    options = ("--config", tiny_dir / "pipeline.toml", "--set", "train.max_steps=2", "--set", "lora.dropout=0.1")
+    losses = []
+    for name, flags in (("checked", ()), ("unchecked", ("--skip-preflight",))):
+        result = run_command("train", dataset, tmp_path / name, *options, "--set", "train.log_every=1", *flags)
+        assert result.returncode == 0, result.stderr
+        assert ("preflight ok   end of speech" in result.stderr) == (name == "checked")
+        assert ("preflight ok   adapter after step 1" in result.stderr) == (name == "checked")
+        assert ("preflight skipped: --skip-preflight" in result.stderr) == (name == "unchecked")
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        losses.append([line["loss/total_loss"] for line in lines])
+    assert losses[0] == losses[1]
+
+    base = tmp_path / "base"
+    base.mkdir()
+    for file in (tiny_dir / "model").iterdir():
+        (base / file.name).symlink_to(file)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").unlink()
+    (base / "config.json").write_text(json.dumps({**config, "random_weights": False}))
+    result = run_command("train", dataset, tmp_path / "stopped", *options, "--set", f"model.base={base}")
+    assert result.returncode == 1
+    assert "preflight stopped the run before anything was trained: step-0 losses" in result.stderr
+    assert "--skip-preflight" in result.stderr
+    assert not (tmp_path / "stopped" / "metrics.jsonl").exists()

@@ -1,0 +1,214 @@
+"""Checks before the first optimizer step, on a few samples of the first pack: is what will be learned what should be?
+
+In: the model with its adapter, one small pack, the loss weights. Out: one verdict line each; a failed one stops the run,
+because every one of these faults trains to a beautiful loss and a silent model. The surprising decision: a base that
+`tiny` marked as random may have losses as high as guessing, and only there that is a warning. The price is some seconds
+at the start; random state and gradients are left as they were, so a run is the same with and without it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
+
+from shards.errors import PipelineError
+from shards.sequence import CODEBOOK_SIZE, IGNORE, STREAM_BOS, STREAM_EOS
+from train.config import LossSection
+from train.lora import group_of, lora_parameters
+from train.loss import LossCounts, LossTerms, step_losses
+from train.model import HiggsAudio
+from train.packing import PackedBatch
+
+NUM_SAMPLES = 8  # enough for neighbours to leak into each other, few enough to cost seconds
+# "Well under guessing": the released model is at about half of it on clear speech, a model that reads wrong codes or wrong
+# tokens is at or above it. A guess until measured on real weights.
+LEARNED_BELOW = 0.9
+UNCHANGED = 1e-3  # of a loss term; bf16 kernels of equal shape repeat exactly, other builds of them may not
+
+log = logging.getLogger("train")
+
+
+class Verdict(NamedTuple):
+    what: str
+    ok: bool
+    found: str
+    only_warns: bool = False
+
+
+def check_before_training(model: HiggsAudio, batch: PackedBatch, section: LossSection) -> None:
+    """Log a verdict for every check. Raises PipelineError naming those that failed."""
+    training = model.training
+    model.eval()
+    with untouched_random_state(batch):
+        terms = loss_terms(model, batch)
+        verdicts = [
+            check_losses(model, terms, batch),
+            check_leak(model, terms, batch),
+            check_delay(batch),
+            check_shift(batch),
+            check_supervision(batch),
+            check_end_of_speech(batch),
+            check_adapter_is_neutral(model, terms, batch),
+            check_gradients(model, batch, section),
+        ]
+    model.train(training)
+    report(verdicts)
+
+
+def check_after_first_step(model: HiggsAudio, batch: PackedBatch) -> None:
+    """The adapter must say something now. Raises PipelineError when outputs with and without it are still equal."""
+    training = model.training
+    model.eval()
+    with untouched_random_state(batch):
+        difference = adapter_difference(model, loss_terms(model, batch), batch)
+    model.train(training)
+    found = f"losses with and without it differ by up to {difference:.2g}"
+    report([Verdict("adapter after step 1", difference > 0, found)])
+
+
+# --- the checks -----------------------------------------------------------------------------------------------------
+
+
+def check_losses(model: HiggsAudio, terms: LossTerms, batch: PackedBatch) -> Verdict:
+    """A pretrained base already does far better than guessing, if codes, ids and shift are what it was trained on."""
+    audio = terms.audio.sum().item() / max(1, int((batch.audio_targets != IGNORE).sum()))
+    text = terms.text.sum().item() / max(1, len(batch.text_targets))
+    guess_audio, guess_text = math.log(model.config.codebook_vocab), math.log(model.config.vocab_size)
+    ok = audio < LEARNED_BELOW * guess_audio and text < LEARNED_BELOW * guess_text
+    found = f"audio {audio:.2f} (guessing {guess_audio:.2f}), text {text:.2f} (guessing {guess_text:.2f})"
+    if model.config.is_random and not ok:
+        found += "; the base has random weights"
+    return Verdict("step-0 losses", ok, found, only_warns=model.config.is_random)
+
+
+def check_leak(model: HiggsAudio, terms: LossTerms, batch: PackedBatch) -> Verdict:
+    """Changing one column of a target may change no loss of an earlier column, nor of another sample.
+
+    With the delay pattern column j holds frame j - k - 1 of codebook k, so the losses of column j are those of what column
+    j + 1 holds: a column is the unit of time here, not a frame.
+    """
+    columns = (batch.segments == 1).nonzero()[:, 0]  # the first sample's target
+    place = len(columns) // 2
+    changed_row = columns[place]
+    codes = batch.codes.clone()
+    real = codes[changed_row] < CODEBOOK_SIZE
+    codes[changed_row] = torch.where(real, (codes[changed_row] + 511) % CODEBOOK_SIZE, codes[changed_row])
+    after = loss_terms(model, batch.with_codes(codes))
+    difference = (after.audio - terms.audio).abs().amax(dim=1)  # [m]
+    later = (batch.audio_rows >= changed_row) & (batch.audio_rows <= columns[-1])
+    leaked = difference[~later].max().item() if (~later).any() else 0.0
+    seen = difference[later].max().item() if later.any() else 0.0
+    found = f"changing target column {place} of {len(columns)} moves later losses by {seen:.2g}, others by {leaked:.2g}"
+    return Verdict("no leak", leaked <= UNCHANGED and seen > UNCHANGED, found)
+
+
+def check_delay(batch: PackedBatch) -> Verdict:
+    """Every audio starts with its staircase: codebook k has k + 1 BOS, so it runs k columns late."""
+    num_codebooks = batch.codes.shape[1]
+    book = torch.arange(num_codebooks, device=batch.codes.device)
+    staircase = book[None, :] >= book[:, None]  # [K columns, K]: BOS where the codebook has not begun
+    segments = batch.segments.unique().tolist()
+    wrong = [
+        segment
+        for segment in segments
+        if not torch.equal(batch.codes[batch.segments == segment][:num_codebooks] == STREAM_BOS, staircase)
+    ]
+    return Verdict("delay pattern", not wrong, f"{len(segments)} audios, {len(wrong)} of them without it")
+
+
+def check_shift(batch: PackedBatch) -> Verdict:
+    """What a column or token must predict is the one after it. Unshifted, the loss falls to nothing and nothing is said."""
+    wanted = batch.audio_targets != IGNORE
+    following = batch.codes[(batch.audio_rows + 1).clamp(max=len(batch.codes) - 1)]
+    wrong_codes = int(((following != batch.audio_targets) & wanted).sum())
+    places = (batch.from_padded[batch.text_rows] + 1).clamp(max=batch.to_padded.numel() - 1)
+    next_row = batch.to_padded.flatten()[places]
+    wrong_text = int((batch.text_ids[next_row.clamp(max=len(batch.text_ids) - 1)] != batch.text_targets).sum())
+    found = f"{wrong_codes} of {int(wanted.sum())} codes and {wrong_text} of {len(batch.text_targets)} tokens are not the next"
+    return Verdict("shift", wrong_codes + wrong_text == 0, found)
+
+
+def check_supervision(batch: PackedBatch) -> Verdict:
+    """Every codebook must have something to learn."""
+    per_codebook = (batch.audio_targets != IGNORE).sum(dim=0).tolist()
+    found = f"{len(batch.text_targets)} text, {min(per_codebook)}-{max(per_codebook)} codes per codebook"
+    return Verdict("targets", min(per_codebook) > 0, found)
+
+
+def check_end_of_speech(batch: PackedBatch) -> Verdict:
+    """Exactly one end of speech per codebook of every target that is learned."""
+    sample = batch.segments[batch.audio_rows] // 2  # [m]
+    counts = torch.zeros(len(batch.speakers), batch.audio_targets.shape[1], dtype=torch.long, device=sample.device)
+    counts.index_add_(0, sample, (batch.audio_targets == STREAM_EOS).long())
+    learned = sample.unique()
+    wrong = int((counts[learned] != 1).any(dim=1).sum())
+    found = f"{len(learned)} targets, {wrong} of them without exactly one per codebook"
+    return Verdict("end of speech", len(learned) > 0 and wrong == 0, found)
+
+
+def check_adapter_is_neutral(model: HiggsAudio, terms: LossTerms, batch: PackedBatch) -> Verdict:
+    """B = 0: training starts from the base model exactly."""
+    difference = adapter_difference(model, terms, batch)
+    return Verdict(
+        "adapter at start", difference <= UNCHANGED, f"losses with and without it differ by up to {difference:.2g}"
+    )
+
+
+def check_gradients(model: HiggsAudio, batch: PackedBatch, section: LossSection) -> Verdict:
+    """Every group of trainable weights must receive a finite gradient that is not zero."""
+    step_losses(model(batch), LossCounts.of([batch]), section, ramp=1.0).total.backward()
+    norms: dict[str, Tensor] = {}
+    for name, parameter in lora_parameters(model):
+        gradient = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+        group = group_of(name)
+        norms[group] = norms.get(group, torch.zeros((), device=gradient.device)) + gradient.float().pow(2).sum()
+        parameter.grad = None
+    bad = [f"{group}: {norm.sqrt().item():.2g}" for group, norm in norms.items() if not 0 < norm.item() < math.inf]
+    found = f"{len(norms)} groups of LoRA weights" + (f", without a usable one: {', '.join(bad)}" if bad else "")
+    return Verdict("gradients", not bad, found)
+
+
+# --- around them ----------------------------------------------------------------------------------------------------
+
+
+def loss_terms(model: HiggsAudio, batch: PackedBatch) -> LossTerms:
+    with torch.no_grad():
+        return model(batch, per_target=True)
+
+
+def adapter_difference(model: HiggsAudio, terms: LossTerms, batch: PackedBatch) -> float:
+    """Largest change of a loss term when the adapter is switched off."""
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    without = loss_terms(model, batch)
+    for layer in layers:
+        layer.enable_adapters(True)  # and trainable again
+    differences = [(before - after).abs() for before, after in zip(terms, without, strict=True) if before.numel()]
+    return max(difference.max().item() for difference in differences)
+
+
+@contextmanager
+def untouched_random_state(batch: PackedBatch) -> Iterator[None]:
+    device = batch.text_ids.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
+
+
+def report(verdicts: list[Verdict]) -> None:
+    for verdict in verdicts:
+        word = "ok  " if verdict.ok else "warn" if verdict.only_warns else "FAIL"
+        log.info("preflight %s %-22s %s", word, verdict.what, verdict.found)
+    failed = [f"{verdict.what}: {verdict.found}" for verdict in verdicts if not verdict.ok and not verdict.only_warns]
+    if failed:
+        raise PipelineError(
+            f"preflight stopped the run before anything was trained: {'; '.join(failed)}; look at a sample with "
+            "inspect-shards show KEY --sequence, or train anyway with --skip-preflight"
+        )
