@@ -88,14 +88,22 @@ def lora_targets(model: nn.Module, section: LoraSection, projection_is_whole: bo
     linears = [name for name in linears if not name.startswith("audio_tower.")]
     suffixes = sorted({".".join(name.split(".")[-2:]) if "." in name else name for name in linears})
     problems = [
-        f"lora.targets: {target!r} matches no linear layer; near: "
-        + ", ".join(difflib.get_close_matches(target, suffixes, n=3, cutoff=0.3) or suffixes)
+        f"lora.targets: {target!r} matches no linear layer; near: {', '.join(nearest(target, suffixes))}"
         for target in targets
         if not any(name == target or name.endswith(f".{target}") for name in linears)
     ]
     if problems:
         raise ConfigError("\n".join(problems))
     return targets
+
+
+def nearest(target: str, suffixes: list[str]) -> list[str]:
+    """The three suffixes most like `target`, compared whole and by their last part."""
+
+    def likeness(suffix: str) -> float:
+        return max(difflib.SequenceMatcher(None, target, name).ratio() for name in (suffix, suffix.split(".")[-1]))
+
+    return sorted(suffixes, key=likeness, reverse=True)[:3]
 
 
 def lora_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

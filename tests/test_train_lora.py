@@ -1,0 +1,147 @@
+"""LoRA modes: which modules, how many weights, and every kind loads with plain peft on the transformers class."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from shards.config import SequenceSection
+from shards.errors import ConfigError
+from shards.sequence import SequenceBuilder
+from tools.model_folder import merged_state
+from train.config import LoraSection
+from train.lora import MODES, add_lora, load_adapter, lora_parameters, save_adapter, trainable_table
+from train.packing import pack
+from train.weights import load_model
+
+LAYERS, HIDDEN, INNER, HEAD = 4, 128, 256, 8 * 1026
+OUT = {"q_proj": 128, "k_proj": 64, "v_proj": 64, "o_proj": 128, "gate_proj": 256, "up_proj": 256, "down_proj": 128}
+IN = {"down_proj": INNER}
+
+
+def with_lora(model_dir, section: LoraSection, scale: float = 0.0):
+    model = load_model(model_dir, torch.float32)
+    config = add_lora(model, section, str(model_dir), seed=3)
+    generator = torch.Generator().manual_seed(4)
+    for _, parameter in lora_parameters(model):
+        parameter.data += scale * torch.randn(parameter.shape, generator=generator)
+    return model, config
+
+
+@pytest.mark.parametrize("text_head", [False, True])
+@pytest.mark.parametrize("mode", sorted(MODES))
+def test_modes_adapt_what_they_say(model_dir, mode, text_head):
+    rank = 8
+    model, _ = with_lora(model_dir, LoraSection(mode=mode, rank=rank, alpha=8, text_head=text_head))
+    expected = {}
+    for target in MODES[mode]:
+        leaf = target.split(".")[-1]
+        if target == "audio_lm_head":
+            expected[target] = (1, rank * (HIDDEN + HEAD))
+        else:
+            expected[target] = (LAYERS, LAYERS * rank * (IN.get(leaf, HIDDEN) + OUT[leaf]))
+    if text_head:
+        expected["text_lm_head"] = (1, rank * (HIDDEN + 128256))
+    assert trainable_table(model) == expected
+    assert all(parameter.dtype == torch.float32 for _, parameter in lora_parameters(model))
+
+
+def test_modes_are_the_agreed_ones():
+    attention = {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"}
+    audio = {f"audio_mlp.{part}_proj" for part in ("gate", "up", "down")}
+    text = {f"mlp.{part}_proj" for part in ("gate", "up", "down")}
+    assert set(MODES["comprehensive"]) == attention | audio | text | {"audio_lm_head"}
+    assert set(MODES["audio_focused"]) == audio | {"self_attn.q_proj", "self_attn.v_proj", "audio_lm_head"}
+    assert set(MODES["attention_only"]) == attention
+
+
+def test_a_target_that_matches_nothing_names_the_near_ones(model_dir):
+    model = load_model(model_dir, torch.float32)
+    with pytest.raises(ConfigError) as caught:
+        add_lora(model, LoraSection(mode="custom", targets=["k_pro", "audio_head.projector.linear"]), "b", 0)
+    first, second = str(caught.value).splitlines()
+    assert "'k_pro' matches no linear layer; near: self_attn.k_proj" in first
+    assert "'audio_head.projector.linear' matches no linear layer" in second
+    with pytest.raises(ConfigError, match=r"needs lora\.targets"):
+        add_lora(model, LoraSection(mode="custom"), "b", 0)
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        LoraSection(rank=4, alpha=8),
+        LoraSection(mode="audio_focused", rank=4, alpha=8, use_rslora=True),
+        LoraSection(mode="attention_only", rank=4, alpha=8, use_dora=True),
+        LoraSection(mode="custom", targets=["audio_mlp.down_proj", "audio_lm_head"], rank=2, alpha=3, text_head=True),
+    ],
+    ids=["lora", "rslora", "dora", "custom"],
+)
+def test_every_kind_loads_in_peft_merges_and_converts(
+    model_dir, tokenizer, make_sample, tmp_path, section, run_command
+):
+    """Equal logits: ours with the adapter, plain peft on the transformers class, merged, and merged there and back."""
+    transformers = pytest.importorskip("transformers", minversion="5.3", reason="the native class came with 5.3")
+    from peft import PeftModel
+
+    model, config = with_lora(model_dir, section, scale=0.05)
+    save_adapter(tmp_path / "adapter", dict(lora_parameters(model)), config)
+    sequence = SequenceBuilder(tokenizer, SequenceSection()).training(make_sample(9, 6, 10))
+    batch = pack([sequence], [0], ["k"])
+    inputs = {
+        "input_ids": torch.from_numpy(sequence.token_ids.astype(np.int64))[None],
+        "audio_input_ids": torch.from_numpy(sequence.codes.T.astype(np.int64))[None],
+        "audio_input_ids_mask": torch.ones((1, sequence.codes.shape[1]), dtype=torch.bool),
+    }
+    is_audio = torch.from_numpy(sequence.token_ids == 128016)
+    native = transformers.HiggsAudioV2ForConditionalGeneration.from_pretrained(
+        model_dir, use_text_head=True, dtype=torch.float32
+    )
+    again = load_model(model_dir, torch.float32)
+    load_adapter(again, tmp_path / "adapter")
+    merged = load_model(model_dir, torch.float32)
+    with torch.no_grad():
+        without = native(**inputs).logits[0, is_audio]
+        expected = model.audio_lm_head(model.hidden(batch)[len(batch.text_ids) :])
+        assert (expected - without).abs().max() > 1e-2, "an adapter without effect would prove nothing"
+        scale = expected.abs().max().item()
+
+        def equal(logits, relative=1e-5):
+            torch.testing.assert_close(logits, expected, rtol=0, atol=relative * scale)
+
+        equal(again.audio_lm_head(again.hidden(batch)[len(batch.text_ids) :]))
+        equal(PeftModel.from_pretrained(native, str(tmp_path / "adapter"))(**inputs).logits[0, is_audio])
+        merged.load_state_dict(merged_state(again))
+        # Merging rounds base + delta once per weight: a little more than pure summation order.
+        equal(merged.audio_lm_head(merged.hidden(batch)[len(batch.text_ids) :]), 3e-5)
+
+
+def test_convert_there_and_back_keeps_every_byte(model_dir, run_command, tmp_path):
+    def convert(source, out, layout):
+        result = run_command("checkpoints", "convert", source, out, "--layout", layout)
+        assert result.returncode == 0, result.stderr
+        assert f"61 tensors in the {layout} layout" in result.stderr
+
+    convert(model_dir, tmp_path / "boson", "boson")
+    convert(tmp_path / "boson", tmp_path / "native", "native")
+    before, after = (load_file(folder / "model.safetensors") for folder in (model_dir, tmp_path / "native"))
+    older = load_file(tmp_path / "boson" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert "audio_decoder_proj.text_lm_head.weight" in older
+    assert not before.keys() & older.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    settings = [json.loads((folder / "config.json").read_text()) for folder in (model_dir, tmp_path / "native")]
+    assert settings[0] == settings[1]
+    assert (tmp_path / "boson" / "tokenizer.json").read_bytes() == (model_dir / "tokenizer.json").read_bytes()
+
+    for source, out, message in [
+        (model_dir, tmp_path / "native", "exists and is not empty"),
+        (tmp_path / "absent", tmp_path / "new", "neither config.json nor adapter_config.json"),
+    ]:
+        result = run_command("checkpoints", "convert", source, out)
+        assert result.returncode == 1
+        assert message in result.stderr
+        assert "Traceback" not in result.stderr
