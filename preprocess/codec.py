@@ -1,38 +1,31 @@
-"""The codec: waves to codes and back, loaded from either layout.
+"""The codec: waves to codes and back, loaded from either layout, run by either implementation.
 
 In: a wave [S] float32 at 24 kHz. Out: raw codes [8, T] uint16, 25 frames a second. Waves are padded with zeros to a
 multiple of 960 samples and encoded one at a time: at other lengths the two reference implementations disagree (their
 branches pad differently), and zero padding to the longest of a batch changes most codes. The price is that a CPU core
 encodes about two seconds of audio a second at full size, whatever the batch.
+
+Which implementation runs is decided by what is installed: transformers' own class (5.3 or newer), else boson-multimodal's
+blocks. Equal weights give equal codes in both (tests/test_boson_codec.py).
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from preprocess.codec_names import native_name, native_state
 from shards.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 SAMPLE_RATE = 24000
 HOP = 960  # samples per frame
-
-# boson name -> native name, after folding weight_norm; complete for the 601 tensors of the released codec.
-BOSON_RENAMES: list[tuple[re.Pattern[str], Any]] = [
-    (re.compile(r"^(encoder|decoder_2)\.(block|model)\.(\d+)\.(.+)$"), lambda m: _rename_dac(*m.groups())),
-    (re.compile(r"^quantizer\.vq\.layers\.(\d+)\._codebook\."), r"quantizer.quantizers.\1.codebook."),
-    (re.compile(r"^quantizer\.vq\.layers\."), "quantizer.quantizers."),
-    (re.compile(r"^fc_prior\."), "fc."),
-    (re.compile(r"^fc_post([12])\."), r"fc\1."),
-    (re.compile(r"^((?:encoder|decoder)_semantic(?:\..*?)?)\.conv\.conv\."), r"\1.conv."),
-    (re.compile(r"^((?:encoder|decoder)_semantic\.(?:.*\.)?conv[12])\.conv\."), r"\1."),
-]
 
 
 class Codec:
@@ -51,7 +44,7 @@ class Codec:
         import torch
 
         with torch.inference_mode():
-            codes = self._model.encode(torch.from_numpy(waves).to(self._device)[:, None]).audio_codes
+            codes = self._model.encode(torch.from_numpy(waves).to(self._device)[:, None], return_dict=False)
         assert codes.shape[2] * HOP == waves.shape[1], (codes.shape, waves.shape)
         return codes.cpu().numpy().astype(np.uint16)
 
@@ -63,7 +56,7 @@ class Codec:
             return np.zeros(0, np.float32)
         with torch.inference_mode():
             tensor = torch.from_numpy(codes.astype(np.int64)).to(self._device)[None]
-            return self._model.decode(tensor).audio_values[0, 0].float().cpu().numpy()
+            return self._model.decode(tensor, return_dict=False)[0, 0].float().cpu().numpy()
 
 
 def pad_to_frames(wave: np.ndarray) -> np.ndarray:
@@ -73,15 +66,21 @@ def pad_to_frames(wave: np.ndarray) -> np.ndarray:
 
 def load_codec(folder: Path, device: str = "cpu") -> Codec:
     """Load a codec folder of either layout, strictly. Raises CheckpointError."""
-    import transformers
-
-    if not hasattr(transformers, "HiggsAudioV2TokenizerModel"):
-        raise CheckpointError(
-            f"the codec needs transformers 5.3 or newer, found {transformers.__version__}; install this project without "
-            "the boson extra to run stage one"
-        )
     layout, config = codec_layout(folder)
-    return Codec(_load_native(folder) if layout == "native" else _load_boson(folder, config), device)
+    if layout == "native":
+        from safetensors.torch import load_file
+
+        state = load_file(folder / "model.safetensors")
+    else:
+        import torch
+
+        state = native_state(torch.load(folder / "model.pth", map_location="cpu", weights_only=True))
+    try:
+        model = codec_model(config if layout == "native" else native_config(config))
+    except KeyError as error:
+        raise CheckpointError(f"{folder}/config.json: lacks {error}, which a {layout} codec's config has") from None
+    fill(model, state, folder)
+    return Codec(model, device)
 
 
 def codec_layout(folder: Path) -> tuple[str, dict[str, Any]]:
@@ -100,48 +99,60 @@ def codec_layout(folder: Path) -> tuple[str, dict[str, Any]]:
     )
 
 
-def _load_native(folder: Path) -> Any:
-    from safetensors.torch import load_file
-    from transformers import HiggsAudioV2TokenizerConfig
+def native_config(boson: dict[str, Any]) -> dict[str, Any]:
+    """boson's config.json (the original training config) -> the native one, as far as it decides sizes."""
+    return {
+        "sample_rate": boson["sample_rate"],
+        # Bandwidth of n_q books: 10 bit * 25 frames/s each, in kbit/s. The last entry decides the number of books.
+        "target_bandwidths": [rate for rate in boson["target_bandwidths"] if rate <= boson["n_q"] * 0.25],
+        "codebook_dim": boson.get("codebook_dim", 64),
+        "codebook_size": boson["bins"],
+        "acoustic_model_config": {
+            "model_type": "dac",
+            "encoder_hidden_size": boson.get("encoder_hidden_size", 64),
+            "decoder_hidden_size": boson.get("decoder_hidden_size", 1024),
+            "hidden_size": boson["D"],
+            "downsampling_ratios": boson["ratios"],
+            "upsampling_ratios": boson["ratios"],
+        },
+        # The released config names HuBERT base by id; a tiny one for tests carries its sizes.
+        "semantic_model_config": {
+            "model_type": "hubert",
+            "mask_time_prob": 0.0,
+            **boson.get("semantic_config", {}),
+        },
+    }
 
-    config = HiggsAudioV2TokenizerConfig.from_pretrained(str(folder))
-    return _build(config, load_file(folder / "model.safetensors"), folder)
 
+def codec_model(config: dict[str, Any]) -> nn.Module:
+    """An untrained codec of a native config, built from what this environment has. Raises CheckpointError.
 
-def _load_boson(folder: Path, config: dict[str, Any]) -> Any:
-    """The older layout: the original training config and model.pth."""
+    Its `encode` ([n, 1, S] -> codes [n, 8, T]) and `decode` ([n, 8, T] -> [n, 1, S]) give tensors with return_dict=False.
+    """
     import torch
-    from transformers import DacConfig, HiggsAudioV2TokenizerConfig, HubertConfig
-
-    state = native_state(torch.load(folder / "model.pth", map_location="cpu", weights_only=True))
-    acoustic = DacConfig(
-        encoder_hidden_size=config.get("encoder_hidden_size", 64),
-        decoder_hidden_size=config.get("decoder_hidden_size", 1024),
-        hidden_size=config["D"],  # pyright: ignore[reportCallIssue] - declared at run time
-        downsampling_ratios=config["ratios"],
-        upsampling_ratios=config["ratios"],  # pyright: ignore[reportCallIssue]
-    )
-    # The released config names HuBERT base by id; a tiny one for tests carries its sizes.
-    semantic = HubertConfig(mask_time_prob=0.0, **config.get("semantic_config", {}))
-    # Bandwidth of n_q books: 10 bit * 25 frames/s each, in kbit/s. The last entry decides the number of books.
-    bandwidths = [rate for rate in config["target_bandwidths"] if rate <= config["n_q"] * 0.25]
-    native = HiggsAudioV2TokenizerConfig(
-        target_bandwidths=bandwidths,
-        codebook_dim=config.get("codebook_dim", 64),
-        codebook_size=config["bins"],
-        acoustic_model_config=acoustic,
-        semantic_model_config=semantic,
-    )
-    return _build(native, state, folder)
-
-
-def _build(config: Any, state: dict[str, Tensor], folder: Path) -> Any:
-    import torch
-    from transformers import HiggsAudioV2TokenizerModel
+    import transformers
 
     with torch.random.fork_rng(devices=[]):
-        model = HiggsAudioV2TokenizerModel(config)
-    expected = model.state_dict()
+        if hasattr(transformers, "HiggsAudioV2TokenizerModel"):
+            return transformers.HiggsAudioV2TokenizerModel(transformers.HiggsAudioV2TokenizerConfig.from_dict(config))
+        if importlib.util.find_spec("boson_multimodal"):
+            from preprocess.codec_boson import BosonCodec
+
+            return BosonCodec(config)
+    raise CheckpointError(
+        f"nothing here can run the codec: transformers {transformers.__version__} lacks HiggsAudioV2TokenizerModel, and "
+        "boson_multimodal is not installed; install transformers 5.3 or newer, or this project with its boson extra"
+    )
+
+
+def native_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """A codec's own tensors (not copies) under native names, whichever implementation it is."""
+    return {native_name(name): tensor for name, tensor in model.state_dict().items()}
+
+
+def fill(model: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
+    """Load weights of native names, strictly: nothing missing, nothing left over, every shape as the config says."""
+    expected = native_tensors(model)
     problems = [f"missing {name}" for name in expected.keys() - state.keys()]
     problems += [f"unexpected {name}" for name in state.keys() - expected.keys()]
     problems += [
@@ -153,45 +164,4 @@ def _build(config: Any, state: dict[str, Tensor], folder: Path) -> Any:
         raise CheckpointError(
             f"{folder}: codec weights do not fit: {'; '.join(sorted(problems)[:8])} ({len(problems)} in all)"
         )
-    model.load_state_dict(state)
-    return model
-
-
-def native_state(boson: dict[str, Tensor]) -> dict[str, Tensor]:
-    """boson's tensors under native names, weight_norm folded: weight = v * g / |v|, norm over all but the first axis."""
-    folded: dict[str, Tensor] = {}
-    for name, tensor in boson.items():
-        if name.endswith(".weight_g"):
-            v = boson[name[: -len("g")] + "v"]
-            norm = v.flatten(1).norm(dim=1).view(-1, *[1] * (v.dim() - 1))
-            folded[name[: -len("_g")]] = v * (tensor / norm)
-        elif not name.endswith(".weight_v"):
-            folded[name] = tensor
-    return {native_name(name): tensor for name, tensor in folded.items()}
-
-
-def native_name(name: str) -> str:
-    """The native name of a boson codec tensor."""
-    for pattern, replacement in BOSON_RENAMES:
-        renamed, count = pattern.subn(replacement, name)
-        if count:
-            return renamed
-    return name
-
-
-def _rename_dac(side: str, _: str, outer: str, rest: str) -> str:
-    """encoder.block.K.* and decoder_2.model.K.* of the acoustic model."""
-    is_encoder = side == "encoder"
-    prefix = "acoustic_encoder" if is_encoder else "acoustic_decoder"
-    ends = {"0": "conv1", "6": "snake1", "7": "conv2"}
-    if outer in ends:
-        return f"{prefix}.{ends[outer]}.{rest}"
-    block = f"{prefix}.block.{int(outer) - 1}"
-    parts = rest.split(".")  # block.J.<leaf> or block.J.block.I.<leaf>
-    inner = int(parts[1])
-    if parts[2] == "block":
-        unit = inner + 1 if is_encoder else inner - 1
-        leaf = ("snake1", "conv1", "snake2", "conv2")[int(parts[3])]
-        return f"{block}.res_unit{unit}.{leaf}.{'.'.join(parts[4:])}"
-    leaf = {3: "snake1", 4: "conv1"}[inner] if is_encoder else {0: "snake1", 1: "conv_t1"}[inner]
-    return f"{block}.{leaf}.{'.'.join(parts[2:])}"
+    model.load_state_dict({name: state[native_name(name)] for name in model.state_dict()})

@@ -12,6 +12,13 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """tests/test_boson_*.py carry the mark `boson`: `make test-boson` runs them whole, of the others the fast ones."""
+    for item in items:
+        if item.path.name.startswith("test_boson_"):
+            item.add_marker("boson")
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     return REPOSITORY

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -90,12 +92,29 @@ def test_the_older_layout_gives_equal_codes(codec, boson_folder, wave):
 def test_a_codec_with_a_missing_tensor_is_refused(boson_folder, tmp_path):
     state = torch.load(boson_folder / "model.pth", weights_only=True)
     del state["fc_post1.bias"]
+    del state["encoder.block.0.weight_v"]
     (tmp_path / "config.json").write_text((boson_folder / "config.json").read_text())
     torch.save(state, tmp_path / "model.pth")
-    with pytest.raises(CheckpointError, match=r"missing fc1\.bias"):
+    with pytest.raises(CheckpointError, match=r"missing acoustic_encoder\.conv1\.weight; missing fc1\.bias"):
         load_codec(tmp_path)
     with pytest.raises(CheckpointError, match=r"config\.json"):
         load_codec(tmp_path / "nowhere")
+
+
+def test_a_config_that_lacks_a_size_is_refused(boson_folder, tmp_path):
+    config = json.loads((boson_folder / "config.json").read_text())
+    del config["ratios"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.pth").symlink_to(boson_folder / "model.pth")
+    with pytest.raises(CheckpointError, match=r"config\.json: lacks 'ratios', which a boson codec's config has"):
+        load_codec(tmp_path)
+
+
+def test_without_any_implementation_one_line_says_what_to_install(tiny_dir, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", SimpleNamespace(__version__="4.50.0"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(CheckpointError, match=r"^nothing here can run the codec: transformers 4\.50\.0 .*boson extra$"):
+        load_codec(tiny_dir / "codec")
 
 
 def test_tiny_codec_is_the_same_twice(tiny_dir, tmp_path):

@@ -53,6 +53,7 @@ def shards_only(out: Path) -> dict[str, bytes]:
     return {name: data for name, data in tree(out).items() if name.startswith("shards")}
 
 
+@pytest.mark.slow
 def test_codec_processes_give_the_same_bytes(arabic_mini, config, job, tiny_dir, tmp_path):
     out = tmp_path / "out"
     model_dir, codec_dir = tiny_dir / "model", tiny_dir / "codec"
@@ -109,6 +110,7 @@ def array_task(run_command, data: Path, out: Path, config_file: Path, index: int
     return run_command("preprocess", data, out, *options, env=env)
 
 
+@pytest.mark.slow
 def test_two_array_tasks_and_finalize_give_the_same_bytes(run_command, arabic_mini, tiny_dir, job, tmp_path):
     out = tmp_path / "out"
     first = array_task(run_command, arabic_mini, out, tiny_dir / "pipeline.toml", 0, 2)
@@ -252,6 +254,7 @@ def test_a_node_lost_on_ray_only_repeats_its_shards(arabic_mini, config, job, re
     assert tree(out) == tree(job)
 
 
+@pytest.mark.slow
 def test_read_only_and_full_out_end_with_one_line(run_command, arabic_mini, tiny_dir, tmp_path):
     """A full disk is played by a limit on file size: the kernel refuses the write in the middle of a shard."""
     limited = (

@@ -157,23 +157,26 @@ def row_of(work: Path, kind: str, reference: int, target: int) -> dict[str, Any]
 def write_full_codec(folder: Path) -> None:
     """Random weights in the released sizes (200 M parameters)."""
     import torch
-    from transformers import DacConfig, HiggsAudioV2TokenizerConfig, HiggsAudioV2TokenizerModel, HubertConfig
+    from safetensors.torch import save_file
 
-    ratios = [8, 5, 4, 2, 3]
-    acoustic = DacConfig(
-        encoder_hidden_size=64,
-        decoder_hidden_size=1024,
-        hidden_size=256,  # pyright: ignore[reportCallIssue] - declared at run time
-        downsampling_ratios=ratios,
-        upsampling_ratios=ratios,  # pyright: ignore[reportCallIssue]
-    )
-    config = HiggsAudioV2TokenizerConfig(
-        target_bandwidths=[0.5, 1, 1.5, 2],
-        acoustic_model_config=acoustic,
-        semantic_model_config=HubertConfig(mask_time_prob=0.0),
+    from preprocess.codec import codec_model, native_config, native_tensors
+    from tools.tiny_codec import RATIOS
+
+    config = native_config(
+        {
+            "D": 256,
+            "ratios": RATIOS,
+            "sample_rate": 24000,
+            "bins": 1024,
+            "n_q": 8,
+            "target_bandwidths": [0.5, 1, 1.5, 2],
+        }
     )
     torch.manual_seed(0)
-    HiggsAudioV2TokenizerModel(config).save_pretrained(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.contiguous() for name, tensor in native_tensors(codec_model(config)).items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
 # --- measuring ------------------------------------------------------------------------------------------------------

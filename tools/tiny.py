@@ -194,13 +194,19 @@ def byte_letters() -> list[str]:
 
 
 def write_feature_extractor(folder: Path) -> None:
-    """preprocessor_config.json of Whisper large-v3's features."""
-    from transformers import WhisperFeatureExtractor
-
+    """preprocessor_config.json of Whisper large-v3's features, as the released folder has it."""
     from shards.artifacts import WHISPER_FEATURES
 
-    extractor = WhisperFeatureExtractor(**WHISPER_FEATURES)  # pyright: ignore[reportArgumentType]
-    extractor.save_pretrained(str(folder))
+    config = {
+        "feature_extractor_type": "WhisperFeatureExtractor",
+        **WHISPER_FEATURES,
+        "n_samples": WHISPER_FEATURES["chunk_length"] * WHISPER_FEATURES["sampling_rate"],
+        "nb_max_frames": 3000,
+        "padding_side": "right",
+        "padding_value": 0.0,
+        "return_attention_mask": False,
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
