@@ -13,10 +13,12 @@ from shards.config import SequenceSection, read_config
 from shards.errors import PipelineError
 from shards.sequence import SequenceBuilder
 from train.config import LossSection, TrainConfig
-from train.loop import LossCounts, RunOptions, train, train_step
+from train.loop import RunOptions, train
 from train.lora import add_lora, load_adapter, lora_parameters
+from train.loss import LossCounts
 from train.optim import learning_rate_at, make_optimizer
 from train.packing import pack
+from train.step import train_step
 from train.weights import load_model
 
 

@@ -1,29 +1,34 @@
-"""Checkpoints of a run: complete or not there.
+"""Checkpoints of a run: complete or not there, written beside training.
 
     RUN/checkpoints/checkpoint-500/
         adapter/        adapter_config.json, adapter_model.safetensors: loads with plain peft
-        state/          torch.distributed.checkpoint: LoRA, optimizer, random state, position
+        state/          torch.distributed.checkpoint: LoRA, optimizer, position
         identity.json   what must be equal for a run to go on
         metrics.json    the last logged metrics
         config.toml     the resolved configuration
-        COMPLETE        last; a folder without it is not a checkpoint
+        COMPLETE        last: sha256 of every file above; a folder without it is not a checkpoint
 
-A checkpoint is written under a temporary name, synced, and renamed. The position is a step number, nothing else: the
-plan is a function of it, so what the loader had read ahead does not matter.
+Every rank copies its part to the CPU and training goes on; a thread writes under a temporary name with a process group of
+its own, and rank 0 renames. The price is one more copy of LoRA and optimizer state. The position is a step number, nothing
+else: plan and dropout are functions of it, so neither loader nor random state is saved, and the number of ranks may change.
 """
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import os
 import shutil
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from peft import LoraConfig
 from torch import nn
@@ -38,8 +43,11 @@ from shards.errors import CheckpointError
 from shards.manifest import read_record
 from shards.writer import sync_folder, write_bytes, write_json
 from train.lora import lora_parameters, save_adapter
+from train.parallel import World
 
+log = logging.getLogger("train")
 ONLY_TRAINABLE = StateDictOptions(ignore_frozen_params=True)
+WHOLE_ON_CPU = StateDictOptions(ignore_frozen_params=True, full_state_dict=True, cpu_offload=True)
 
 
 class Identity(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,56 +63,162 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
     conditioning: str = "codes"
 
 
-def save(
-    run_dir: Path,
-    step: int,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    lora_config: LoraConfig,
-    identity: Identity,
-    config_toml: str,
-    metrics: dict[str, float],
-    keep: int,
-) -> Path:
-    """Write checkpoint-`step` after `step` finished steps, then remove the oldest beyond `keep`."""
-    folder = run_dir / "checkpoints" / f"checkpoint-{step}"
-    partial = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_adapter(partial / "adapter", dict(lora_parameters(model)), lora_config)
-    with _single_process():
-        dcp.save(_state(model, optimizer, step), checkpoint_id=partial / "state", no_dist=True)
-    write_json(partial / "identity.json", identity)
-    write_json(partial / "metrics.json", metrics)
-    write_bytes(partial / "config.toml", config_toml.encode())
-    _sync_tree(partial)
-    write_bytes(partial / "COMPLETE", b"")
-    shutil.rmtree(folder, ignore_errors=True)  # left by a run that was asked to start over
-    partial.replace(folder)
-    sync_folder(folder.parent)
-    for old in complete_checkpoints(run_dir)[:-keep]:
-        shutil.rmtree(old)
-    return folder
+class Checkpoints:
+    """Writes a run's checkpoints, one at a time."""
+
+    def __init__(
+        self, run_dir: Path, world: World, lora_config: LoraConfig, identity: Identity, config_toml: str, keep: int
+    ) -> None:
+        self._run_dir = run_dir
+        self._world = world
+        self._lora_config = lora_config
+        self._identity = identity
+        self._config_toml = config_toml
+        self._keep = keep
+        self._thread = ThreadPoolExecutor(2, thread_name_prefix="checkpoint")  # one writes the state, one the rest
+        self._pending: tuple[Path, Future[None]] | None = None
+        # Collectives of two threads in one group would meet each other.
+        self._group: Any = dist.new_group(backend="gloo") if world.is_distributed else None
+
+    def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, metrics: dict[str, float]) -> Path:
+        """Begin to write checkpoint-`step` after `step` finished steps; every rank must call this.
+
+        The checkpoint before it is finished first. One that could not be written is told, and training goes on.
+        """
+        self.finish()
+        folder = self._run_dir / "checkpoints" / f"checkpoint-{step}"
+        partial = folder.with_name(f".{folder.name}.tmp")
+        adapter = adapter_tensors(model)
+        state = {
+            "model": get_model_state_dict(model, options=ONLY_TRAINABLE),
+            "optimizer": get_optimizer_state_dict(model, optimizer, options=ONLY_TRAINABLE),
+            "step": step,
+        }
+        if self._world.is_first:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True, exist_ok=True)
+        written = self._write_state(state, partial / "state")
+
+        def finish() -> None:
+            try:
+                written.result()
+                if self._world.is_first:
+                    save_adapter(partial / "adapter", adapter, self._lora_config)
+                    self._complete(partial, folder, metrics)
+            except BaseException:
+                if self._world.is_first:
+                    shutil.rmtree(partial, ignore_errors=True)  # room for the next one
+                raise
+
+        self._pending = folder, self._thread.submit(finish)
+        return folder
+
+    def finish(self, must_succeed: bool = False) -> None:
+        """Wait for the checkpoint being written; every rank must call this. Raises CheckpointError if it must succeed."""
+        if self._pending is None:
+            return
+        folder, future = self._pending
+        self._pending = None
+        error = future.exception()
+        message = str(error).strip().splitlines()[0] if error and str(error).strip() else repr(error) if error else None
+        failures = [found for found in self._world.gather(message) if found]
+        if failures:
+            told = f"{folder}: not saved: {failures[0]}; the one before it is kept; make room or check the disk"
+            if must_succeed:
+                raise CheckpointError(told)
+            log.warning("%s", told)
+        else:
+            log.info("saved %s", folder)
+
+    def close(self) -> None:
+        self._thread.shutdown()
+
+    def _write_state(self, state: dict[str, Any], folder: Path) -> Future[Any]:
+        """Copies first, writes later. Distributed states are staged by torch's own asynchronous writer."""
+        if self._group is not None:
+            dist.barrier(group=self._group)  # the folder is there
+            return dcp.async_save(state, checkpoint_id=folder, process_group=self._group)  # pyright: ignore
+        copied = _copied(state)
+
+        def write() -> None:
+            with _single_process():
+                dcp.save(copied, checkpoint_id=folder, no_dist=True)
+
+        return self._thread.submit(write)
+
+    def _complete(self, partial: Path, folder: Path, metrics: dict[str, float]) -> None:
+        write_json(partial / "identity.json", self._identity)
+        write_json(partial / "metrics.json", metrics)
+        write_bytes(partial / "config.toml", self._config_toml.encode())
+        _sync_tree(partial)
+        write_json(partial / "COMPLETE", digests(partial))
+        shutil.rmtree(folder, ignore_errors=True)  # left by a run that was asked to start over
+        partial.replace(folder)
+        sync_folder(folder.parent)
+        for old in complete_checkpoints(self._run_dir)[: -self._keep]:
+            if old != best_checkpoint(self._run_dir):
+                shutil.rmtree(old)
 
 
-def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, identity: Identity) -> int:
-    """Load weights, optimizer and random state; returns the number of finished steps.
+def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, identity: Identity, world: World) -> int:
+    """Load weights and optimizer; returns the number of finished steps. Every rank must call this.
 
     Raises CheckpointError when the checkpoint belongs to another run, naming both values, or cannot be read.
     """
     _check_identity(folder, read_record(folder / "identity.json", Identity), identity)
-    state = _state(model, optimizer, 0)
+    state = {
+        "model": get_model_state_dict(model, options=ONLY_TRAINABLE),
+        "optimizer": get_optimizer_state_dict(model, optimizer, options=ONLY_TRAINABLE),
+        "step": 0,
+    }
     try:
         with _single_process():
-            dcp.load(state, checkpoint_id=folder / "state", no_dist=True)
+            dcp.load(state, checkpoint_id=folder / "state", no_dist=not world.is_distributed)
     except Exception as error:  # the library's reader raises its own and the file system's errors alike
         first_line = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{folder}: not readable: {first_line}; remove it to go on from an older one") from error
-    for name, parameter in lora_parameters(model):
-        parameter.data.copy_(state["model"][name])
+    with torch.no_grad():
+        for name, parameter in lora_parameters(model):
+            parameter.copy_(state["model"][name])
     set_optimizer_state_dict(model, optimizer, state["optimizer"], options=ONLY_TRAINABLE)
-    torch.set_rng_state(state["rng"])
     return int(state["step"])
+
+
+def newest_sound(run_dir: Path, world: World) -> Path | None:
+    """The newest checkpoint whose files are what COMPLETE says; damaged ones are told and passed over."""
+    found: Path | None = None
+    if world.is_first:
+        for folder in reversed(complete_checkpoints(run_dir)):
+            faults = damage(folder)
+            if not faults:
+                found = folder
+                break
+            log.warning("%s: passed over: %s; going on from the one before it", folder, faults[0])
+    return world.gather(found)[0]
+
+
+def damage(folder: Path) -> list[str]:
+    """What differs from COMPLETE; nothing for a sound checkpoint."""
+    try:
+        wanted = msgspec.json.decode((folder / "COMPLETE").read_bytes(), type=dict[str, str])
+    except (OSError, msgspec.DecodeError) as error:
+        return [f"COMPLETE is unreadable: {error}"]
+    found = digests(folder)
+    return [
+        f"{name} {'is missing' if name not in found else 'is not what was written'}"
+        for name in wanted
+        if wanted[name] != found.get(name)
+    ]
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """sha256 of every file of a checkpoint but COMPLETE, by path inside it."""
+    sums = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != "COMPLETE":
+            with path.open("rb") as file:
+                sums[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
+    return sums
 
 
 def complete_checkpoints(run_dir: Path) -> list[Path]:
@@ -113,13 +227,24 @@ def complete_checkpoints(run_dir: Path) -> list[Path]:
     return sorted(folders, key=lambda folder: int(folder.name.removeprefix("checkpoint-")))
 
 
-def _state(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> dict[str, Any]:
-    return {
-        "model": get_model_state_dict(model, options=ONLY_TRAINABLE),
-        "optimizer": get_optimizer_state_dict(model, optimizer, options=ONLY_TRAINABLE),
-        "rng": torch.get_rng_state(),
-        "step": step,
-    }
+def best_checkpoint(run_dir: Path) -> Path | None:
+    """Where RUN/best points, if anywhere."""
+    link = run_dir / "best"
+    return run_dir / link.readlink() if link.is_symlink() else None
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Trainable weights, whole and on the CPU; empty on other ranks than the first. Every rank must call this."""
+    found: dict[str, Any] = get_model_state_dict(model, options=WHOLE_ON_CPU)
+    names = {name for name, _ in lora_parameters(model)}
+    return {name: tensor.clone() for name, tensor in found.items() if name in names}
+
+
+def _copied(value: Any) -> Any:
+    """A nested state with its tensors copied to the CPU."""
+    if isinstance(value, dict):
+        return {name: _copied(part) for name, part in value.items()}
+    return value.detach().cpu().clone() if isinstance(value, torch.Tensor) else value
 
 
 @contextmanager

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
+
+STOPPED = 143  # 128 + SIGTERM, as shells report a process ended by it
 
 
 @click.command(context_settings={"show_default": True})
@@ -14,6 +18,7 @@ import click
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--config", "config_path", type=click.Path(path_type=Path), help="Default: ./pipeline.toml if it exists.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, e.g. train.seed=1.")
+@click.option("--gpus", type=click.IntRange(1), help="Processes to start here. Default: every visible GPU.")
 @click.option("--resume", default="auto", metavar="auto|never|PATH", help="Go on from RUN's newest checkpoint.")
 @click.option("--learning-rate", type=float, help="Sets train.learning_rate.")
 @click.option("--num-epochs", type=int, help="Sets train.num_epochs.")
@@ -28,6 +33,7 @@ def main(
     run: Path,
     config_path: Path | None,
     overrides: tuple[str, ...],
+    gpus: int | None,
     resume: str,
     dry_run: bool,
     skip_preflight: bool,
@@ -37,20 +43,45 @@ def main(
     from shards.config import read_config
     from shards.errors import PipelineError
     from train.config import TrainConfig
+    from train.launch import WorkerFailed, is_worker, launch, num_processes
 
     try:
         config = read_config(TrainConfig, config_path, [*overrides, *flag_overrides(**flags)])
         from shards.manifest import open_dataset
 
         open_dataset(shards)  # before torch is imported: a mistyped folder is answered at once
+        if not is_worker():
+            num_workers = num_processes(gpus, config.train.device)
+            if num_workers > 1:
+                launch(num_workers, sys.argv[1:])
+                return
         from train.loop import RunOptions, train
 
         checkpoint = train(config, shards, run, RunOptions(resume, dry_run, skip_preflight))
-    except PipelineError as error:
+    except WorkerFailed as error:
+        if error.exitcode == STOPPED:
+            sys.exit(STOPPED)
         click.echo(f"error: {error}", err=True)
         sys.exit(1)
-    if checkpoint:
+    except PipelineError as error:
+        tell(error)
+    if checkpoint and os.environ.get("RANK", "0") == "0":
         click.echo(f"done: {checkpoint}; next: checkpoints merge {run} OUT", err=True)
+
+
+def tell(error: Exception) -> NoReturn:
+    """One line, and the exit status. A fault that all ranks share is told by the first; the others wait for it to do so."""
+    from train.signals import Stopped
+
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        time.sleep(3)  # the launcher ends this process meanwhile, if rank 0 has failed too
+    if isinstance(error, Stopped):
+        if rank == "0":
+            click.echo(str(error), err=True)
+        sys.exit(STOPPED)
+    click.echo(f"error: {error}" if rank == "0" else f"error on rank {rank}: {error}", err=True)
+    sys.exit(1)
 
 
 def flag_overrides(

@@ -48,6 +48,9 @@ class TrainSection(msgspec.Struct, frozen=True, kw_only=True):
     num_workers: NonNegative = 2
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # bf16 on CUDA, fp32 on CPU
+    shard_base: bool = False
+    activation_checkpointing: Literal["off", "full"] = "off"
+    compile: Literal["auto", "on", "off"] = "auto"  # on CUDA
 
 
 class WandbSection(msgspec.Struct, frozen=True, kw_only=True):

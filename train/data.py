@@ -22,12 +22,14 @@ from shards.reader import SampleReader
 from shards.sample import Sample, unpack_sample
 from shards.sequence import Sequence, SequenceBuilder
 from train.packing import PackedBatch, Planner, pack
+from train.parallel import ALONE, World
 
 
 class PlannedSamples(torch.utils.data.IterableDataset):
     """Source stage: raw samples of every step from `start_step` on, without end; worker w of W serves packs w, w + W, ..."""
 
-    def __init__(self, dataset_dir: Path, index: np.ndarray, planner: Planner, start_step: int) -> None:
+    def __init__(self, dataset_dir: Path, index: np.ndarray, planner: Planner, start_step: int, world: World) -> None:
+        self._world = world
         self._reader = SampleReader(dataset_dir)
         self._index = index
         self._planner = planner
@@ -36,7 +38,11 @@ class PlannedSamples(torch.utils.data.IterableDataset):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         info = torch.utils.data.get_worker_info()
         worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
-        packs = (pack for _, packs in self._planner.steps_from(self._start_step) for pack in packs)
+        packs = (
+            pack
+            for _, packs in self._planner.steps_from(self._start_step)
+            for pack in packs[self._world.rank :: self._world.size]
+        )
         for rows in itertools.islice(packs, worker, None, num_workers):
             for row in rows:
                 raw = self._reader.read_raw(self._index[row])
@@ -79,9 +85,10 @@ def planned_batches(
     start_step: int,
     builder: SequenceBuilder,
     num_workers: int,
+    world: World = ALONE,
 ) -> Iterator[PackedBatch]:
     """The packs of every step from `start_step` on, without end. Raises the PipelineError of an unreadable sample."""
-    source = PlannedSamples(dataset_dir, index, planner, start_step)
+    source = PlannedSamples(dataset_dir, index, planner, start_step, world)
     pipeline = DataPipeline(source, build_sequences(builder), pack_planned)
     loader = torch.utils.data.DataLoader(
         pipeline,  # pyright: ignore[reportArgumentType] - an IterableDataset in all but its annotation

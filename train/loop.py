@@ -1,38 +1,38 @@
 """MAIN PATH of stage two: shards in, a run directory with LoRA checkpoints out.
 
-`train` is the numbered story; `train_step` is the step. Losses are sums divided by what the whole step counted, so the
-result does not depend on how a step is cut into packs. A number that is not finite stops the run before the optimizer
-touches a weight.
+`run` is the numbered story, the same on every rank; `train.step` is the step. One process and eight do the same
+arithmetic: the plan says which packs make a step, ranks share them, and losses are divided by what all of them counted.
 """
 
 from __future__ import annotations
 
 import platform
-import time
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import msgspec
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from shards.artifacts import codec_fingerprint, load_tokenizer, mel_fingerprint, resolve, tokenizer_fingerprint
 from shards.config import to_toml
-from shards.errors import CheckpointError, PipelineError
+from shards.errors import CheckpointError
 from shards.manifest import Fingerprints, check_fingerprints, open_dataset
 from shards.sequence import SequenceBuilder
 from shards.writer import write_bytes, write_json
 from train import checkpoint, preflight
+from train.build import build_model
 from train.conditioning import decide_conditioning, fit_to_shards
-from train.config import LossSection, TrainConfig
+from train.config import TrainConfig
 from train.data import planned_batches, read_pack
-from train.lora import add_lora, lora_parameters, trainable_table
-from train.loss import LossCounts, curriculum_factor, step_losses
+from train.lora import lora_parameters, trainable_table
 from train.metrics import Metrics, console_line, log, open_log
 from train.optim import learning_rate_at, make_optimizer
-from train.packing import PackedBatch, Planner
-from train.weights import load_model
+from train.packing import Planner
+from train.parallel import World, join, leave, shorten_timeout
+from train.signals import Stopped, StopSignal
+from train.step import StepClock, train_step
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,22 @@ class RunOptions:
 
 
 def train(config: TrainConfig, dataset_dir: Path, run_dir: Path, options: RunOptions) -> Path | None:
-    """Train to the end and return the last checkpoint; None for a dry run. Raises PipelineError."""
+    """Train to the end and return the last checkpoint; None for a dry run.
+
+    Raises PipelineError, and Stopped after SIGTERM or SIGUSR1.
+    """
+    world = join(config.train.device)
+    try:
+        with StopSignal() as signals:
+            return run(config, dataset_dir, run_dir, options, world, signals)
+    finally:
+        leave()
+
+
+def run(
+    config: TrainConfig, dataset_dir: Path, run_dir: Path, options: RunOptions, world: World, signals: StopSignal
+) -> Path | None:
+    """The story, on every rank."""
     # 1. The data set, and whether it was made for this model.
     dataset, index = open_dataset(dataset_dir)
     base_dir = resolve(config.model.base, config.model.revision, "model.base")
@@ -64,30 +79,26 @@ def train(config: TrainConfig, dataset_dir: Path, run_dir: Path, options: RunOpt
     total_steps = section.max_steps or planner.num_steps(section.num_epochs)
 
     # 3. The run directory and where to start from.
-    start_from = find_start(run_dir, options.resume)
-    open_log(run_dir)
+    open_log(run_dir, world.rank)
+    start_from = find_start(run_dir, options.resume, world)
     describe_plan(config, planner, len(index), total_steps)
     log.info("layout %s, %s", config.sequence.layout, conditioning)
+    log.info("%s", world)
 
-    # 4. The frozen base with LoRA, and its optimizer.
-    device = torch.device(
-        ("cuda" if torch.cuda.is_available() else "cpu") if section.device == "auto" else section.device
-    )
-    bf16 = section.precision == "bf16" or (section.precision == "auto" and device.type == "cuda")
+    # 4. The frozen base with LoRA on this rank's device, and its optimizer.
     torch.manual_seed(section.seed)
-    model = load_model(base_dir, torch.bfloat16 if bf16 else torch.float32, device, conditioning=conditioning)
-    lora_config = add_lora(model, config.lora, config.model.base, section.seed, conditioning)
+    model, lora_config = build_model(base_dir, config, conditioning, world)
     describe_model(model)
     optimizer = make_optimizer([parameter for _, parameter in lora_parameters(model)], section)
 
     # 5. Preflight: what would train to a silent model is found here.
-    trial = None
+    trial = start_terms = None
     if options.skip_preflight:
         log.info("preflight skipped: --skip-preflight")
     elif start_from is None:
         _, packs = next(planner.steps_from(0))
-        trial = read_pack(dataset_dir, index, packs[0][: preflight.NUM_SAMPLES], builder).to(device)
-        preflight.check_before_training(model, trial, config.loss)
+        trial = read_pack(dataset_dir, index, packs[0][: preflight.NUM_SAMPLES], builder).to(world.device)
+        start_terms = preflight.check_before_training(model, trial, config.loss)
     if options.dry_run:
         log.info("dry run: everything fits together; nothing was trained")
         return None
@@ -95,159 +106,74 @@ def train(config: TrainConfig, dataset_dir: Path, run_dir: Path, options: RunOpt
     # 6. Resume, or begin.
     identity = make_identity(config, dataset.digest)
     config_toml = to_toml(config)
-    step = checkpoint.restore(start_from, model, optimizer, identity) if start_from else 0
-    write_bytes(run_dir / "config.toml", config_toml.encode())
-    write_json(run_dir / "environment.json", environment())
-    metrics = Metrics(run_dir, config.wandb, msgspec.to_builtins(config), step)
+    step = checkpoint.restore(start_from, model, optimizer, identity, world) if start_from else 0
+    world.agree("where to start", f"step {step} of data set {dataset.digest[:16]}")
+    metrics = begin_run(config, run_dir, step) if world.is_first else None
+    saver = checkpoint.Checkpoints(run_dir, world, lora_config, identity, config_toml, section.keep_checkpoints)
     log.info("step %d of %d%s", step, total_steps, f", resumed from {start_from}" if start_from else "")
 
     # 7. Steps.
     steps = planner.steps_from(step)
-    batches = planned_batches(dataset_dir, index, planner, step, builder, section.num_workers)
+    batches = planned_batches(dataset_dir, index, planner, step, builder, section.num_workers, world)
     clock = StepClock()
     values: dict[str, float] = {}
-    last = start_from
     model.train()
-    while step < total_steps:
+    while step < total_steps and not signals.asked(world):
         epoch, packs = next(steps)
         with clock.waiting():
-            batch_list = [batch.to(device) for batch in islice(batches, len(packs))]
+            batch_list = [batch.to(world.device) for batch in islice(batches, len(packs) // world.size)]
         learning_rate = learning_rate_at(step, total_steps, section)
-        result = train_step(model, optimizer, batch_list, config.loss, step, learning_rate, section.max_grad_norm)
+        result = train_step(
+            model, optimizer, batch_list, config.loss, step, learning_rate, section.max_grad_norm, world, section.seed
+        )
         clock.count(batch_list)
         step += 1
-        if trial is not None:
-            preflight.check_after_first_step(model, trial)
+        if trial is not None and start_terms is not None:
+            preflight.check_after_first_step(model, trial, start_terms)
             trial = None
+        if not values:
+            shorten_timeout()  # from the second step on nobody loads or compiles
         if step % section.log_every == 0 or step in (1, total_steps):
-            values = {"epoch": epoch, **result.values(), "metrics/learning_rate": learning_rate, **clock.values(device)}
-            metrics.write(step, values)
+            values = {"epoch": epoch, **result.values(world), "metrics/learning_rate": learning_rate}
+            values |= clock.values(world)
+            if metrics:
+                metrics.write(step, values)
             log.info(console_line(step, total_steps, values))
-        if step % section.save_every == 0 or step == total_steps:
-            last = checkpoint.save(
-                run_dir, step, model, optimizer, lora_config, identity, config_toml, values, section.keep_checkpoints
-            )
-            log.info("saved %s", last)
+        if step % section.save_every == 0 and step < total_steps:
+            saver.save(step, model, optimizer, values)
 
-    # 8. Done.
-    metrics.close()
+    # 8. Done, or asked to stop: the last checkpoint must succeed.
+    last = saver.save(step, model, optimizer, values)
+    saver.finish(must_succeed=True)
+    saver.close()
+    if metrics:
+        metrics.close()
+    if step < total_steps:
+        raise Stopped(f"stopped by a signal after step {step}; {last} is saved, the same command goes on from it")
     return last
-
-
-# --- one step -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """Normalised losses of a step, still on the device, so that an unlogged step needs no synchronisation for them."""
-
-    total: Tensor  # []
-    text: Tensor  # []
-    codebooks: Tensor  # [K]
-    contrastive: Tensor  # []
-    grad_norm: Tensor  # []
-
-    def values(self) -> dict[str, float]:
-        codebooks = self.codebooks.tolist()
-        return {
-            "loss/total_loss": self.total.item(),
-            "loss/text_loss": self.text.item(),
-            "loss/audio_loss": sum(codebooks) / len(codebooks),
-            "loss/contrastive_loss": self.contrastive.item(),
-            **{f"loss/codebook_{k}": value for k, value in enumerate(codebooks)},
-            "metrics/grad_norm": self.grad_norm.item(),
-        }
-
-
-def train_step(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batches: list[PackedBatch],
-    section: LossSection,
-    step: int,
-    learning_rate: float,
-    max_grad_norm: float,
-) -> StepResult:
-    """Gradients of all packs of the step, clip, update. Raises PipelineError when a number is not finite."""
-    counts = LossCounts.of(batches)
-    ramp = curriculum_factor(step, section.curriculum_steps, section.enable_curriculum_learning)
-    parts: list[StepResult] = []
-    for batch in batches:
-        losses = step_losses(model(batch), counts, section, ramp)
-        losses.total.backward()
-        zero = torch.zeros_like(losses.total)
-        parts.append(StepResult(*(value.detach() for value in losses), grad_norm=zero))
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    grad_norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-    total = torch.stack([part.total for part in parts]).sum()
-    if not (torch.isfinite(total) & torch.isfinite(grad_norm)).item():
-        keys = [key for batch in batches for key in batch.keys]
-        raise PipelineError(
-            f"step {step + 1}: loss {total.item()}, gradient norm {grad_norm.item()}: not finite, stopped before the "
-            f"update; samples {', '.join(keys[:8])}{' ...' if len(keys) > 8 else ''}; lower train.learning_rate or "
-            "look at them with inspect-shards show"
-        )
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return StepResult(
-        total,
-        torch.stack([part.text for part in parts]).sum(),
-        torch.stack([part.codebooks for part in parts]).sum(dim=0),
-        torch.stack([part.contrastive for part in parts]).sum(),
-        grad_norm,
-    )
 
 
 # --- around the loop ------------------------------------------------------------------------------------------------
 
 
-class StepClock:
-    """Throughput and the share of time spent waiting for data, since the last report."""
-
-    def __init__(self) -> None:
-        self._start = time.monotonic()
-        self._waited_s = 0.0
-        self._num_samples = self._num_tokens = 0
-
-    def waiting(self) -> StepClock:
-        return self
-
-    def __enter__(self) -> None:
-        self._wait_start = time.monotonic()
-
-    def __exit__(self, *_: object) -> None:
-        self._waited_s += time.monotonic() - self._wait_start
-
-    def count(self, batches: list[PackedBatch]) -> None:
-        self._num_samples += sum(len(batch.keys) for batch in batches)
-        self._num_tokens += sum(batch.num_tokens for batch in batches)
-
-    def values(self, device: torch.device) -> dict[str, float]:
-        elapsed_s = time.monotonic() - self._start
-        memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-        values = {
-            "metrics/samples_per_second": self._num_samples / elapsed_s,
-            "metrics/tokens_per_second": self._num_tokens / elapsed_s,
-            "metrics/data_wait_fraction": self._waited_s / elapsed_s,
-            "metrics/gpu_memory_gb": memory / 1e9,
-        }
-        self.__init__()
-        return values
+def begin_run(config: TrainConfig, run_dir: Path, step: int) -> Metrics:
+    """What the first rank leaves in the run directory before it trains."""
+    write_bytes(run_dir / "config.toml", to_toml(config).encode())
+    write_json(run_dir / "environment.json", environment())
+    return Metrics(run_dir, config.wandb, msgspec.to_builtins(config), step)
 
 
-def find_start(run_dir: Path, resume: str) -> Path | None:
-    """The checkpoint to go on from, if any."""
+def find_start(run_dir: Path, resume: str, world: World) -> Path | None:
+    """The checkpoint to go on from, if any. Every rank must call this."""
     if resume not in ("auto", "never"):
         folder = Path(resume)
-        if not (folder / "COMPLETE").is_file():
-            raise CheckpointError(f"--resume {folder}: not a complete checkpoint folder")
+        faults = checkpoint.damage(folder)
+        if faults:
+            raise CheckpointError(f"--resume {folder}: not a complete checkpoint folder: {faults[0]}")
         return folder
-    checkpoints = checkpoint.complete_checkpoints(run_dir)
-    if resume == "never" and checkpoints:
+    if resume == "never" and checkpoint.complete_checkpoints(run_dir):
         raise CheckpointError(f"{run_dir}: holds checkpoints of another run; give a new RUN folder or --resume auto")
-    return checkpoints[-1] if checkpoints else None
+    return checkpoint.newest_sound(run_dir, world)
 
 
 def make_identity(config: TrainConfig, dataset_digest: str) -> checkpoint.Identity:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -62,13 +62,27 @@ def add_lora(
         assert model.audio_encoder_proj is not None
         model.audio_encoder_proj.requires_grad_(True)
         config.modules_to_save = [PROJECTION]
+    for _, parameter in lora_parameters(model):
+        parameter.data = parameter.data.float()
+    for name, start in lora_start(model, seed):
+        parameter = model.get_parameter(name)
+        if not parameter.is_meta:
+            parameter.data.copy_(start)
+    return config
+
+
+def lora_start(model: nn.Module, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """(name, whole initial value) of every trainable weight but DoRA's lengths, which follow from the base's weights.
+
+    A is Kaiming uniform with a = sqrt(5), as peft's: U(-1, 1) / sqrt(fan in). All else starts at zero.
+    """
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in lora_parameters(model):
-        parameter.data = parameter.data.float()
-        if ".lora_A." in name:  # Kaiming uniform with a = sqrt(5), as peft: U(-1, 1) / sqrt(fan_in)
+        if ".lora_A." in name:
             uniform = torch.rand(parameter.shape, generator=generator) * 2 - 1
-            parameter.data.copy_(uniform / math.sqrt(parameter.shape[1]))
-    return config
+            yield name, uniform / math.sqrt(parameter.shape[1])
+        elif ".lora_magnitude_vector." not in name:
+            yield name, torch.zeros(parameter.shape)
 
 
 def lora_targets(model: nn.Module, section: LoraSection, projection_is_whole: bool = False) -> list[str]:

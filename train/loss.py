@@ -21,6 +21,7 @@ from torch import Tensor
 from shards.sequence import IGNORE
 from train.config import LossSection
 from train.packing import PackedBatch
+from train.parallel import ALONE, World
 
 CONTRASTIVE_TEMPERATURE = 0.1  # the original guide's InfoNCE temperature
 RAMP_START = 0.1  # the original guide's curriculum: half a cosine from 0.1 to 1
@@ -55,23 +56,25 @@ class LossCounts:
     """How many targets a whole step has; never 0, so that a step without one kind divides 0 by 1."""
 
     text: int
-    audio: Tensor  # [K]
+    audio: Tensor  # [K] int64 on the CPU
     contrastive: int
 
     @staticmethod
-    def of(batches: list[PackedBatch]) -> LossCounts:
-        audio = torch.stack([(batch.audio_targets != IGNORE).sum(dim=0) for batch in batches]).sum(dim=0)
-        return LossCounts(
-            text=max(1, sum(len(batch.text_targets) for batch in batches)),
-            audio=audio.clamp(min=1),
-            contrastive=max(1, sum(num_contrastive_pairs(batch.speakers) for batch in batches)),
-        )
+    def of(batches: list[PackedBatch], world: World = ALONE) -> LossCounts:
+        """Counted from numbers the loader left on the CPU, summed over ranks."""
+        local = [
+            sum(len(batch.text_targets) for batch in batches),
+            sum(batch.num_pairs for batch in batches),
+            *torch.stack([batch.targets_per_codebook for batch in batches]).sum(dim=0).tolist(),
+        ]
+        text, contrastive, *audio = world.sum(torch.tensor(local)).clamp(min=1).tolist()
+        return LossCounts(text, torch.tensor(audio), contrastive)
 
 
 def step_losses(sums: LossSums, counts: LossCounts, section: LossSection, ramp: float) -> StepLosses:
     """The formula above, for one pack of a step; `ramp` is the contrastive weight's curriculum factor."""
     text = sums.text / counts.text
-    codebooks = sums.audio / counts.audio
+    codebooks = sums.audio / counts.audio.to(sums.audio.device, non_blocking=True)
     contrastive = sums.contrastive / counts.contrastive
     total = (
         section.text_loss_weight * text
@@ -109,11 +112,6 @@ def contrastive_loss_sum(audio_hidden: Tensor, segments: Tensor, speakers: Tenso
     itself = torch.eye(num_samples, dtype=torch.bool, device=speakers.device)
     similarity = similarity.masked_fill(same_speaker & ~itself, float("-inf"))
     return F.cross_entropy(similarity, torch.arange(num_samples, device=speakers.device), reduction="sum")
-
-
-def num_contrastive_pairs(speakers: Tensor) -> int:
-    """How many samples [S] of a pack have at least one other speaker beside them."""
-    return int((speakers[:, None] != speakers[None, :]).any(dim=1).sum())
 
 
 def curriculum_factor(step: int, curriculum_steps: int, enabled: bool) -> float:

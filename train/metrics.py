@@ -19,20 +19,20 @@ from train.config import WandbSection
 log = logging.getLogger("train")
 
 
-def open_log(run_dir: Path) -> None:
-    """Log lines to the console and to RUN/logs/training.log."""
+def open_log(run_dir: Path, rank: int = 0) -> None:
+    """Log lines to the console and to RUN/logs/training.log; ranks but the first say only what is wrong."""
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-    handlers: list[logging.Handler] = [
-        logging.StreamHandler(sys.stderr),
-        logging.FileHandler(run_dir / "logs" / "training.log", encoding="utf-8"),
-    ]
-    log.setLevel(logging.INFO)
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    if rank == 0:
+        handlers.append(logging.FileHandler(run_dir / "logs" / "training.log", encoding="utf-8"))
+    log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     log.propagate = False
     for old in list(log.handlers):
         old.close()
         log.removeHandler(old)
     for handler in handlers:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        who = "" if rank == 0 else f"rank {rank}: "
+        handler.setFormatter(logging.Formatter(f"%(asctime)s {who}%(message)s", "%H:%M:%S"))
         log.addHandler(handler)
 
 

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from shards.errors import CheckpointError
 from shards.whisper_tower import WhisperTower
@@ -164,6 +165,7 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         size, eps = config.hidden_size, config.rms_norm_eps
+        self.recomputes = False  # keep only this layer's inputs for backward, and compute the rest again
         self.self_attn = Attention(config, layer)
         self.mlp = FeedForward(config)
         self.audio_mlp = FeedForward(config)
@@ -175,6 +177,12 @@ class DecoderLayer(nn.Module):
     def forward(self, text: Tensor, audio: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
         """text [Nt, d], audio [Na, d] -> the same. Both branches always run, on zero rows if need be, so that every
         rank of a sharded model takes part in every collective."""
+        if self.recomputes and torch.is_grad_enabled():
+            # Inside the layer, so that a sharded layer's gather lies outside: backward runs it again, not once more.
+            return checkpoint(self._forward, text, audio, cos, sin, attend, use_reentrant=False)  # pyright: ignore
+        return self._forward(text, audio, cos, sin, attend)
+
+    def _forward(self, text: Tensor, audio: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
         normed = torch.cat((self.input_layernorm(text), self.audio_input_layernorm(audio)))
         mixed = self.self_attn(normed, cos, sin, attend)
         text = text + mixed[: text.shape[0]]
@@ -235,6 +243,9 @@ class Backbone(nn.Module):
         if heard is not None:
             text = text.index_copy(0, heard.rows, heard.embeddings.to(text.dtype))
         cos, sin = self._rotation(positions, text.dtype)
+        if self.training and torch.is_grad_enabled() and not text.requires_grad:
+            # The base is frozen, so the first layer's input would need no gradient and its graph would be another one.
+            text, audio = text.detach().requires_grad_(), audio.detach().requires_grad_()
         for layer in self.layers:
             text, audio = layer(text, audio, cos, sin, attend)
         return self.norm(torch.cat((text, audio)))
@@ -281,9 +292,13 @@ class HiggsAudio(nn.Module):
 
     def hear(self, whisper: WhisperRows | None) -> Heard | None:
         """The embeddings of a pack's Whisper rows. The tower is frozen; gradients stop at the projection."""
-        if whisper is None:
+        if whisper is None and self.audio_encoder_proj is None:
             return None
         assert self.audio_encoder_proj is not None, "a pack with Whisper rows needs a model with a projection"
+        if whisper is None:  # a pack that only fills up a step: every rank must still use every weight
+            weight = self.audio_encoder_proj.linear.weight
+            no_rows = torch.zeros(0, dtype=torch.long, device=weight.device)
+            return Heard(no_rows, self.audio_encoder_proj(weight.new_zeros(0, weight.shape[1])))
         states = whisper.states
         if len(whisper.positions):
             assert self.audio_tower is not None, "a pack with mels needs a model that runs the tower"

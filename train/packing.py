@@ -128,6 +128,8 @@ class PackedBatch:
     segments: Tensor  # [Na] int64, 2 s for sample s's reference columns, 2 s + 1 for its target's
     speakers: Tensor  # [S] int64
     whisper: WhisperRows | None  # None without Whisper conditioning
+    targets_per_codebook: Tensor  # [K] int64, stays on the CPU
+    num_pairs: int  # samples with another speaker beside them: what the contrastive loss counts
     keys: list[str]  # [S]
 
     def to(self, device: torch.device) -> PackedBatch:
@@ -143,6 +145,7 @@ class PackedBatch:
     def _each(self, change: Callable[[Tensor], Tensor]) -> PackedBatch:
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         changed: dict[str, Any] = {n: change(v) if isinstance(v, Tensor) else v for n, v in values.items()}
+        changed["targets_per_codebook"] = self.targets_per_codebook
         if self.whisper is not None:
             changed["whisper"] = WhisperRows(*(change(tensor) for tensor in self.whisper))
         return PackedBatch(**changed)
@@ -174,6 +177,7 @@ def pack(sequences: list[Sequence], speakers: list[int], keys: list[str]) -> Pac
     next_token = np.concatenate([sequence.next_token for sequence in sequences])
     says_text = np.flatnonzero(next_token != IGNORE)
     next_codes = np.concatenate([sequence.next_codes for sequence in sequences], axis=1).T  # [Na, K]
+    speaker = np.array(speakers, np.uint64)
     says_codes = np.flatnonzero((next_codes != IGNORE).any(axis=1))
     return PackedBatch(
         text_ids=_int64(ids[~is_audio]),
@@ -186,10 +190,12 @@ def pack(sequences: list[Sequence], speakers: list[int], keys: list[str]) -> Pac
         audio_rows=_int64(says_codes),
         audio_targets=_int64(next_codes[says_codes]),
         segments=torch.from_numpy(_segments(sequences)),
-        speakers=torch.from_numpy(np.array(speakers, np.uint64).view(np.int64)),
+        speakers=torch.from_numpy(speaker.view(np.int64)),
         whisper=pack_whisper(
             _int64(row_of[ids == WHISPER]), [h for sequence in sequences for h in sequence.heard], keys
         ),
+        targets_per_codebook=torch.from_numpy((next_codes != IGNORE).sum(axis=0)),
+        num_pairs=int((speaker[:, None] != speaker[None, :]).any(axis=1).sum()),
         keys=keys,
     )
 

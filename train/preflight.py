@@ -25,6 +25,7 @@ from train.lora import group_of, lora_parameters
 from train.loss import LossCounts, LossTerms, step_losses
 from train.model import HiggsAudio
 from train.packing import PackedBatch
+from train.parallel import whole
 
 NUM_SAMPLES = 8  # enough for neighbours to leak into each other, few enough to cost seconds
 # "Well under guessing": the released model is at about half of it on clear speech, a model that reads wrong codes or wrong
@@ -42,8 +43,8 @@ class Verdict(NamedTuple):
     only_warns: bool = False
 
 
-def check_before_training(model: HiggsAudio, batch: PackedBatch, section: LossSection) -> None:
-    """Log a verdict for every check. Raises PipelineError naming those that failed."""
+def check_before_training(model: HiggsAudio, batch: PackedBatch, section: LossSection) -> LossTerms:
+    """Log a verdict for every check and return the losses at the start. Raises PipelineError naming those that failed."""
     training = model.training
     model.eval()
     with untouched_random_state(batch):
@@ -60,16 +61,17 @@ def check_before_training(model: HiggsAudio, batch: PackedBatch, section: LossSe
         ]
     model.train(training)
     report(verdicts)
+    return terms
 
 
-def check_after_first_step(model: HiggsAudio, batch: PackedBatch) -> None:
-    """The adapter must say something now. Raises PipelineError when outputs with and without it are still equal."""
+def check_after_first_step(model: HiggsAudio, batch: PackedBatch, start: LossTerms) -> None:
+    """The adapter must say something now. Raises PipelineError when losses are still those of the start, without it."""
     training = model.training
     model.eval()
     with untouched_random_state(batch):
-        difference = adapter_difference(model, loss_terms(model, batch), batch)
+        difference = largest_difference(start, loss_terms(model, batch))
     model.train(training)
-    found = f"losses with and without it differ by up to {difference:.2g}"
+    found = f"losses differ from those of the start by up to {difference:.2g}"
     report([Verdict("adapter after step 1", difference > 0, found)])
 
 
@@ -166,9 +168,11 @@ def check_gradients(model: HiggsAudio, batch: PackedBatch, section: LossSection)
     step_losses(model(batch), LossCounts.of([batch]), section, ramp=1.0).total.backward()
     norms: dict[str, Tensor] = {}
     for name, parameter in lora_parameters(model):
-        gradient = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
-        group = group_of(name)
-        norms[group] = norms.get(group, torch.zeros((), device=gradient.device)) + gradient.float().pow(2).sum()
+        if parameter.grad is not None:
+            squares = whole(parameter.grad.float().pow(2).sum())
+            norms[group_of(name)] = norms.get(group_of(name), torch.zeros_like(squares)) + squares
+        else:
+            norms.setdefault(group_of(name), torch.zeros(()))
         parameter.grad = None
     bad = [f"{group}: {norm.sqrt().item():.2g}" for group, norm in norms.items() if not 0 < norm.item() < math.inf]
     found = f"{len(norms)} groups of LoRA weights" + (f", without a usable one: {', '.join(bad)}" if bad else "")
@@ -186,12 +190,19 @@ def loss_terms(model: HiggsAudio, batch: PackedBatch) -> LossTerms:
 def adapter_difference(model: HiggsAudio, terms: LossTerms, batch: PackedBatch) -> float:
     """Largest change of a loss term when the adapter is switched off."""
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    trainable = lora_parameters(model)
     for layer in layers:
         layer.enable_adapters(False)
+    for _, parameter in trainable:
+        parameter.requires_grad_(True)  # switched off with the adapter, which sharding must not see
     without = loss_terms(model, batch)
     for layer in layers:
-        layer.enable_adapters(True)  # and trainable again
-    differences = [(before - after).abs() for before, after in zip(terms, without, strict=True) if before.numel()]
+        layer.enable_adapters(True)
+    return largest_difference(terms, without)
+
+
+def largest_difference(one: LossTerms, other: LossTerms) -> float:
+    differences = [(before - after).abs() for before, after in zip(one, other, strict=True) if before.numel()]
     return max(difference.max().item() for difference in differences)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from shards.errors import CheckpointError
 from shards.whisper_tower import encoder_tensors
@@ -70,15 +71,50 @@ def load_model(
     With Whisper conditioning the tower comes from `conditioning.tower_dir`, and a projection that the folder does not
     hold is zero. Raises CheckpointError naming every tensor that does not fit.
     """
-    stored = read_model_config(folder)
-    config = dataclasses.replace(stored, whisper=conditioning.sizes)
-    with torch.device("meta"):
-        model = HiggsAudio(config, conditioning.runs_tower)
+    model = empty_model(folder, conditioning)
     if not text_head:
         del model.text_lm_head
     expected = {name: parameter.shape for name, parameter in model.named_parameters()}
-    left_out = left_out_prefixes(conditioning, stored.whisper is not None, text_head)
-    state: dict[str, Tensor] = {}
+    tensors = checked_tensors(folder, expected, conditioning, text_head)
+    state = {name: tensor.to(device=device, dtype=dtype) for name, tensor in tensors}
+    model.load_state_dict(state, assign=True)
+    return model
+
+
+def empty_model(folder: Path, conditioning: Conditioning) -> HiggsAudio:
+    """The folder's model on the meta device: shapes without weights."""
+    config = dataclasses.replace(read_model_config(folder), whisper=conditioning.sizes)
+    with torch.device("meta"):
+        return HiggsAudio(config, conditioning.runs_tower)
+
+
+def load_shards(model: HiggsAudio, folder: Path, conditioning: Conditioning, rank: int, world_size: int) -> None:
+    """Fill this rank's rows of a sharded model's frozen weights; LoRA's names are skipped. Raises CheckpointError.
+
+    The files are mapped, so that only the pages of those rows are read. FSDP2 cuts the first axis as `torch.chunk` does.
+    """
+    own = {
+        name.replace(".base_layer.", "."): parameter
+        for name, parameter in model.named_parameters()
+        if ".lora_" not in name
+    }
+    expected = {name: parameter.shape for name, parameter in own.items()}
+    for name, tensor in checked_tensors(folder, expected, conditioning):
+        data = own[name].data
+        rows, local = tensor, data
+        if isinstance(data, DTensor):
+            size = -(-len(tensor) // world_size)
+            rows, local = tensor[rank * size : (rank + 1) * size], data.to_local()
+        assert rows.shape == local.shape, f"{name}: rank {rank} holds {list(local.shape)}, cut {list(rows.shape)}"
+        local.copy_(rows)
+
+
+def checked_tensors(
+    folder: Path, expected: dict[str, torch.Size], conditioning: Conditioning, text_head: bool = True
+) -> Iterator[tuple[str, Tensor]]:
+    """Every expected tensor once. Raises CheckpointError at the end, listing all that do not fit."""
+    left_out = left_out_prefixes(conditioning, read_model_config(folder).whisper is not None, text_head)
+    seen: set[str] = set()
     problems: list[str] = []
     for name, tensor in source_tensors(folder, conditioning, expected):
         if name.startswith(left_out):
@@ -88,13 +124,12 @@ def load_model(
         elif tensor.shape != expected[name]:
             problems.append(f"{name} has shape {list(tensor.shape)}, config.json says {list(expected[name])}")
         else:
-            state[name] = tensor.to(device=device, dtype=dtype)
-    problems += [f"missing {name}" for name in expected if name not in state and not any(name in p for p in problems)]
+            yield name, tensor
+        seen.add(name)
+    problems += [f"missing {name}" for name in expected if name not in seen]
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise CheckpointError(f"{folder}: weights do not fit the model: {shown}")
-    model.load_state_dict(state, assign=True)
-    return model
 
 
 def left_out_prefixes(conditioning: Conditioning, has_tower: bool, text_head: bool) -> tuple[str, ...]:

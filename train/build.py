@@ -1,0 +1,71 @@
+"""From a base folder to a model that trains: weights, LoRA, recomputation, compiled blocks, shards. The order matters.
+
+Without `shard_base` every rank holds the whole frozen base and only trainable weights are sharded. With it the model is
+built on the meta device and every rank reads its own rows of the files, so that no process ever holds the base whole.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from shards.errors import ConfigError
+from train.conditioning import Conditioning
+from train.config import TrainConfig
+from train.lora import add_lora, lora_parameters, lora_start
+from train.model import DecoderLayer, HiggsAudio
+from train.parallel import World, shard
+from train.weights import empty_model, load_model, load_shards
+
+
+def build_model(
+    base_dir: Path, config: TrainConfig, conditioning: Conditioning, world: World
+) -> tuple[HiggsAudio, LoraConfig]:
+    """The model on this rank's device, ready for the optimizer. Raises PipelineError."""
+    section = config.train
+    bf16 = section.precision == "bf16" or (section.precision == "auto" and world.device.type == "cuda")
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    shards_base = section.shard_base and world.is_distributed
+    if shards_base and config.lora.use_dora:
+        raise ConfigError("lora.use_dora needs the base's whole weights at the start; set train.shard_base = false")
+    if shards_base:
+        model = empty_model(base_dir, conditioning).to(dtype)
+    else:
+        model = load_model(base_dir, dtype, world.device, conditioning=conditioning)
+    lora_config = add_lora(model, config.lora, config.model.base, section.seed, conditioning)
+    prepare_blocks(model.model.layers, section.activation_checkpointing == "full", compiles(config, world))
+    shard(model, model.model.layers, world, bf16, shards_base)
+    if shards_base:
+        model.to_empty(device=world.device)
+        load_shards(model, base_dir, conditioning, world.rank, world.size)
+        start_lora(model, section.seed)
+    return model, lora_config
+
+
+def compiles(config: TrainConfig, world: World) -> bool:
+    return config.train.compile == "on" or (config.train.compile == "auto" and world.device.type == "cuda")
+
+
+def prepare_blocks(layers: nn.ModuleList, recompute: bool, compile_blocks: bool, backend: str = "inductor") -> None:
+    """Recomputation and compilation, before sharding: gathers stay outside both."""
+    for layer in layers:
+        assert isinstance(layer, DecoderLayer)
+        layer.recomputes = recompute
+        if compile_blocks:
+            layer.compile(fullgraph=True, backend=backend, dynamic=True)
+
+
+def start_lora(model: HiggsAudio, seed: int) -> None:
+    """The same start for any number of ranks: whole values are drawn everywhere, and each rank keeps its rows."""
+    parameters = dict(lora_parameters(model))
+    with torch.no_grad():
+        for name, start in lora_start(model, seed):
+            parameter = parameters[name]
+            data = parameter.data
+            if isinstance(data, DTensor):
+                start = distribute_tensor(start.to(data.device), data.device_mesh, data.placements, src_data_rank=None)
+            parameter.data.copy_(start)

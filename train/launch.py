@@ -1,0 +1,66 @@
+"""Starts one process per GPU from the `train` command, with torch's own launcher; under torchrun or Slurm it does nothing.
+
+The workers run `python -m train` with the same arguments. PYTHONSAFEPATH keeps a `train.py` in the current folder from
+being run in place of this package. When a worker fails, the launcher ends the others; what the first one said stands
+above, so only its status is told here.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from shards.errors import ConfigError, PipelineError
+
+
+def is_worker() -> bool:
+    """Whether this process was started by torchrun or joins a Slurm job that set torch's variables."""
+    return "WORLD_SIZE" in os.environ and "RANK" in os.environ
+
+
+def num_processes(gpus: int | None, device: str) -> int:
+    """How many to start: `--gpus`, or every visible GPU. Raises ConfigError when there are fewer."""
+    if device == "cpu" and gpus:
+        return gpus  # gloo: for trying out, and for machines without a GPU
+    import torch
+
+    visible = torch.cuda.device_count() if device != "cpu" else 0
+    if gpus is None:
+        return max(1, visible)
+    if gpus > visible and not (visible == 0 and device == "auto"):
+        raise ConfigError(f"--gpus {gpus}: {visible} are visible here (CUDA_VISIBLE_DEVICES); take fewer")
+    return gpus
+
+
+def launch(num_workers: int, arguments: list[str]) -> None:
+    """Run `python -m train ARGUMENTS` in `num_workers` processes. Raises PipelineError when one of them failed."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    os.environ["PYTHONSAFEPATH"] = "1"
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // num_workers)))
+    root = str(Path(__file__).resolve().parent.parent)  # importable for the workers also where it is not installed
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=num_workers,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "train", *arguments)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        how = f"killed by signal {-failure.exitcode}" if failure.exitcode < 0 else f"exit status {failure.exitcode}"
+        raise WorkerFailed(f"rank {rank} failed first ({how}); the others were ended", failure.exitcode) from None
+
+
+class WorkerFailed(PipelineError):
+    """A rank failed; it has said why itself, unless it was killed."""
+
+    def __init__(self, message: str, exitcode: int) -> None:
+        super().__init__(message)
+        self.exitcode = exitcode

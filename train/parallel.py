@@ -1,0 +1,150 @@
+"""Ranks: joining a launch, sharding the model, and agreeing.
+
+In: torchrun's or Slurm's environment, or none. Out: a `World`, and a model whose trainable weights and optimizer are
+sharded over it (FSDP2). The surprising decision: the frozen base is replicated, because on a card that holds it nothing
+needs to be gathered at every layer; `shard_base` shards it too, for small cards, at the price of a gather per layer and
+pass. One process on CPU needs none of this and runs without a process group.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from shards.errors import ConfigError, PipelineError
+
+LONG_TIMEOUT = timedelta(minutes=30)  # until every rank has loaded and compiled
+SHORT_TIMEOUT = timedelta(minutes=5)  # afterwards: a rank that is gone must end the others soon
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the others. `is_distributed` False: alone, without a process group."""
+
+    rank: int
+    size: int
+    device: torch.device
+    is_distributed: bool
+
+    def __str__(self) -> str:
+        return f"{self.size} rank{'s' if self.size > 1 else ''} on {self.device.type}"
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over ranks of a small CPU tensor, through gloo: it never waits for the GPU."""
+        if self.is_distributed:
+            dist.all_reduce(values)
+        return values
+
+    def gather(self, value: Any) -> list[Any]:
+        """Everybody's value, in rank order."""
+        if not self.is_distributed:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def agree(self, what: str, value: str) -> None:
+        """Raises PipelineError on every rank when ranks hold different values, naming two of them."""
+        values = self.gather(value)
+        other = next((rank for rank, found in enumerate(values) if found != values[0]), None)
+        if other is not None:
+            raise PipelineError(
+                f"ranks do not train the same thing: {what} is {values[0]} on rank 0 and {values[other]} on rank "
+                f"{other}; give every rank the same shards, configuration and code"
+            )
+
+    def barrier(self) -> None:
+        if self.is_distributed:
+            dist.barrier()
+
+
+ALONE = World(0, 1, torch.device("cpu"), is_distributed=False)
+
+
+def join(device: str) -> World:
+    """Join the launch this process belongs to, or stay alone. Raises ConfigError when no such device is here."""
+    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ConfigError('train.device = "cuda": torch finds no CUDA device here; use "auto" or "cpu"')
+    where = torch.device(kind, int(os.environ.get("LOCAL_RANK", "0"))) if kind == "cuda" else torch.device("cpu")
+    if kind == "cuda":
+        torch.cuda.set_device(where)
+    launched = "WORLD_SIZE" in os.environ
+    if not launched and kind == "cpu":
+        return World(0, 1, where, is_distributed=False)
+    backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+    if launched:
+        dist.init_process_group(backend, timeout=LONG_TIMEOUT)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return World(rank, size, where, is_distributed=True)
+
+
+def leave() -> None:
+    """Give the process group back; without this NCCL warns at exit."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def shorten_timeout() -> None:
+    """After the first step nobody loads or compiles any more."""
+    if dist.is_initialized():
+        dist.distributed_c10d._set_pg_timeout(SHORT_TIMEOUT, dist.group.WORLD)
+
+
+def shard(model: nn.Module, blocks: nn.ModuleList, world: World, bf16: bool, shard_base: bool) -> None:
+    """Shard trainable weights (and with `shard_base` all) over the ranks, one unit per block and one for the rest.
+
+    Build the optimizer afterwards. Gradients are summed, not averaged: losses are divided by global counts instead.
+    """
+    if not world.is_distributed:
+        return
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if bf16 else None,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,  # it would round cos, sin and loss weights to bf16 without a word
+    )
+    frozen = {parameter for parameter in model.parameters() if not parameter.requires_grad}
+    options: dict[str, Any] = {
+        "mesh": init_device_mesh(world.device.type, (world.size,)),
+        "mp_policy": policy,
+        "ignored_params": set() if shard_base else frozen,
+    }
+    for block in blocks:
+        fully_shard(block, **options)
+    fully_shard(model, **options)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(
+                True
+            )  # gloo has no pre-multiplied sum; for NCCL it is the plain one
+
+
+def sync_gradients(model: nn.Module, enabled: bool) -> None:
+    """Whether the next backward passes reduce gradients over ranks: only the last one of a step need do so."""
+    from torch.distributed.fsdp import FSDPModule
+
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(enabled)
+
+
+def whole(value: Tensor) -> Tensor:
+    """The full tensor of a sharded one; every rank must call this."""
+    from torch.distributed.tensor import DTensor
+
+    return value.full_tensor() if isinstance(value, DTensor) else value

@@ -1,0 +1,46 @@
+"""SIGTERM and SIGUSR1: finish the step, save, stop. Slurm and torchrun send one before they kill.
+
+Nothing is saved inside the handler: a save is a collective, and ranks are interrupted at different places. The handler
+only raises a flag; at the next step every rank learns whether any of them has it.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+
+import torch
+
+from shards.errors import PipelineError
+from train.parallel import World
+
+
+class Stopped(PipelineError):
+    """Asked to stop, everything saved; the same command goes on."""
+
+
+class StopSignal:
+    """A context: handlers inside, the old ones outside."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._old: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> StopSignal:
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python takes no handlers
+            self._old = {number: signal.signal(number, self._raise_flag) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
+
+    def asked(self, world: World) -> bool:
+        """Whether any rank was asked to stop; every rank must call this."""
+        return bool(world.sum(torch.tensor([int(self._asked)])).item())
+
+    def _raise_flag(self, number: int, frame: FrameType | None) -> None:
+        self._asked = True

@@ -1,0 +1,128 @@
+"""One optimizer step: gradients of all packs on all ranks, clip, update; and how fast steps go.
+
+Losses are sums divided by what the whole step counted on all ranks, so the result does not depend on how a step is cut
+into packs or ranks. A number that is not finite stops the run before the optimizer touches a weight.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from shards.errors import PipelineError
+from train.config import LossSection
+from train.loss import LossCounts, curriculum_factor, step_losses
+from train.packing import PackedBatch
+from train.parallel import ALONE, World, sync_gradients, whole
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Normalised losses of this rank's packs, still on the device: an unlogged step needs no more synchronisation."""
+
+    total: Tensor  # []
+    text: Tensor  # []
+    codebooks: Tensor  # [K]
+    contrastive: Tensor  # []
+    grad_norm: Tensor  # [], of all ranks
+
+    def values(self, world: World = ALONE) -> dict[str, float]:
+        """Metrics of the whole step; every rank must call this."""
+        parts = torch.cat((torch.stack((self.total, self.text, self.contrastive)), self.codebooks))
+        total, text, contrastive, *codebooks = world.sum(parts.double().cpu()).tolist()
+        return {
+            "loss/total_loss": total,
+            "loss/text_loss": text,
+            "loss/audio_loss": sum(codebooks) / len(codebooks),
+            "loss/contrastive_loss": contrastive,
+            **{f"loss/codebook_{k}": value for k, value in enumerate(codebooks)},
+            "metrics/grad_norm": self.grad_norm.item(),
+        }
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: list[PackedBatch],
+    section: LossSection,
+    step: int,
+    learning_rate: float,
+    max_grad_norm: float,
+    world: World = ALONE,
+    seed: int = 0,
+) -> StepResult:
+    """Gradients of all packs of the step, clip, update. Raises PipelineError when a number is not finite.
+
+    Dropout is a function of (seed, step, rank): a resumed run draws what the uninterrupted one would have drawn.
+    """
+    counts = LossCounts.of(batches, world)
+    ramp = curriculum_factor(step, section.curriculum_steps, section.enable_curriculum_learning)
+    torch.manual_seed(hash((seed, step, world.rank)) & 0x7FFF_FFFF_FFFF_FFFF)
+    parts = []
+    for number, batch in enumerate(batches, start=1):
+        sync_gradients(model, number == len(batches))
+        losses = step_losses(model(batch), counts, section, ramp)
+        losses.total.backward()
+        parts.append([value.detach() for value in losses])
+    total, text, codebooks, contrastive = (torch.stack(values).sum(dim=0) for values in zip(*parts, strict=True))
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    grad_norm = whole(nn.utils.clip_grad_norm_(parameters, max_grad_norm))
+    stop_unless_finite(step, total, grad_norm, batches, world)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return StepResult(total, text, codebooks, contrastive, grad_norm)
+
+
+def stop_unless_finite(step: int, total: Tensor, grad_norm: Tensor, batches: list[PackedBatch], world: World) -> None:
+    """Raises PipelineError on every rank, naming the samples of the ranks whose own loss is not finite."""
+    own_loss, norm = total.item(), grad_norm.item()
+    if math.isfinite(norm) and (world.is_distributed or math.isfinite(own_loss)):
+        return  # a loss that is not finite makes the norm of all ranks so
+    keys = [key for batch in batches for key in batch.keys]
+    suspects = world.gather(None if math.isfinite(own_loss) else keys)
+    named = [key for found in suspects if found for key in found] or keys
+    raise PipelineError(
+        f"step {step + 1}: loss {own_loss}, gradient norm {norm}: not finite, stopped before the update; samples "
+        f"{', '.join(named[:8])}{' ...' if len(named) > 8 else ''}; lower train.learning_rate or look at them with "
+        "inspect-shards show"
+    )
+
+
+class StepClock:
+    """Throughput and the share of time spent waiting for data, since the last report."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+        self._waited_s = 0.0
+        self._num_samples = self._num_tokens = 0
+
+    @contextmanager
+    def waiting(self):
+        start = time.monotonic()
+        yield
+        self._waited_s += time.monotonic() - start
+
+    def count(self, batches: list[PackedBatch]) -> None:
+        self._num_samples += sum(len(batch.keys) for batch in batches)
+        self._num_tokens += sum(batch.num_tokens for batch in batches)
+
+    def values(self, world: World) -> dict[str, float]:
+        """Metrics of all ranks, waiting as the mean; every rank must call this."""
+        elapsed_s = time.monotonic() - self._start
+        local = torch.tensor([self._num_samples, self._num_tokens, self._waited_s / elapsed_s / world.size])
+        num_samples, num_tokens, waited = world.sum(local.double()).tolist()
+        memory = torch.cuda.max_memory_allocated(world.device) if world.device.type == "cuda" else 0
+        self.__init__()
+        return {
+            "metrics/samples_per_second": num_samples / elapsed_s,
+            "metrics/tokens_per_second": num_tokens / elapsed_s,
+            "metrics/data_wait_fraction": waited,
+            "metrics/gpu_memory_gb": memory / 1e9,
+        }
