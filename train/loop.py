@@ -10,7 +10,6 @@ from __future__ import annotations
 import platform
 import time
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import msgspec
@@ -19,19 +18,22 @@ from torch import Tensor, nn
 
 from shards.artifacts import codec_fingerprint, load_tokenizer, mel_fingerprint, resolve, tokenizer_fingerprint
 from shards.config import to_toml
-from shards.errors import CheckpointError, PipelineError
-from shards.manifest import Fingerprints, check_fingerprints, open_dataset
+from shards.errors import CheckpointError, ConfigError, PipelineError
+from shards.manifest import Fingerprints
 from shards.sequence import SequenceBuilder
 from shards.writer import write_bytes, write_json
 from train import checkpoint, preflight
-from train.conditioning import decide_conditioning, fit_to_shards
+from train.conditioning import decide_conditioning
 from train.config import LossSection, TrainConfig
-from train.data import planned_batches, read_pack
+from train.data import Share
+from train.feed import Feed
 from train.lora import add_lora, lora_parameters, trainable_table
 from train.loss import LossCounts, curriculum_factor, step_losses
 from train.metrics import Metrics, console_line, log, open_log
 from train.optim import learning_rate_at, make_optimizer
-from train.packing import PackedBatch, Planner
+from train.packing import PackedBatch
+from train.parallel import join_ranks
+from train.sources import PlannedSource
 from train.weights import load_model
 
 
@@ -44,29 +46,30 @@ class RunOptions:
     skip_preflight: bool = False
 
 
-def train(config: TrainConfig, dataset_dir: Path, run_dir: Path, options: RunOptions) -> Path | None:
+def train(config: TrainConfig, shards: str | Path, run_dir: Path, options: RunOptions) -> Path | None:
     """Train to the end and return the last checkpoint; None for a dry run. Raises PipelineError."""
     # 1. The data set, and whether it was made for this model.
-    dataset, index = open_dataset(dataset_dir)
+    source = PlannedSource(str(shards), config.train)
     base_dir = resolve(config.model.base, config.model.revision, "model.base")
     codec_dir = resolve(config.model.codec, config.model.codec_revision, "model.codec")
     expected = Fingerprints(codec_fingerprint(codec_dir), tokenizer_fingerprint(base_dir), mel_fingerprint())
-    check_fingerprints(dataset, expected)
-    conditioning = decide_conditioning(config.sequence, config.features, base_dir)
-    conditioning = fit_to_shards(conditioning, dataset, index)
+    conditioning = source.check(expected, decide_conditioning(config.sequence, config.features, base_dir))
     sequence = msgspec.structs.replace(config.sequence, conditioning=conditioning.name)
     config = msgspec.structs.replace(config, sequence=sequence)  # "auto" is decided from here on
 
-    # 2. The plan: every epoch follows from lengths and seed alone.
-    builder = SequenceBuilder(load_tokenizer(base_dir), config.sequence)
+    # 2. The plan: every epoch follows from lengths and seed alone. The ranks must agree on it.
+    ranks = join_ranks()
+    if ranks.world_size > 1:
+        raise ConfigError(f"{ranks.world_size} processes: training on more than one is not built yet; start one")
     section = config.train
-    planner = Planner(builder.lengths(index), section.seed, section.batch_tokens, section.packs_per_step)
-    total_steps = section.max_steps or planner.num_steps(section.num_epochs)
+    source.prepare(SequenceBuilder(load_tokenizer(base_dir), config.sequence), run_dir / "plan.json")
+    total_steps = source.total_steps
+    ranks.require_equal(source.facts(0))
 
     # 3. The run directory and where to start from.
     start_from = find_start(run_dir, options.resume)
     open_log(run_dir)
-    describe_plan(config, planner, len(index), total_steps)
+    source.describe()
     log.info("layout %s, %s", config.sequence.layout, conditioning)
 
     # 4. The frozen base with LoRA, and its optimizer.
@@ -85,15 +88,14 @@ def train(config: TrainConfig, dataset_dir: Path, run_dir: Path, options: RunOpt
     if options.skip_preflight:
         log.info("preflight skipped: --skip-preflight")
     elif start_from is None:
-        _, packs = next(planner.steps_from(0))
-        trial = read_pack(dataset_dir, index, packs[0][: preflight.NUM_SAMPLES], builder).to(device)
+        trial = source.trial(preflight.NUM_SAMPLES).to(device)
         preflight.check_before_training(model, trial, config.loss)
     if options.dry_run:
         log.info("dry run: everything fits together; nothing was trained")
         return None
 
     # 6. Resume, or begin.
-    identity = make_identity(config, dataset.digest)
+    identity = make_identity(config, source.digest)
     config_toml = to_toml(config)
     step = checkpoint.restore(start_from, model, optimizer, identity) if start_from else 0
     write_bytes(run_dir / "config.toml", config_toml.encode())
@@ -102,25 +104,28 @@ def train(config: TrainConfig, dataset_dir: Path, run_dir: Path, options: RunOpt
     log.info("step %d of %d%s", step, total_steps, f", resumed from {start_from}" if start_from else "")
 
     # 7. Steps.
-    steps = planner.steps_from(step)
-    batches = planned_batches(dataset_dir, index, planner, step, builder, section.num_workers)
+    share = Share(ranks.rank, ranks.world_size, section.num_workers)
+    deliveries = source.deliveries(step, share)
+    feed = Feed(deliveries, section.packs_per_step, step, device, ranks, source.limits())
     clock = StepClock()
     values: dict[str, float] = {}
     last = start_from
     model.train()
     while step < total_steps:
-        epoch, packs = next(steps)
         with clock.waiting():
-            batch_list = [batch.to(device) for batch in islice(batches, len(packs))]
+            given = next(feed)
         learning_rate = learning_rate_at(step, total_steps, section)
-        result = train_step(model, optimizer, batch_list, config.loss, step, learning_rate, section.max_grad_norm)
-        clock.count(batch_list)
+        result = train_step(
+            model, optimizer, given.batches, config.loss, step, learning_rate, section.max_grad_norm, given.counts
+        )
+        clock.count(given.batches)
         step += 1
         if trial is not None:
             preflight.check_after_first_step(model, trial)
             trial = None
         if step % section.log_every == 0 or step in (1, total_steps):
-            values = {"epoch": epoch, **result.values(), "metrics/learning_rate": learning_rate, **clock.values(device)}
+            values = {"epoch": given.epoch, **result.values(), "metrics/learning_rate": learning_rate}
+            values |= {**clock.values(device), **feed.values()}
             metrics.write(step, values)
             log.info(console_line(step, total_steps, values))
         if step % section.save_every == 0 or step == total_steps:
@@ -167,9 +172,13 @@ def train_step(
     step: int,
     learning_rate: float,
     max_grad_norm: float,
+    counts: LossCounts | None = None,
 ) -> StepResult:
-    """Gradients of all packs of the step, clip, update. Raises PipelineError when a number is not finite."""
-    counts = LossCounts.of(batches)
+    """Gradients of all packs of the step, clip, update. `counts`: their targets, where the loader counted them.
+
+    Raises PipelineError when a number is not finite.
+    """
+    counts = counts or LossCounts.of(batches)
     ramp = curriculum_factor(step, section.curriculum_steps, section.enable_curriculum_learning)
     parts: list[StepResult] = []
     for batch in batches:
@@ -261,24 +270,6 @@ def make_identity(config: TrainConfig, dataset_digest: str) -> checkpoint.Identi
         layout=config.sequence.layout,
         conditioning=config.sequence.conditioning,
     )
-
-
-def describe_plan(config: TrainConfig, planner: Planner, num_samples: int, total_steps: int) -> None:
-    plan = planner.epoch(0)
-    log.info(
-        "%d samples, %d tokens: %d packs of up to %d tokens (%.1f %% full), %d steps an epoch, %d steps in all",
-        num_samples - planner.num_too_long,
-        planner.num_tokens,
-        len(plan.packs),
-        config.train.batch_tokens,
-        100 * planner.num_tokens / (len(plan.packs) * config.train.batch_tokens),
-        plan.num_steps,
-        total_steps,
-    )
-    if planner.num_too_long:
-        log.info(
-            "left out: %d samples longer than train.batch_tokens = %d", planner.num_too_long, config.train.batch_tokens
-        )
 
 
 def describe_model(model: nn.Module) -> None:
