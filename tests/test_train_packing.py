@@ -1,65 +1,13 @@
-"""Plans and packs: every sample exactly once, budgets kept, the same order from any step; packs keep documents apart."""
+"""Packs keep their documents apart, and time runs forwards in each of them."""
 
 from __future__ import annotations
 
-import itertools
-
-import numpy as np
-import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from shards.config import SequenceSection
-from shards.errors import ConfigError
 from shards.sequence import SequenceBuilder
-from train.packing import Planner, pack
+from train.packing import pack
 from train.weights import load_model
-
-LENGTHS = st.lists(st.integers(20, 900), min_size=1, max_size=200)
-
-
-@settings(max_examples=60, deadline=None)
-@given(lengths=LENGTHS, seed=st.integers(0, 5), epoch=st.integers(0, 3), budget=st.integers(300, 2000))
-def test_every_fitting_sample_exactly_once_within_the_budget(lengths, seed, epoch, budget):
-    array = np.array(lengths)
-    if (array > budget).all():
-        with pytest.raises(ConfigError, match="no sample fits"):
-            Planner(array, seed, budget, 2)
-        return
-    planner = Planner(array, seed, budget, 2)
-    plan = planner.epoch(epoch)
-    seen = sorted(itertools.chain.from_iterable(pack.tolist() for pack in plan.packs))
-    assert seen == np.flatnonzero(array <= budget).tolist()
-    assert planner.num_too_long == (array > budget).sum()
-    assert all(array[rows].sum() <= budget for rows in plan.packs)
-    again = Planner(array, seed, budget, 2).epoch(epoch)
-    assert [rows.tolist() for rows in again.packs] == [rows.tolist() for rows in plan.packs]
-
-
-@settings(max_examples=25, deadline=None)
-@given(lengths=LENGTHS, start=st.integers(0, 60))
-def test_going_on_from_any_step_gives_the_same_steps(lengths, start):
-    array = np.array(lengths)
-    whole = list(itertools.islice(Planner(array, 1, 1000, 3).steps_from(0), start + 20))
-    rest = list(itertools.islice(Planner(array, 1, 1000, 3).steps_from(start), 20))
-    assert [(epoch, [rows.tolist() for rows in packs]) for epoch, packs in whole[start:]] == [
-        (epoch, [rows.tolist() for rows in packs]) for epoch, packs in rest
-    ]
-
-
-def test_epochs_are_shuffled_differently():
-    planner = Planner(np.full(50, 100), 0, 1000, 1)
-    first = np.concatenate(planner.epoch(0).packs).tolist()
-    assert first != np.concatenate(planner.epoch(1).packs).tolist()
-    assert first != sorted(first)
-
-
-def test_packs_are_well_filled():
-    rng = np.random.default_rng(0)
-    lengths = np.clip(rng.lognormal(np.log(430), 0.35, 20000), 80, 1100).astype(np.int64)
-    plan = Planner(lengths, 0, 8192, 8).epoch(0)
-    assert lengths.sum() / (len(plan.packs) * 8192) > 0.98  # 98.97 % measured in research on such lengths
 
 
 def test_packed_neighbours_do_not_see_each_other(tiny_dir, tokenizer, make_sample):

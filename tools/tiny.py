@@ -71,7 +71,7 @@ alpha = 64
 
 [train]
 batch_tokens = 4096
-packs_per_step = 2
+packs_per_step = 1
 max_steps = 130
 learning_rate = 3e-3
 save_every = 50

@@ -35,7 +35,12 @@ class LossSection(msgspec.Struct, frozen=True, kw_only=True):
 class TrainSection(msgspec.Struct, frozen=True, kw_only=True):
     seed: NonNegative = 0
     batch_tokens: Positive = 16384
+    max_supervised_tokens: NonNegative = 0  # of a pack; 0: no limit of its own
+    max_references: NonNegative = 0  # of a pack; 0: no limit
     packs_per_step: Positive = 8
+    shuffle_window: Positive = 1048576  # samples
+    order: Literal["random", "short_to_long"] = "random"
+    max_bad_fraction: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] = 0.001
     num_epochs: Positive = 3
     max_steps: NonNegative = 0  # 0: num_epochs decides
     learning_rate: Annotated[float, msgspec.Meta(gt=0.0)] = 1e-4

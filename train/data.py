@@ -1,114 +1,212 @@
-"""Packs in plan order: index rows -> raw members -> samples -> sequences -> PackedBatch.
+"""From shards to packs: the stages every loader shares, and `loader = "plan"`.
 
-The stages form a `webdataset.DataPipeline`; its source follows the plan with random reads instead of streaming tars, so
-that order, epoch length and resume do not depend on workers or ranks. Loader workers take packs in turn, and the
-DataLoader hands them out in that order again. A fault is passed on as a value: an exception crossing the process
-border would arrive as a page of traceback.
+    source (plan or stream) -> raw members -> sequences -> packs -> `Delivery`, one per micro-step
+
+The stages form a `webdataset.DataPipeline`. The plan's source follows `train.plan` with random reads instead of streaming
+tars, so that order, epoch length and resume do not depend on workers or ranks. Loader workers take packs in turn, and
+the DataLoader hands them out in that order again.
+
+A damaged sample keeps its place: nothing moves up, its pack goes on without it, and a pack without any sample is a
+filler from which nothing is learned. A fault that ends the run is passed on as a value: an exception crossing the
+process border would arrive as a page of traceback.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from webdataset.pipeline import DataPipeline
 
-from shards.errors import PipelineError
+from shards.errors import PipelineError, ShardError
+from shards.index import hash64
 from shards.reader import SampleReader
-from shards.sample import Sample, unpack_sample
-from shards.sequence import Sequence, SequenceBuilder
-from train.packing import PackedBatch, Planner, pack
-from train.parallel import ALONE, World
+from shards.sample import unpack_sample
+from shards.sequence import AUDIO_OUT, BEGIN_OF_TEXT, IGNORE, NUM_CODEBOOKS, STREAM_BOS, Sequence, SequenceBuilder
+from shards.writer import shard_path
+from train.packing import PackedBatch, pack
+from train.plan import Planner
+
+# One text and one audio position without targets: every branch of the model runs, and nothing is learned.
+FILLER = Sequence(
+    token_ids=np.array([BEGIN_OF_TEXT, AUDIO_OUT], np.int32),
+    codes=np.full((NUM_CODEBOOKS, 1), STREAM_BOS, np.int16),
+    next_token=np.full(2, IGNORE, np.int32),
+    next_codes=np.full((NUM_CODEBOOKS, 1), IGNORE, np.int16),
+    reference_columns=(0, 1),
+    target_columns=(1, 1),
+)
+
+RawSample = dict[str, Any]  # WebDataset's shape, "__key__" and members by suffix, and what the stages below add
+
+
+class Fault(NamedTuple):
+    """A sample that was left out of its pack, and why."""
+
+    shard: str
+    key: str
+    reason: str
+    is_damage: bool = True  # False: too long for a pack
+
+    def __str__(self) -> str:
+        return f"{self.shard}: sample {self.key}: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """What the loader hands over for one micro-step."""
+
+    batch: PackedBatch
+    epoch: int
+    faults: list[Fault] = field(default_factory=list)
+
+    def pin_memory(self) -> Delivery:
+        """Called by the DataLoader's pinning thread."""
+        return replace(self, batch=self.batch.pin())
+
+
+class Built(NamedTuple):
+    """A sample on its way into a pack; a damaged one has no sequence."""
+
+    key: str
+    shard: str
+    speaker: int  # hash64 of the name
+    sequence: Sequence | None
+    reason: str  # of the damage
+    epoch: int
+    pack_size: int  # samples of the planned pack it belongs to; 0 marks an empty pack
+
+
+# --- stages ---------------------------------------------------------------------------------------------------------
 
 
 class PlannedSamples(torch.utils.data.IterableDataset):
-    """Source stage: raw samples of every step from `start_step` on, without end; worker w of W serves packs w, w + W, ..."""
+    """Source stage: raw samples of one rank's packs, without end; worker w of W serves packs w, w + W, ..."""
 
-    def __init__(self, dataset_dir: Path, index: np.ndarray, planner: Planner, start_step: int, world: World) -> None:
-        self._world = world
-        self._reader = SampleReader(dataset_dir)
+    def __init__(
+        self,
+        reader: SampleReader,
+        index: np.ndarray,
+        packs: Callable[[], Iterator[tuple[int, np.ndarray]]],
+        planner: Planner,
+    ) -> None:
+        self._reader = reader
         self._index = index
+        self._packs = packs
         self._planner = planner
-        self._start_step = start_step
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[RawSample]:
         info = torch.utils.data.get_worker_info()
         worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
-        packs = (
-            pack
-            for _, packs in self._planner.steps_from(self._start_step)
-            for pack in packs[self._world.rank :: self._world.size]
-        )
-        for rows in itertools.islice(packs, worker, None, num_workers):
-            for row in rows:
-                raw = self._reader.read_raw(self._index[row])
-                yield {**raw, "__pack_size__": len(rows), "__speaker__": int(self._index[row]["speaker"])}
+        for epoch, rows in itertools.islice(self._packs(), worker, None, num_workers):
+            place = {"__epoch__": epoch, "__pack_size__": len(rows)}
+            if not len(rows):
+                yield {"__key__": "", **place}
+            for number in rows.tolist():
+                row = self._index[number]
+                shard = str(shard_path(Path(), int(row["shard"]), ".tar"))
+                facts = {**place, "__url__": shard, "__speaker__": int(row["speaker"])}
+                try:
+                    yield {**self._reader.read_raw(row), **facts}
+                except ShardError as error:
+                    yield {"__key__": self._planner.key_of(number), "__reason__": str(error), **facts}
 
 
 def build_sequences(builder: SequenceBuilder):
-    """Stage: raw members -> (key, speaker, pack size, sequence)."""
+    """Stage: raw members -> `Built`. A sample whose members do not fit together is damaged."""
 
-    def stage(raws: Iterable[dict[str, Any]]) -> Iterator[tuple[str, int, int, Sequence]]:
+    def stage(raws: Iterable[RawSample]) -> Iterator[Built]:
         for raw in raws:
-            members = {name: value for name, value in raw.items() if not name.startswith("__")}
-            sample: Sample = unpack_sample(raw["__key__"], members)
-            yield sample.key, raw["__speaker__"], raw["__pack_size__"], builder.training(sample)
+            epoch, pack_size = raw.get("__epoch__", 0), raw.get("__pack_size__", 1)
+            key, shard, reason = raw["__key__"], raw.get("__url__", ""), raw.get("__reason__", "")
+            speaker, sequence = raw.get("__speaker__"), None
+            if pack_size and not reason:
+                try:
+                    sample = unpack_sample(key, {name: value for name, value in raw.items() if name[:2] != "__"})
+                    sequence = builder.training(sample)
+                    speaker = hash64(sample.facts.speaker) if speaker is None else speaker
+                except (ShardError, ValueError, IndexError) as error:  # the facts of a foreign sample may contradict it
+                    reason = str(error)
+            yield Built(key, shard, speaker or 0, sequence, reason, epoch, pack_size)
 
     return stage
 
 
-def pack_planned(items: Iterable[tuple[str, int, int, Sequence]]) -> Iterator[PackedBatch | PipelineError]:
+def pack_planned(items: Iterable[Built]) -> Iterator[Delivery | PipelineError]:
     """Stage: sequences -> packs of the planned size."""
-    keys: list[str] = []
-    speakers: list[int] = []
-    sequences: list[Sequence] = []
+    group: list[Built] = []
     try:
-        for key, speaker, pack_size, sequence in items:
-            keys.append(key)
-            speakers.append(speaker)
-            sequences.append(sequence)
-            if len(sequences) == pack_size:
-                yield pack(sequences, speakers, keys)
-                keys, speakers, sequences = [], [], []
+        for item in items:
+            if item.pack_size:
+                group.append(item)
+            if len(group) == item.pack_size:
+                yield deliver(group, item.epoch)
+                group = []
     except PipelineError as error:
         yield error
 
 
-def planned_batches(
-    dataset_dir: Path,
+def deliver(group: list[Built], epoch: int) -> Delivery:
+    """The pack of a group's sound samples, and the faults of the others."""
+    sound = [(item, item.sequence) for item in group if item.sequence is not None]
+    faults = [Fault(item.shard, item.key, item.reason) for item in group if item.sequence is None]
+    if not sound:
+        return Delivery(pack([FILLER], [0], []), epoch, faults)
+    sequences = [sequence for _, sequence in sound]
+    keys = [item.key for item, _ in sound]
+    return Delivery(pack(sequences, [item.speaker for item, _ in sound], keys), epoch, faults)
+
+
+# --- loaders --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of the packs this process reads, and with how many loader processes."""
+
+    rank: int = 0
+    world_size: int = 1
+    num_workers: int = 0
+
+
+def planned_deliveries(
+    reader: SampleReader,
     index: np.ndarray,
     planner: Planner,
     start_step: int,
     builder: SequenceBuilder,
-    num_workers: int,
-    world: World = ALONE,
-) -> Iterator[PackedBatch]:
-    """The packs of every step from `start_step` on, without end. Raises the PipelineError of an unreadable sample."""
-    source = PlannedSamples(dataset_dir, index, planner, start_step, world)
-    pipeline = DataPipeline(source, build_sequences(builder), pack_planned)
+    share: Share,
+    on_window: Callable[[int, int], None] | None = None,
+) -> Iterator[Delivery]:
+    """One rank's packs of every step from `start_step` on, without end. Raises PipelineError."""
+
+    def packs() -> Iterator[tuple[int, np.ndarray]]:
+        return planner.rank_packs(start_step, share.rank, share.world_size, on_window)
+
+    source = PlannedSamples(reader, index, packs, planner)
+    return run_pipeline(DataPipeline(source, build_sequences(builder), pack_planned), share.num_workers)
+
+
+def run_pipeline(pipeline: DataPipeline, num_workers: int) -> Iterator[Delivery]:
+    """Deliveries of a pipeline, built in loader processes and pinned where there is a GPU. Raises PipelineError."""
     loader = torch.utils.data.DataLoader(
         pipeline,  # pyright: ignore[reportArgumentType] - an IterableDataset in all but its annotation
         batch_size=None,
         num_workers=num_workers,
         prefetch_factor=4 if num_workers else None,
         collate_fn=_unchanged,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # else it would draw from the model's random numbers
     )
-    for batch in loader:
-        if isinstance(batch, PipelineError):
-            raise batch
-        yield batch.pin() if torch.cuda.is_available() else batch
-
-
-def read_pack(dataset_dir: Path, index: np.ndarray, rows: np.ndarray, builder: SequenceBuilder) -> PackedBatch:
-    """One pack of these index rows, read here and now. Raises ShardError."""
-    reader = SampleReader(dataset_dir)
-    samples = [reader.read(index[row]) for row in rows]
-    speakers = [int(index[row]["speaker"]) for row in rows]
-    return pack([builder.training(sample) for sample in samples], speakers, [sample.key for sample in samples])
+    for delivery in loader:
+        if isinstance(delivery, PipelineError):
+            raise delivery
+        yield delivery
 
 
 def _unchanged(batch: Any) -> Any:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import platform
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import msgspec
@@ -18,20 +17,21 @@ from torch import nn
 from shards.artifacts import codec_fingerprint, load_tokenizer, mel_fingerprint, resolve, tokenizer_fingerprint
 from shards.config import to_toml
 from shards.errors import CheckpointError
-from shards.manifest import Fingerprints, check_fingerprints, open_dataset
+from shards.manifest import Fingerprints
 from shards.sequence import SequenceBuilder
 from shards.writer import write_bytes, write_json
 from train import checkpoint, preflight
 from train.build import build_model
-from train.conditioning import decide_conditioning, fit_to_shards
+from train.conditioning import decide_conditioning
 from train.config import TrainConfig
-from train.data import planned_batches, read_pack
+from train.data import Share
+from train.feed import Feed
 from train.lora import lora_parameters, trainable_table
 from train.metrics import Metrics, console_line, log, open_log
 from train.optim import learning_rate_at, make_optimizer
-from train.packing import Planner
 from train.parallel import World, join, leave, shorten_timeout
 from train.signals import Stopped, StopSignal
+from train.sources import PlannedSource
 from train.step import StepClock, train_step
 
 
@@ -44,7 +44,7 @@ class RunOptions:
     skip_preflight: bool = False
 
 
-def train(config: TrainConfig, dataset_dir: Path, run_dir: Path, options: RunOptions) -> Path | None:
+def train(config: TrainConfig, shards: str | Path, run_dir: Path, options: RunOptions) -> Path | None:
     """Train to the end and return the last checkpoint; None for a dry run.
 
     Raises PipelineError, and Stopped after SIGTERM or SIGUSR1.
@@ -52,36 +52,34 @@ def train(config: TrainConfig, dataset_dir: Path, run_dir: Path, options: RunOpt
     world = join(config.train.device)
     try:
         with StopSignal() as signals:
-            return run(config, dataset_dir, run_dir, options, world, signals)
+            return run(config, shards, run_dir, options, world, signals)
     finally:
         leave()
 
 
 def run(
-    config: TrainConfig, dataset_dir: Path, run_dir: Path, options: RunOptions, world: World, signals: StopSignal
+    config: TrainConfig, shards: str | Path, run_dir: Path, options: RunOptions, world: World, signals: StopSignal
 ) -> Path | None:
     """The story, on every rank."""
     # 1. The data set, and whether it was made for this model.
-    dataset, index = open_dataset(dataset_dir)
+    source = PlannedSource(str(shards), config.train)
     base_dir = resolve(config.model.base, config.model.revision, "model.base")
     codec_dir = resolve(config.model.codec, config.model.codec_revision, "model.codec")
     expected = Fingerprints(codec_fingerprint(codec_dir), tokenizer_fingerprint(base_dir), mel_fingerprint())
-    check_fingerprints(dataset, expected)
-    conditioning = decide_conditioning(config.sequence, config.features, base_dir)
-    conditioning = fit_to_shards(conditioning, dataset, index)
+    conditioning = source.check(expected, decide_conditioning(config.sequence, config.features, base_dir))
     sequence = msgspec.structs.replace(config.sequence, conditioning=conditioning.name)
     config = msgspec.structs.replace(config, sequence=sequence)  # "auto" is decided from here on
 
-    # 2. The plan: every epoch follows from lengths and seed alone.
-    builder = SequenceBuilder(load_tokenizer(base_dir), config.sequence)
+    # 2. The plan: every epoch follows from lengths and seed alone. The ranks must agree on it.
     section = config.train
-    planner = Planner(builder.lengths(index), section.seed, section.batch_tokens, section.packs_per_step)
-    total_steps = section.max_steps or planner.num_steps(section.num_epochs)
+    source.prepare(SequenceBuilder(load_tokenizer(base_dir), config.sequence), run_dir / "plan.json", world)
+    total_steps = source.total_steps
+    world.require_equal(source.facts(0))
 
     # 3. The run directory and where to start from.
     open_log(run_dir, world.rank)
     start_from = find_start(run_dir, options.resume, world)
-    describe_plan(config, planner, len(index), total_steps)
+    source.describe()
     log.info("layout %s, %s", config.sequence.layout, conditioning)
     log.info("%s", world)
 
@@ -96,37 +94,36 @@ def run(
     if options.skip_preflight:
         log.info("preflight skipped: --skip-preflight")
     elif start_from is None:
-        _, packs = next(planner.steps_from(0))
-        trial = read_pack(dataset_dir, index, packs[0][: preflight.NUM_SAMPLES], builder).to(world.device)
+        trial = source.trial(preflight.NUM_SAMPLES).to(world.device)
         start_terms = preflight.check_before_training(model, trial, config.loss)
     if options.dry_run:
         log.info("dry run: everything fits together; nothing was trained")
         return None
 
     # 6. Resume, or begin.
-    identity = make_identity(config, dataset.digest)
+    identity = make_identity(config, source.digest)
     config_toml = to_toml(config)
     step = checkpoint.restore(start_from, model, optimizer, identity, world) if start_from else 0
-    world.agree("where to start", f"step {step} of data set {dataset.digest[:16]}")
+    world.require_equal({"the first step": str(step)})
     metrics = begin_run(config, run_dir, step) if world.is_first else None
     saver = checkpoint.Checkpoints(run_dir, world, lora_config, identity, config_toml, section.keep_checkpoints)
     log.info("step %d of %d%s", step, total_steps, f", resumed from {start_from}" if start_from else "")
 
     # 7. Steps.
-    steps = planner.steps_from(step)
-    batches = planned_batches(dataset_dir, index, planner, step, builder, section.num_workers, world)
+    deliveries = source.deliveries(step, Share(world.rank, world.size, section.num_workers))
+    feed = Feed(deliveries, section.packs_per_step, step, world, source.limits())
     clock = StepClock()
     values: dict[str, float] = {}
     model.train()
     while step < total_steps and not signals.asked(world):
-        epoch, packs = next(steps)
         with clock.waiting():
-            batch_list = [batch.to(world.device) for batch in islice(batches, len(packs) // world.size)]
+            given = next(feed)
         learning_rate = learning_rate_at(step, total_steps, section)
         result = train_step(
-            model, optimizer, batch_list, config.loss, step, learning_rate, section.max_grad_norm, world, section.seed
+            *(model, optimizer, given.batches, config.loss, step, learning_rate, section.max_grad_norm),
+            *(given.counts, world, section.seed),
         )
-        clock.count(batch_list)
+        clock.count(given.batches)
         step += 1
         if trial is not None and start_terms is not None:
             preflight.check_after_first_step(model, trial, start_terms)
@@ -134,8 +131,8 @@ def run(
         if not values:
             shorten_timeout()  # from the second step on nobody loads or compiles
         if step % section.log_every == 0 or step in (1, total_steps):
-            values = {"epoch": epoch, **result.values(world), "metrics/learning_rate": learning_rate}
-            values |= clock.values(world)
+            values = {"epoch": given.epoch, **result.values(world), "metrics/learning_rate": learning_rate}
+            values |= {**clock.values(world), **feed.values()}
             if metrics:
                 metrics.write(step, values)
             log.info(console_line(step, total_steps, values))
@@ -187,24 +184,6 @@ def make_identity(config: TrainConfig, dataset_digest: str) -> checkpoint.Identi
         layout=config.sequence.layout,
         conditioning=config.sequence.conditioning,
     )
-
-
-def describe_plan(config: TrainConfig, planner: Planner, num_samples: int, total_steps: int) -> None:
-    plan = planner.epoch(0)
-    log.info(
-        "%d samples, %d tokens: %d packs of up to %d tokens (%.1f %% full), %d steps an epoch, %d steps in all",
-        num_samples - planner.num_too_long,
-        planner.num_tokens,
-        len(plan.packs),
-        config.train.batch_tokens,
-        100 * planner.num_tokens / (len(plan.packs) * config.train.batch_tokens),
-        plan.num_steps,
-        total_steps,
-    )
-    if planner.num_too_long:
-        log.info(
-            "left out: %d samples longer than train.batch_tokens = %d", planner.num_too_long, config.train.batch_tokens
-        )
 
 
 def describe_model(model: nn.Module) -> None:

@@ -1,16 +1,12 @@
-"""Planning an epoch and packing sequences: lengths in, the same packs on every rank out.
+"""A pack: the sequences of some samples side by side, as the tensors the model reads.
 
-The plan is a pure function of (index, seed, epoch, budget): one Philox permutation, then online best fit into packs of
-at most `batch_tokens`. A global step is `packs_per_step` packs; the last step of an epoch has fewer. Nothing depends on
-the number of ranks or loader workers. `pack` turns the sequences of one pack into the tensors the model reads.
+In: sequences, speakers and keys. Out: a `PackedBatch`. Which samples share a pack is decided in `train.plan`.
 """
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -18,88 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shards.errors import ConfigError, ShardError
+from shards.errors import ShardError
 from shards.mel import num_positions
 from shards.sequence import AUDIO_OUT, IGNORE, WHISPER, Heard, Sequence
-
-OPEN_PACKS = 8  # fill 97.8 / 99.0 / 99.5 % at 4k / 8k / 16k tokens; more open packs gain < 0.2 % (NOTES.md)
-CLOSE_BELOW = 64  # tokens of room no real sample fits into
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The packs of one epoch, in order; each is an array of index rows."""
-
-    packs: list[np.ndarray]
-    packs_per_step: int
-
-    @property
-    def num_steps(self) -> int:
-        return -(-len(self.packs) // self.packs_per_step)
-
-    def step_packs(self, step: int) -> list[np.ndarray]:
-        return self.packs[step * self.packs_per_step : (step + 1) * self.packs_per_step]
-
-
-class Planner:
-    """Epochs of a data set, planned on demand. Cheap to copy to loader processes: it holds lengths, not samples."""
-
-    def __init__(self, lengths: np.ndarray, seed: int, batch_tokens: int, packs_per_step: int) -> None:
-        """lengths [n] int64 in tokens. Raises ConfigError when no sample fits a pack."""
-        self._lengths = lengths
-        self._seed = seed
-        self._batch_tokens = batch_tokens
-        self._packs_per_step = packs_per_step
-        fits = lengths <= batch_tokens
-        if not fits.any():
-            raise ConfigError(
-                f"train.batch_tokens = {batch_tokens}: no sample fits; the shortest of {len(lengths)} has "
-                f"{int(lengths.min()) if len(lengths) else 0} tokens"
-            )
-        self.num_too_long = int((~fits).sum())  # left out of every epoch
-        self.num_tokens = int(lengths[fits].sum())  # of one epoch
-        self._plans: dict[int, Plan] = {}
-
-    def epoch(self, epoch: int) -> Plan:
-        if epoch not in self._plans:
-            order = np.random.Generator(np.random.Philox(key=[self._seed, epoch])).permutation(len(self._lengths))
-            order = order[self._lengths[order] <= self._batch_tokens]
-            packs = best_fit(order, self._lengths, self._batch_tokens)
-            self._plans = {epoch: Plan(packs, self._packs_per_step)}  # only the current one is kept
-        return self._plans[epoch]
-
-    def num_steps(self, num_epochs: int) -> int:
-        return sum(self.epoch(epoch).num_steps for epoch in range(num_epochs))
-
-    def steps_from(self, step: int) -> Iterator[tuple[int, list[np.ndarray]]]:
-        """(epoch, packs) of every global step from `step` on, epoch after epoch without end."""
-        for epoch in itertools.count():
-            plan = self.epoch(epoch)
-            for step_in_epoch in range(min(step, plan.num_steps), plan.num_steps):
-                yield epoch, plan.step_packs(step_in_epoch)
-            step -= min(step, plan.num_steps)
-
-
-def best_fit(order: np.ndarray, lengths: np.ndarray, budget: int) -> list[np.ndarray]:
-    """Online best fit with OPEN_PACKS open packs: each sample goes where the least room is left."""
-    packs: list[np.ndarray] = []
-    open_packs: list[tuple[int, int, list[int]]] = []  # (room, age, rows), sorted by room
-    for age, (row, length) in enumerate(zip(order.tolist(), lengths[order].tolist(), strict=True)):
-        place = bisect.bisect_left(open_packs, (length, -1))
-        if place < len(open_packs):
-            room, born, rows = open_packs.pop(place)
-        else:
-            if len(open_packs) == OPEN_PACKS:
-                packs.append(np.array(open_packs.pop(0)[2]))  # the fullest
-            room, born, rows = budget, age, []
-        rows.append(row)
-        room -= length
-        if room < CLOSE_BELOW:
-            packs.append(np.array(rows))
-        else:
-            bisect.insort(open_packs, (room, born, rows))
-    packs.extend(np.array(rows) for _, _, rows in sorted(open_packs, key=lambda entry: entry[1]))
-    return packs
 
 
 class WhisperRows(NamedTuple):
@@ -137,6 +54,10 @@ class PackedBatch:
 
     def pin(self) -> PackedBatch:
         return self._each(lambda tensor: tensor.pin_memory())
+
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Keep the memory until what `stream` has been given so far is done."""
+        self._each(lambda tensor: tensor.record_stream(stream) or tensor)  # pyright: ignore[reportCallIssue, reportArgumentType]
 
     def with_codes(self, codes: Tensor) -> PackedBatch:
         """The same pack with other inputs [Na, K] and the old targets."""

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from shards.errors import ConfigError, PipelineError
 
 LONG_TIMEOUT = timedelta(minutes=30)  # until every rank has loaded and compiled
+SHOWN = 32  # characters of a value in a message
 SHORT_TIMEOUT = timedelta(minutes=5)  # afterwards: a rank that is gone must end the others soon
 
 
@@ -46,26 +47,34 @@ class World:
         return values
 
     def gather(self, value: Any) -> list[Any]:
-        """Everybody's value, in rank order."""
+        """Everybody's value, in rank order; every rank must call it. Raises PipelineError when one is gone."""
         if not self.is_distributed:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        try:
+            dist.all_gather_object(values, value)
+        except RuntimeError as error:  # gloo's only kind, for a closed connection and for a timeout
+            raise PipelineError(
+                f"rank {self.rank} of {self.size}: another rank has ended or fallen silent "
+                f"({str(error).splitlines()[0][:120]}); its own log says why; the same command goes on from the last "
+                "checkpoint"
+            ) from None
         return values
 
-    def agree(self, what: str, value: str) -> None:
-        """Raises PipelineError on every rank when ranks hold different values, naming two of them."""
-        values = self.gather(value)
-        other = next((rank for rank, found in enumerate(values) if found != values[0]), None)
-        if other is not None:
-            raise PipelineError(
-                f"ranks do not train the same thing: {what} is {values[0]} on rank 0 and {values[other]} on rank "
-                f"{other}; give every rank the same shards, configuration and code"
-            )
-
-    def barrier(self) -> None:
-        if self.is_distributed:
-            dist.barrier()
+    def require_equal(self, facts: dict[str, str]) -> None:
+        """Raises PipelineError on every rank, naming both values, when a fact differs between ranks."""
+        everybody = self.gather(facts)
+        for rank, others in enumerate(everybody):
+            differing = [
+                f"{name} is {everybody[0][name][:SHOWN]} on rank 0 and {others[name][:SHOWN]} on rank {rank}"
+                for name in facts
+                if everybody[0][name] != others[name]
+            ]
+            if differing:
+                raise PipelineError(
+                    f"the ranks do not do the same: {'; '.join(differing)}; give every rank the same SHARDS and the "
+                    "same configuration"
+                )
 
 
 ALONE = World(0, 1, torch.device("cpu"), is_distributed=False)

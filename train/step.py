@@ -53,14 +53,17 @@ def train_step(
     step: int,
     learning_rate: float,
     max_grad_norm: float,
+    counts: LossCounts | None = None,
     world: World = ALONE,
     seed: int = 0,
 ) -> StepResult:
-    """Gradients of all packs of the step, clip, update. Raises PipelineError when a number is not finite.
+    """Gradients of all packs of the step, clip, update. `counts`: targets of all ranks, where the feed counted them.
+
+    Raises PipelineError when a number is not finite.
 
     Dropout is a function of (seed, step, rank): a resumed run draws what the uninterrupted one would have drawn.
     """
-    counts = LossCounts.of(batches, world)
+    counts = counts or LossCounts.of(batches, world)
     ramp = curriculum_factor(step, section.curriculum_steps, section.enable_curriculum_learning)
     torch.manual_seed(hash((seed, step, world.rank)) & 0x7FFF_FFFF_FFFF_FFFF)
     parts = []

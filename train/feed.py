@@ -1,0 +1,184 @@
+"""Steps on the device: deliveries of the loader go in, one `StepBatches` per optimizer step comes out.
+
+The next pack is copied to the GPU on a stream of its own while the present one is computed. Targets are counted here, on
+the CPU side, so that a step needs no synchronisation for them. Before a step is handed out the ranks tell each other
+whether all is well: a fault of one rank stops all of them with its message instead of leaving them in a collective. The
+price is one exchange of short strings per step.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+
+import msgspec
+import torch
+
+from shards.errors import PipelineError
+from train.data import Delivery
+from train.loss import LossCounts
+from train.packing import PackedBatch
+from train.parallel import World
+
+TOLD = 20  # faults logged one by one; then only counted
+SMALLEST_STREAM = 10_000  # samples a stream is taken to have at least, when it is judged by its share of damaged ones
+
+log = logging.getLogger("train")
+
+
+@dataclass(frozen=True)
+class StepBatches:
+    """One rank's packs of a step."""
+
+    epoch: int
+    batches: list[PackedBatch]  # on the device
+    counts: LossCounts  # of the packs of all ranks, counted on the CPU
+    num_samples: int
+
+
+class Report(msgspec.Struct, frozen=True):
+    """What a rank tells the others before a step."""
+
+    step: int
+    epoch: int
+    bad: int = 0
+    too_long: int = 0
+    fillers: int = 0
+    samples: int = 0
+    problem: str = ""  # "" = none
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much damage is borne, and what the ranks compare when an epoch begins."""
+
+    max_bad_fraction: float
+    epoch_samples: int | None = None  # None: not known (a stream); then it is the samples seen so far
+    epoch_facts: Callable[[int], dict[str, str]] | None = None
+
+
+class Feed:
+    """One step after another, without end. Counts what was left out, over all ranks."""
+
+    def __init__(
+        self,
+        deliveries: Iterator[Delivery],
+        packs_per_step: int,
+        first_step: int,
+        world: World,
+        limits: Limits,
+    ) -> None:
+        self._batches = ahead(deliveries, world.device)
+        self._micro_steps = packs_per_step // world.size
+        self._step = first_step
+        self._world = world
+        self._limits = limits
+        self._epoch = -1
+        self._bad_in_epoch = self._seen = self._told = 0
+        # Over all ranks, since this process started:
+        self.num_bad = self.num_too_long = self.num_fillers = 0
+
+    def __iter__(self) -> Iterator[StepBatches]:
+        return self
+
+    def __next__(self) -> StepBatches:
+        """Raises PipelineError on every rank when one of them cannot go on."""
+        problem = ""
+        found: list[tuple[Delivery, PackedBatch]] = []
+        try:
+            found = list(islice(self._batches, self._micro_steps))
+            if len(found) < self._micro_steps:
+                problem = f"the loader gave {len(found)} of {self._micro_steps} packs of step {self._step + 1}"
+        except PipelineError as error:
+            problem = str(error)
+        deliveries = [delivery for delivery, _ in found]
+        faults = [fault for delivery in deliveries for fault in delivery.faults]
+        for fault in faults:
+            self._tell(f"left out: {fault}")
+        num_bad = sum(fault.is_damage for fault in faults)
+        mine = Report(
+            step=self._step,
+            epoch=deliveries[0].epoch if deliveries else self._epoch,
+            bad=num_bad,
+            too_long=len(faults) - num_bad,
+            fillers=sum(not delivery.batch.keys for delivery in deliveries),
+            samples=sum(len(delivery.batch.keys) for delivery in deliveries),
+            problem=problem,
+        )
+        self._share(mine)
+        self._step += 1
+        counts = LossCounts.of([delivery.batch for delivery in deliveries], self._world)
+        counts = replace(counts, audio=counts.audio.to(self._world.device, non_blocking=True))
+        return StepBatches(mine.epoch, [batch for _, batch in found], counts, mine.samples)
+
+    def values(self) -> dict[str, float]:
+        """What was left out so far, for the metrics."""
+        return {
+            "metrics/bad_samples": self.num_bad,
+            "metrics/too_long_samples": self.num_too_long,
+            "metrics/filler_packs": self.num_fillers,
+        }
+
+    def _share(self, mine: Report) -> None:
+        """Exchange reports; raise on all ranks where one must stop."""
+        reports: list[Report] = self._world.gather(mine)
+        several = len(reports) > 1
+        for rank, report in enumerate(reports):
+            if report.problem:
+                raise PipelineError(f"rank {rank}: {report.problem}" if several else report.problem)
+            if (report.step, report.epoch) != (reports[0].step, reports[0].epoch):
+                raise PipelineError(
+                    f"the ranks do not do the same: rank 0 is at step {reports[0].step} of epoch {reports[0].epoch}, rank "
+                    f"{rank} at step {report.step} of epoch {report.epoch}; this is a fault of the program"
+                )
+        if mine.epoch != self._epoch:
+            self._epoch, self._bad_in_epoch = mine.epoch, 0
+            if several and self._limits.epoch_facts:
+                self._world.require_equal(self._limits.epoch_facts(mine.epoch))
+        bad = sum(report.bad for report in reports)
+        self._bad_in_epoch += bad
+        self._seen += bad + sum(report.samples for report in reports)
+        self.num_bad += bad
+        self.num_too_long += sum(report.too_long for report in reports)
+        self.num_fillers += sum(report.fillers for report in reports)
+        whole = self._limits.epoch_samples or max(self._seen, SMALLEST_STREAM)
+        if self._bad_in_epoch > self._limits.max_bad_fraction * whole:
+            raise PipelineError(
+                f"{self._bad_in_epoch} of {whole} samples are damaged, more than train.max_bad_fraction = "
+                f"{self._limits.max_bad_fraction:g}; the log names them and `inspect-shards verify` looks at every byte; "
+                "mend the shards or raise the limit"
+            )
+
+    def _tell(self, line: str) -> None:
+        if self._told < TOLD:
+            log.warning("%s", line)
+        elif self._told == TOLD:
+            log.warning("more samples are left out; from here on they are only counted (metrics/bad_samples)")
+        self._told += 1
+
+
+def ahead(deliveries: Iterator[Delivery], device: torch.device) -> Iterator[tuple[Delivery, PackedBatch]]:
+    """(delivery on the CPU, its batch on the device), the copy running one pack ahead on a side stream."""
+    if device.type != "cuda":
+        for delivery in deliveries:
+            yield delivery, delivery.batch.to(device)
+        return
+    side = torch.cuda.Stream(device)
+
+    def begin() -> tuple[Delivery, PackedBatch] | None:
+        delivery = next(deliveries, None)
+        if delivery is None:
+            return None
+        with torch.cuda.stream(side):
+            return delivery, delivery.batch.to(device)
+
+    waiting = begin()
+    while waiting is not None:
+        present = torch.cuda.current_stream(device)
+        present.wait_stream(side)
+        delivery, batch = waiting
+        batch.record_stream(present)  # else its memory could be given away while a kernel still reads it
+        waiting = begin()
+        yield delivery, batch

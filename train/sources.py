@@ -1,0 +1,133 @@
+"""Where training's packs come from: a planned data set, or a stream of shards. Both answer the same questions.
+
+In: SHARDS as the user wrote it and the [train] section. Out: deliveries for any step, the number of steps, a small batch
+for the preflight, and what the ranks must have in common. `loader = "plan"` needs the index that stage one wrote and gives
+exact epochs and resume; `loader = "stream"` takes any tars with the documented members and gives neither.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from shards.errors import ShardError
+from shards.manifest import Fingerprints, check_fingerprints, open_dataset
+from shards.reader import SampleReader
+from shards.sequence import SequenceBuilder
+from train.conditioning import Conditioning, fit_to_shards
+from train.config import TrainSection
+from train.data import Delivery, Share, planned_deliveries
+from train.feed import Limits
+from train.packing import PackedBatch, pack
+from train.parallel import ALONE, World
+from train.plan import Planner, PlanSettings
+
+log = logging.getLogger("train")
+
+
+class PlannedSource:
+    """A data set with an index: every step of every epoch is known beforehand."""
+
+    def __init__(self, location: str, section: TrainSection) -> None:
+        """Raises ShardError when there is no data set."""
+        self._section = section
+        self.dataset, self.index = open_dataset(Path(location))
+        self.reader = SampleReader(Path(location))
+        self.digest = self.dataset.digest
+
+    def check(self, expected: Fingerprints, conditioning: Conditioning) -> Conditioning:
+        """Refuse shards that were not made for this model; settle what the reference enters as."""
+        check_fingerprints(self.dataset, expected)
+        return fit_to_shards(conditioning, self.dataset, self.index)
+
+    def prepare(self, builder: SequenceBuilder, counts_path: Path | None = None, world: World = ALONE) -> None:
+        """Plan. `counts_path`: where the first rank keeps the pack counts of epochs."""
+        self._builder = builder
+        self.planner = Planner(self.index, builder.lengths, plan_settings(self._section))
+        if counts_path:
+            self.planner.load_counts(counts_path)
+        self.planner.require_full_step()
+        self.total_steps = self._section.max_steps or self.planner.total_steps(self._section.num_epochs)
+        if counts_path and world.is_first:
+            counts_path.parent.mkdir(parents=True, exist_ok=True)
+            self.planner.save_counts(counts_path)
+
+    def describe(self) -> None:
+        planner, section = self.planner, self._section
+        num_packs = planner.num_packs(0)
+        log.info(
+            "%d samples, %d tokens: %d packs of up to %d tokens (%.1f %% full), %d steps an epoch, %d steps in all",
+            planner.num_samples,
+            planner.num_tokens,
+            num_packs,
+            section.batch_tokens,
+            100 * planner.num_tokens / (num_packs * section.batch_tokens),
+            planner.num_steps(0),
+            self.total_steps,
+        )
+        fillers = planner.num_steps(0) * section.packs_per_step - num_packs
+        if fillers:
+            log.info("the last step of the first epoch is filled up with %d empty packs", fillers)
+        if planner.num_too_long:
+            keys = ", ".join(planner.too_long_keys) + (
+                ", ..." if planner.num_too_long > len(planner.too_long_keys) else ""
+            )
+            log.info(
+                "left out: %d samples longer than train.batch_tokens = %d%s: %s",
+                planner.num_too_long,
+                section.batch_tokens,
+                f" or with more targets than train.max_supervised_tokens = {section.max_supervised_tokens}"
+                if section.max_supervised_tokens
+                else "",
+                keys,
+            )
+
+    def deliveries(self, first_step: int, share: Share) -> Iterator[Delivery]:
+        return planned_deliveries(self.reader, self.index, self.planner, first_step, self._builder, share)
+
+    def trial(self, num_samples: int) -> PackedBatch:
+        """The first sound samples of the first step. Raises ShardError when there is none."""
+        _, packs = next(self.planner.steps_from(0))
+        return read_pack(self.reader, self.index, np.concatenate(packs), self._builder, num_samples)
+
+    def limits(self) -> Limits:
+        return Limits(self._section.max_bad_fraction, self.planner.num_samples, self.facts)
+
+    def facts(self, epoch: int) -> dict[str, str]:
+        """What all ranks must have in common when an epoch begins."""
+        return {"the data set": self.digest, f"the plan of epoch {epoch}": self.planner.epoch_hash(epoch)}
+
+
+def plan_settings(section: TrainSection) -> PlanSettings:
+    return PlanSettings(
+        seed=section.seed,
+        batch_tokens=section.batch_tokens,
+        packs_per_step=section.packs_per_step,
+        max_supervised_tokens=section.max_supervised_tokens,
+        max_references=section.max_references,
+        window_samples=section.shuffle_window,
+        order=section.order,
+    )
+
+
+def read_pack(
+    reader: SampleReader, index: np.ndarray, rows: np.ndarray, builder: SequenceBuilder, num_samples: int
+) -> PackedBatch:
+    """A pack of the first sound samples of these rows, read here and now. Raises ShardError when there is none."""
+    found, reasons = [], []
+    for row in rows:
+        try:
+            sample = reader.read(index[row])
+        except ShardError as error:
+            reasons.append(str(error))
+            continue
+        found.append((builder.training(sample), int(index[row]["speaker"]), sample.key))
+        if len(found) == num_samples:
+            break
+    if not found:
+        raise ShardError(f"none of the first {len(rows)} samples is readable; the first: {reasons[0]}")
+    sequences, speakers, keys = zip(*found, strict=True)
+    return pack(list(sequences), list(speakers), list(keys))
