@@ -6,6 +6,10 @@ Real processes by the real `train --gpus N` on CPU. Packs are made by the plan, 
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,19 +27,34 @@ def dataset(tmp_path_factory, make_dataset, make_sample) -> Path:
 
 
 @pytest.fixture(scope="module")
-def train_run(dataset, tiny_dir, run_command, tmp_path_factory):
-    """A function (name, gpus, settings...) -> run folder, after the real command."""
+def train_command(dataset, tiny_dir):
+    """A function (run, gpus, settings...) -> the real command as a list."""
 
-    def start(name: str, gpus: int, *settings: str, run: Path | None = None, status: int = 0) -> Path:
-        folder = run or tmp_path_factory.mktemp("runs") / name
+    def command(run: Path, gpus: int, *settings: str) -> list[str]:
         quick = ["train.device=cpu", "train.batch_tokens=800", "train.packs_per_step=4", f"train.max_steps={STEPS}"]
         quick += ["train.log_every=1", "train.num_workers=0", "lora.rank=4", "train.learning_rate=1e-3"]
         options = [part for setting in [*quick, *settings] for part in ("--set", setting)]
-        result = run_command(
-            *("train", dataset, folder, "--config", tiny_dir / "pipeline.toml", "--gpus", gpus, *options),
-            env={"OMP_NUM_THREADS": "1"},
+        code = "import sys; sys.argv[0] = 'train'; from train.cli import main; main()"
+        given = [dataset, run, "--config", tiny_dir / "pipeline.toml", "--gpus", gpus, *options]
+        return [sys.executable, "-c", code, *map(str, given)]
+
+    return command
+
+
+@pytest.fixture(scope="module")
+def train_run(train_command, tmp_path_factory, repository):
+    """A function (name, gpus, settings...) -> run folder, after the real command."""
+
+    def start(name: str, gpus: int, *settings: str, run: Path | None = None) -> Path:
+        folder = run or tmp_path_factory.mktemp("runs") / name
+        result = subprocess.run(
+            train_command(folder, gpus, *settings),
+            cwd=repository,
+            env={**os.environ, "PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
         )
-        assert result.returncode == status, result.stderr
+        assert result.returncode == 0, result.stderr
         return folder
 
     return start
@@ -77,3 +96,161 @@ def test_ranks_change_nothing(alone, train_run, gpus, settings):
     for name in one:
         # AdamW divides by the root of tiny second moments; summation order shows there first.
         np.testing.assert_allclose(one[name].numpy(), other[name].numpy(), rtol=0, atol=1e-6, err_msg=name)
+
+
+# --- interruptions --------------------------------------------------------------------------------------------------
+
+LONG = ["train.max_steps=14", "train.save_every=2"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(train_run) -> list[tuple[float, float]]:
+    return history(train_run("uninterrupted", 1, *LONG))
+
+
+class Started:
+    """`train` as a process group of its own, to be interrupted."""
+
+    def __init__(self, command: list[str], cwd: Path) -> None:
+        self.process = subprocess.Popen(
+            command,
+            cwd=cwd,
+            env={**os.environ, "PYTHONPATH": str(cwd), "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def wait_for(self, text: str) -> str:
+        """Read its messages until `text` appears."""
+        assert self.process.stderr
+        seen = ""
+        for line in self.process.stderr:
+            seen += line
+            if text in line:
+                return seen
+        raise AssertionError(f"{text!r} never came: {seen}")
+
+    def end(self, limit_s: float) -> tuple[int, str]:
+        """(status, remaining messages); a process that hangs beyond the limit is a failure."""
+        try:
+            _, messages = self.process.communicate(timeout=limit_s)
+        except subprocess.TimeoutExpired:
+            self.kill_all()
+            raise AssertionError(f"still running {limit_s} s later") from None
+        return self.process.returncode, messages
+
+    def kill_all(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def workers(self) -> list[int]:
+        """Process ids of the ranks, in no order."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        return [int(child) for child in children if "-m\0train" in Path(f"/proc/{child}/cmdline").read_text()]
+
+
+@pytest.fixture
+def start(train_command, repository):
+    started: list[Started] = []
+
+    def begin(run: Path, gpus: int, *settings: str) -> Started:
+        started.append(Started(train_command(run, gpus, *settings), repository))
+        return started[-1]
+
+    yield begin
+    for process in started:
+        if process.process.poll() is None:
+            process.kill_all()
+
+
+def same_as_uninterrupted(run: Path, uninterrupted) -> None:
+    found = history(run)
+    assert len(found) == len(uninterrupted), "every step exactly once"
+    np.testing.assert_allclose(found, uninterrupted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_killed_outright_and_continued_with_other_numbers_of_ranks(start, train_run, uninterrupted, tmp_path):
+    """kill -9 of everything at 2 ranks, then at 1, then to the end with 4."""
+    run = tmp_path / "run"
+    for gpus, step in ((2, 5), (1, 9)):
+        process = start(run, gpus, *LONG)
+        process.wait_for(f"step {step}/14")
+        process.kill_all()
+    train_run("again", 4, *LONG, run=run)
+    same_as_uninterrupted(run, uninterrupted)
+
+
+@pytest.mark.slow
+def test_one_rank_killed_ends_the_others_and_the_run_continues(start, train_run, uninterrupted, tmp_path):
+    run = tmp_path / "run"
+    process = start(run, 2, *LONG)
+    process.wait_for("step 4/14")
+    ranks = process.workers()
+    assert len(ranks) == 2
+    os.kill(ranks[1], signal.SIGKILL)
+    status, messages = process.end(limit_s=90)
+    assert status == 1
+    assert "failed first (killed by signal 9); the others were ended" in messages
+    assert "Traceback" not in messages
+    train_run("again", 2, *LONG, run=run)
+    same_as_uninterrupted(run, uninterrupted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_sigterm_saves_and_the_same_command_goes_on(start, train_run, uninterrupted, tmp_path, gpus):
+    run = tmp_path / "run"
+    process = start(run, gpus, *LONG)
+    process.wait_for("step 3/14")
+    process.process.terminate()
+    status, messages = process.end(limit_s=60)
+    assert status == 143, messages
+    assert "stopped by a signal after step" in messages
+    assert "the same command goes on" in messages
+    assert "Traceback" not in messages
+    train_run("again", gpus, *LONG, run=run)
+    same_as_uninterrupted(run, uninterrupted)
+
+
+@pytest.mark.slow
+def test_a_damaged_newest_checkpoint_is_passed_over(train_run, train_command, uninterrupted, tmp_path, repository):
+    run = train_run("run", 1, *LONG, "train.max_steps=6")
+    newest = run / "checkpoints" / "checkpoint-6"
+    state = next((newest / "state").glob("*.distcp"))
+    data = bytearray(state.read_bytes())
+    data[len(data) // 2] ^= 1
+    state.write_bytes(data)
+    process = Started(train_command(run, 1, *LONG), repository)
+    messages = process.wait_for("resumed from")
+    assert f"{newest}: passed over: state/{state.name} is not what was written" in messages
+    assert "checkpoint-4" in messages.splitlines()[-1]
+    status, _ = process.end(limit_s=120)
+    assert status == 0
+    # The schedule of a run planned for 6 steps is another one: only steps up to 4 are shared.
+    assert len(history(run)) == len(uninterrupted)
+
+
+@pytest.mark.slow
+def test_a_full_disk_keeps_the_last_good_checkpoint_and_training_goes_on(train_command, repository, tmp_path):
+    """Files larger than 200 kB cannot be written from the third step on: a real fault of the operating system."""
+    run = tmp_path / "run"
+    limited = (
+        "import resource, sys, train.checkpoint as c; old = c.Checkpoints.save\n"
+        "def save(self, step, *a):\n"
+        "    limit = 200_000 if step in (4, 6) else resource.RLIM_INFINITY\n"
+        "    self.finish(); resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))\n"
+        "    return old(self, step, *a)\n"
+        "c.Checkpoints.save = save\n"
+    )
+    command = train_command(run, 1, *LONG, "train.max_steps=8", "train.keep_checkpoints=9")
+    command[2] = limited + command[2].replace("; ", "\n")
+    process = Started(command, repository)
+    status, messages = process.end(limit_s=120)
+    assert status == 0, messages
+    assert "checkpoint-4: not saved: " in messages
+    assert "File too large" in messages, messages
+    assert len(history(run)) == 8
+    names = {path.name for path in (run / "checkpoints").iterdir()}
+    assert names == {"checkpoint-2", "checkpoint-8"}

@@ -120,7 +120,7 @@ class Checkpoints:
         folder, future = self._pending
         self._pending = None
         error = future.exception()
-        message = str(error).strip().splitlines()[0] if error and str(error).strip() else repr(error) if error else None
+        message = None if error is None else reason(error)
         failures = [found for found in self._world.gather(message) if found]
         if failures:
             told = f"{folder}: not saved: {failures[0]}; the one before it is kept; make room or check the disk"
@@ -158,6 +158,14 @@ class Checkpoints:
         for old in complete_checkpoints(self._run_dir)[: -self._keep]:
             if old != best_checkpoint(self._run_dir):
                 shutil.rmtree(old)
+
+
+def reason(error: BaseException) -> str:
+    """The first line of what went wrong; torch's writer hides it one level deeper, with one error per rank."""
+    if isinstance(error, dcp.api.CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, identity: Identity, world: World) -> int:

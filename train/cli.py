@@ -43,14 +43,16 @@ def main(
     from shards.config import read_config
     from shards.errors import PipelineError
     from train.config import TrainConfig
-    from train.launch import WorkerFailed, is_worker, launch, num_processes
+    from train.launch import WorkerFailed, die_with_launcher, is_worker, launch, num_processes
 
     try:
         config = read_config(TrainConfig, config_path, [*overrides, *flag_overrides(**flags)])
         from shards.manifest import open_dataset
 
         open_dataset(shards)  # before torch is imported: a mistyped folder is answered at once
-        if not is_worker():
+        if is_worker():
+            die_with_launcher()
+        else:
             num_workers = num_processes(gpus, config.train.device)
             if num_workers > 1:
                 launch(num_workers, sys.argv[1:])

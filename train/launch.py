@@ -7,16 +7,26 @@ above, so only its status is told here.
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import sys
 from pathlib import Path
 
 from shards.errors import ConfigError, PipelineError
 
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
 
 def is_worker() -> bool:
     """Whether this process was started by torchrun or joins a Slurm job that set torch's variables."""
     return "WORLD_SIZE" in os.environ and "RANK" in os.environ
+
+
+def die_with_launcher() -> None:
+    """Have the system end this rank when its launcher is killed outright (Linux): orphans would go on writing into RUN."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def num_processes(gpus: int | None, device: str) -> int:
@@ -35,6 +45,7 @@ def num_processes(gpus: int | None, device: str) -> int:
 
 def launch(num_workers: int, arguments: list[str]) -> None:
     """Run `python -m train ARGUMENTS` in `num_workers` processes. Raises PipelineError when one of them failed."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -52,6 +63,8 @@ def launch(num_workers: int, arguments: list[str]) -> None:
     )
     try:
         elastic_launch(config, sys.executable)("-m", "train", *arguments)
+    except SignalException as error:  # the launcher passed it on and waited for the ranks to save
+        raise WorkerFailed(f"stopped by {error.sigval.name}", 128 + signal.SIGTERM) from None
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         how = f"killed by signal {-failure.exitcode}" if failure.exitcode < 0 else f"exit status {failure.exitcode}"
