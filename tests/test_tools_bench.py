@@ -21,3 +21,19 @@ def test_bench_preprocess_stores_every_figure(run_command, tmp_path):
     assert set(jobs["audio_s_per_s"]) == set(jobs["parallel_efficiency"]) == {"1", "2"}
     assert jobs["deduplication_gain"] > 0
     assert jobs["gain_over_plain_loop"] > 0
+
+
+@pytest.mark.slow
+def test_bench_train_stores_every_figure(run_command, tmp_path):
+    pytest.importorskip("transformers", minversion="5.3", reason="today's way needs the native class")
+    out = tmp_path / "figures.json"
+    result = run_command("bench", "train", "--size", "small", "--samples", 4, "--rounds", 1, "--out", out)
+    assert result.returncode == 0, result.stderr
+    assert "gain" in result.stdout
+    figures = json.loads(out.read_text())
+    assert set(figures["sides"]) == {"ours", "padded batches of 2", "padded batches of 4"}
+    for side in figures["sides"].values():
+        assert {"samples_per_s", "tokens_per_s", "useful_share", "peak_gb"} == set(side)
+    assert figures["sides"]["ours"]["useful_share"] == 1.0
+    assert figures["sides"]["padded batches of 4"]["useful_share"] < 1.0
+    assert figures["gain_over_best_padded"] > 0

@@ -29,5 +29,26 @@ def preprocess_command(
     bench(Settings(speech, clips, list_mb, workers, codec, rounds), out)
 
 
+@main.command("train", context_settings={"show_default": True})
+@click.option("--out", default="out/bench-train.json", type=click.Path(path_type=Path), help="The JSON file.")
+@click.option(
+    "--size", default="auto", type=click.Choice(["auto", "small", "middle", "full"]), help="auto: full on a GPU."
+)
+@click.option("--samples", default=16, help="Seeded samples; every side sees all of them.")
+@click.option("--batch-tokens", default=4096, help="Of our packs.")
+@click.option("--rank", default=16, help="Of LoRA, for every side.")
+@click.option("--threads", default=1, help="CPU threads, for every side.")
+@click.option("--rounds", default=3, help="Every side is run this often, in turn; medians are told.")
+def train_command(out: Path, size: str, samples: int, batch_tokens: int, rank: int, threads: int, rounds: int) -> None:
+    """Stage two: our step against transformers' class with peft and padded batches."""
+    import torch
+
+    from tools.bench_train import Settings, bench
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    size = ("full" if device == "cuda" else "middle") if size == "auto" else size
+    bench(Settings(size, samples, batch_tokens, rank, threads, rounds, device), out)
+
+
 if __name__ == "__main__":
     main()
