@@ -56,7 +56,7 @@ def test_run_directory_is_complete_and_loss_falls(dataset, settings, tmp_path):
     names = ["loss/total_loss", "loss/text_loss", "loss/audio_loss", "loss/contrastive_loss"]
     names += [f"loss/codebook_{k}" for k in range(8)]
     names += ["metrics/learning_rate", "metrics/gpu_memory_gb", "metrics/samples_per_second"]
-    names += ["metrics/tokens_per_second", "metrics/data_wait_fraction"]
+    names += ["metrics/tokens_per_second", "metrics/data_wait_fraction", "metrics/mfu"]
     assert set(names) <= set(values)
     history = losses(run)
     assert list(history) == list(range(1, 13))
@@ -172,6 +172,14 @@ def test_learning_rate_is_a_pure_function_of_the_step(settings):
     assert rates[9] == rates[10] == pytest.approx(1e-3)
     assert rates[60] == pytest.approx(5e-4)
     assert rates[110] == pytest.approx(0.0, abs=1e-12)
+    linear, constant = (
+        settings("train.learning_rate=1e-3", "train.warmup_steps=10", f"train.schedule={name}").train
+        for name in ("linear", "constant")
+    )
+    assert learning_rate_at(60, 110, linear) == pytest.approx(5e-4)
+    assert learning_rate_at(35, 110, linear) == pytest.approx(7.5e-4)
+    assert learning_rate_at(109, 110, constant) == pytest.approx(1e-3)
+    assert learning_rate_at(4, 110, constant) == pytest.approx(5e-4)
     automatic = settings("train.learning_rate=1e-3").train
     assert learning_rate_at(2, 100, automatic) == pytest.approx(1e-3)  # 3 % of 100 steps
 

@@ -45,6 +45,7 @@ class TrainSection(msgspec.Struct, frozen=True, kw_only=True):
     max_steps: NonNegative = 0  # 0: num_epochs decides
     learning_rate: Annotated[float, msgspec.Meta(gt=0.0)] = 1e-4
     warmup_steps: NonNegative | Literal["auto"] = "auto"  # 3 % of all steps
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"  # after the warm-up
     weight_decay: Weight = 0.0
     max_grad_norm: Annotated[float, msgspec.Meta(gt=0.0)] = 1.0
     save_every: Positive = 500

@@ -112,7 +112,7 @@ def run(
     # 7. Steps.
     deliveries = source.deliveries(step, Share(world.rank, world.size, section.num_workers))
     feed = Feed(deliveries, section.packs_per_step, step, world, source.limits())
-    clock = StepClock()
+    clock = StepClock(model, world)
     values: dict[str, float] = {}
     model.train()
     while step < total_steps and not signals.asked(world):
@@ -132,7 +132,7 @@ def run(
             shorten_timeout()  # from the second step on nobody loads or compiles
         if step % section.log_every == 0 or step in (1, total_steps):
             values = {"epoch": given.epoch, **result.values(world), "metrics/learning_rate": learning_rate}
-            values |= {**clock.values(world), **feed.values()}
+            values |= {**clock.values(), **feed.values()}
             if metrics:
                 metrics.write(step, values)
             log.info(console_line(step, total_steps, values))

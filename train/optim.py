@@ -28,9 +28,13 @@ def make_optimizer(parameters: Iterable[nn.Parameter], section: TrainSection) ->
 
 
 def learning_rate_at(step: int, total_steps: int, section: TrainSection) -> float:
-    """Learning rate of step `step` (from 0): linear warm-up, then a cosine to zero at `total_steps`."""
+    """Learning rate of step `step` (from 0): linear warm-up, then cosine or linear to zero at `total_steps`, or constant."""
     warmup = round(WARMUP_FRACTION * total_steps) if section.warmup_steps == "auto" else section.warmup_steps
     if step < warmup:
         return section.learning_rate * (step + 1) / warmup
-    progress = (step - warmup) / max(1, total_steps - warmup)
-    return section.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    if section.schedule == "constant":
+        return section.learning_rate
+    progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+    if section.schedule == "linear":
+        return section.learning_rate * (1 - progress)
+    return section.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))

@@ -47,6 +47,7 @@ class PackedBatch:
     whisper: WhisperRows | None  # None without Whisper conditioning
     targets_per_codebook: Tensor  # [K] int64, stays on the CPU
     num_pairs: int  # samples with another speaker beside them: what the contrastive loss counts
+    num_attended: int  # pairs of positions that attention looks at
     keys: list[str]  # [S]
 
     def to(self, device: torch.device) -> PackedBatch:
@@ -116,6 +117,7 @@ def pack(sequences: list[Sequence], speakers: list[int], keys: list[str]) -> Pac
             _int64(row_of[ids == WHISPER]), [h for sequence in sequences for h in sequence.heard], keys
         ),
         targets_per_codebook=torch.from_numpy((next_codes != IGNORE).sum(axis=0)),
+        num_attended=int((lengths * (lengths + 1) // 2).sum()),
         num_pairs=int((speaker[:, None] != speaker[None, :]).any(axis=1).sum()),
         keys=keys,
     )

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from shards.errors import PipelineError
 from train.config import LossSection
+from train.flops import lora_sizes_of, matmul_rate, step_flops
 from train.loss import LossCounts, curriculum_factor, step_losses
+from train.model import HiggsAudio
 from train.packing import PackedBatch
 from train.parallel import ALONE, World, sync_gradients, whole
 
@@ -99,9 +101,17 @@ def stop_unless_finite(step: int, total: Tensor, grad_norm: Tensor, batches: lis
 
 
 class StepClock:
-    """Throughput and the share of time spent waiting for data, since the last report."""
+    """Throughput, its share of what the device can do, and the share of time spent waiting for data, since the last report."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: HiggsAudio, world: World) -> None:
+        self._config = model.config
+        self._lora_sizes = lora_sizes_of(model)
+        self._rate = matmul_rate(world.device)
+        self._world = world
+        self._begin()
+
+    def _begin(self) -> None:
+        self._flops = 0.0
         self._start = time.monotonic()
         self._waited_s = 0.0
         self._num_samples = self._num_tokens = 0
@@ -115,15 +125,19 @@ class StepClock:
     def count(self, batches: list[PackedBatch]) -> None:
         self._num_samples += sum(len(batch.keys) for batch in batches)
         self._num_tokens += sum(batch.num_tokens for batch in batches)
+        self._flops += step_flops(self._config, self._lora_sizes, batches)
 
-    def values(self, world: World) -> dict[str, float]:
-        """Metrics of all ranks, waiting as the mean; every rank must call this."""
+    def values(self) -> dict[str, float]:
+        """Metrics of all ranks, shares as means; every rank must call this."""
+        world = self._world
         elapsed_s = time.monotonic() - self._start
-        local = torch.tensor([self._num_samples, self._num_tokens, self._waited_s / elapsed_s / world.size])
-        num_samples, num_tokens, waited = world.sum(local.double()).tolist()
+        shares = self._waited_s / elapsed_s / world.size, self._flops / elapsed_s / self._rate / world.size
+        local = torch.tensor([self._num_samples, self._num_tokens, *shares], dtype=torch.float64)
+        num_samples, num_tokens, waited, mfu = world.sum(local).tolist()
         memory = torch.cuda.max_memory_allocated(world.device) if world.device.type == "cuda" else 0
-        self.__init__()
+        self._begin()
         return {
+            "metrics/mfu": mfu,
             "metrics/samples_per_second": num_samples / elapsed_s,
             "metrics/tokens_per_second": num_tokens / elapsed_s,
             "metrics/data_wait_fraction": waited,
