@@ -277,3 +277,44 @@ def test_lora_start_does_not_change_the_model(tiny_dir, settings, ready):
         add_lora(model, settings().lora, "base", seed=0)
         after = model.hidden(batches[0])
     assert torch.equal(before, after)
+
+
+def test_tensorboard_holds_the_metrics(dataset, settings, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(settings("train.tensorboard=true", "train.max_steps=3"), dataset, tmp_path / "run", RunOptions())
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    points = events.Scalars("loss/total_loss")
+    assert [point.step for point in points] == [1, 2, 3]
+    assert points[2].value == pytest.approx(losses(tmp_path / "run")[3])
+
+
+def test_a_missing_wandb_key_is_told_before_the_model_loads(dataset, tiny_dir, run_command, tmp_path):
+    result = run_command(
+        *("train", dataset, tmp_path / "run", "--config", tiny_dir / "pipeline.toml", "--wandb"),
+        env={"WANDB_API_KEY": "", "WANDB_MODE": "", "HOME": str(tmp_path), "WANDB_BASE_URL": "http://127.0.0.1:9"},
+    )
+    assert result.returncode == 1
+    assert "error: wandb.mode = 'online': " in result.stderr
+    assert "set WANDB_API_KEY, or use --no-wandb" in result.stderr
+    assert "LoRA trains" not in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_what_a_person_would_warn_of_is_told_once(caplog):
+    from train.watch import Watch
+
+    watch = Watch()
+    sound = {"epoch": 0, "loss/audio_loss": 4.0, "metrics/data_wait_fraction": 0.01}
+    with caplog.at_level("WARNING", "train"):
+        watch.look(10, sound)
+        watch.look(20, {**sound, "epoch": 1, "loss/audio_loss": 0.5})  # learned by heart, not copied
+        assert not caplog.records
+        for step in (30, 40):
+            watch.look(step, {**sound, "loss/audio_loss": 0.5, "metrics/data_wait_fraction": 0.2})
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 2
+    assert "step 30: audio loss 0.50 although no sample was seen twice" in messages[0]
+    assert "20% of the time went into waiting for data; raise train.num_workers" in messages[1]

@@ -51,6 +51,7 @@ class TrainSection(msgspec.Struct, frozen=True, kw_only=True):
     save_every: Positive = 500
     keep_checkpoints: Positive = 3
     log_every: Positive = 10
+    tensorboard: bool = False
     num_workers: NonNegative = 2
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # bf16 on CUDA, fp32 on CPU

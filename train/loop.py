@@ -9,6 +9,7 @@ from __future__ import annotations
 import platform
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
@@ -27,12 +28,13 @@ from train.config import TrainConfig
 from train.data import Share
 from train.feed import Feed
 from train.lora import lora_parameters, trainable_table
-from train.metrics import Metrics, console_line, log, open_log
+from train.metrics import Metrics, console_line, log, open_log, start_wandb
 from train.optim import learning_rate_at, make_optimizer
 from train.parallel import World, join, leave, shorten_timeout
 from train.signals import Stopped, StopSignal
 from train.sources import PlannedSource
 from train.step import StepClock, train_step
+from train.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,8 @@ def run(
     source.describe()
     log.info("layout %s, %s", config.sequence.layout, conditioning)
     log.info("%s", world)
+    tracked = world.is_first and not options.dry_run  # asked now: a missing key must not wait for the model
+    wandb_run = start_wandb(run_dir, config.wandb, msgspec.to_builtins(config)) if tracked else None
 
     # 4. The frozen base with LoRA on this rank's device, and its optimizer.
     torch.manual_seed(section.seed)
@@ -105,14 +109,14 @@ def run(
     config_toml = to_toml(config)
     step = checkpoint.restore(start_from, model, optimizer, identity, world) if start_from else 0
     world.require_equal({"the first step": str(step)})
-    metrics = begin_run(config, run_dir, step) if world.is_first else None
+    metrics = begin_run(config, run_dir, step, wandb_run) if world.is_first else None
     saver = checkpoint.Checkpoints(run_dir, world, lora_config, identity, config_toml, section.keep_checkpoints)
     log.info("step %d of %d%s", step, total_steps, f", resumed from {start_from}" if start_from else "")
 
     # 7. Steps.
     deliveries = source.deliveries(step, Share(world.rank, world.size, section.num_workers))
     feed = Feed(deliveries, section.packs_per_step, step, world, source.limits())
-    clock = StepClock(model, world)
+    clock, watch = StepClock(model, world), Watch()
     values: dict[str, float] = {}
     model.train()
     while step < total_steps and not signals.asked(world):
@@ -136,6 +140,7 @@ def run(
             if metrics:
                 metrics.write(step, values)
             log.info(console_line(step, total_steps, values))
+            watch.look(step, values)
         if step % section.save_every == 0 and step < total_steps:
             saver.save(step, model, optimizer, values)
 
@@ -153,11 +158,11 @@ def run(
 # --- around the loop ------------------------------------------------------------------------------------------------
 
 
-def begin_run(config: TrainConfig, run_dir: Path, step: int) -> Metrics:
+def begin_run(config: TrainConfig, run_dir: Path, step: int, wandb_run: Any) -> Metrics:
     """What the first rank leaves in the run directory before it trains."""
     write_bytes(run_dir / "config.toml", to_toml(config).encode())
     write_json(run_dir / "environment.json", environment())
-    return Metrics(run_dir, config.wandb, msgspec.to_builtins(config), step)
+    return Metrics(run_dir, step, wandb_run, config.train.tensorboard)
 
 
 def find_start(run_dir: Path, resume: str, world: World) -> Path | None:

@@ -39,22 +39,28 @@ def open_log(run_dir: Path, rank: int = 0) -> None:
 class Metrics:
     """Receives one dictionary per logged step."""
 
-    def __init__(self, run_dir: Path, wandb_section: WandbSection, config: dict[str, Any], resumed_step: int) -> None:
+    def __init__(self, run_dir: Path, resumed_step: int, wandb_run: Any = None, tensorboard: bool = False) -> None:
         self._path = run_dir / "metrics.jsonl"
         self._keep_until(resumed_step)
         self._file = self._path.open("a", encoding="utf-8")
-        self._wandb = _start_wandb(run_dir, wandb_section, config)
+        self._wandb = wandb_run
+        self._tensorboard = start_tensorboard(run_dir, resumed_step) if tensorboard else None
 
     def write(self, step: int, values: dict[str, float]) -> None:
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         if self._wandb:
             self._wandb.log(values, step=step)
+        if self._tensorboard:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name, value, step)
 
     def close(self) -> None:
         self._file.close()
         if self._wandb:
             self._wandb.finish()
+        if self._tensorboard:
+            self._tensorboard.close()
 
     def _keep_until(self, step: int) -> None:
         if not self._path.exists():
@@ -74,7 +80,19 @@ def console_line(step: int, total_steps: int, values: dict[str, float]) -> str:
     )
 
 
-def _start_wandb(run_dir: Path, section: WandbSection, config: dict[str, Any]) -> Any:
+def start_tensorboard(run_dir: Path, resumed_step: int) -> Any:
+    """A writer into RUN/tensorboard; points after the resumed step are dropped. Raises ConfigError without the package."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ConfigError(
+            "train.tensorboard = true: the package tensorboard is not installed; pip install -e '.[tensorboard]'"
+        ) from None
+    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_step + 1)
+
+
+def start_wandb(run_dir: Path, section: WandbSection, config: dict[str, Any]) -> Any:
+    """A Weights & Biases run, or None. Called before the model loads. Raises ConfigError when it cannot start."""
     if section.mode == "off":
         return None
     import wandb
