@@ -7,6 +7,7 @@ silent is an error on all others after at most `timeout_s`, never a hang.
 
 from __future__ import annotations
 
+import atexit
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -59,10 +60,6 @@ class Ranks:
                 "configuration"
             )
 
-    def close(self) -> None:
-        if self.group is not None and dist.is_initialized():
-            dist.destroy_process_group()
-
 
 def join_ranks(timeout_s: float = 600.0) -> Ranks:
     """Join the processes that torchrun started; alone without torchrun. Raises PipelineError when they do not come."""
@@ -77,4 +74,11 @@ def join_ranks(timeout_s: float = 600.0) -> Ranks:
             f"rank {rank} of {world_size}: the ranks did not come together within {timeout_s:.0f} s "
             f"({str(error).splitlines()[0][:120]}); start them with torchrun, all with the same number of processes"
         ) from None
+    atexit.register(leave)
     return Ranks(rank, world_size, local_rank, dist.group.WORLD, timeout_s)
+
+
+def leave() -> None:
+    """Leave the group, at the end of the process at the latest: else threads of gloo may abort it on the way out."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
