@@ -8,6 +8,7 @@ pass. One process on CPU needs none of this and runs without a process group.
 
 from __future__ import annotations
 
+import atexit
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from shards.errors import ConfigError, PipelineError
 
 LONG_TIMEOUT = timedelta(minutes=30)  # until every rank has loaded and compiled
-SHOWN = 32  # characters of a value in a message
+SHOWN = 16  # characters of a value in a message
 SHORT_TIMEOUT = timedelta(minutes=5)  # afterwards: a rank that is gone must end the others soon
 
 
@@ -43,7 +44,10 @@ class World:
     def sum(self, values: Tensor) -> Tensor:
         """Sum over ranks of a small CPU tensor, through gloo: it never waits for the GPU."""
         if self.is_distributed:
-            dist.all_reduce(values)
+            try:
+                dist.all_reduce(values)
+            except RuntimeError as error:
+                raise self._lost(error) from None
         return values
 
     def gather(self, value: Any) -> list[Any]:
@@ -53,12 +57,8 @@ class World:
         values: list[Any] = [None] * self.size
         try:
             dist.all_gather_object(values, value)
-        except RuntimeError as error:  # gloo's only kind, for a closed connection and for a timeout
-            raise PipelineError(
-                f"rank {self.rank} of {self.size}: another rank has ended or fallen silent "
-                f"({str(error).splitlines()[0][:120]}); its own log says why; the same command goes on from the last "
-                "checkpoint"
-            ) from None
+        except RuntimeError as error:
+            raise self._lost(error) from None
         return values
 
     def require_equal(self, facts: dict[str, str]) -> None:
@@ -76,12 +76,23 @@ class World:
                     "same configuration"
                 )
 
+    def _lost(self, error: RuntimeError) -> PipelineError:
+        """gloo has one kind of error, for a closed connection and for a timeout."""
+        return PipelineError(
+            f"rank {self.rank} of {self.size}: another rank has ended or has been silent for too long "
+            f"({str(error).splitlines()[0][:120]}); its own log says why; start the same command again to go on from the "
+            "last checkpoint"
+        )
+
 
 ALONE = World(0, 1, torch.device("cpu"), is_distributed=False)
 
 
-def join(device: str) -> World:
-    """Join the launch this process belongs to, or stay alone. Raises ConfigError when no such device is here."""
+def join(device: str, timeout: timedelta = LONG_TIMEOUT) -> World:
+    """Join the launch this process belongs to, or stay alone.
+
+    Raises ConfigError when no such device is here, and PipelineError when the others do not come.
+    """
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     if kind == "cuda" and not torch.cuda.is_available():
@@ -94,9 +105,16 @@ def join(device: str) -> World:
         return World(0, 1, where, is_distributed=False)
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
     if launched:
-        dist.init_process_group(backend, timeout=LONG_TIMEOUT)
+        try:
+            dist.init_process_group(backend, timeout=timeout)
+        except (RuntimeError, ValueError) as error:
+            raise PipelineError(
+                f"rank {rank} of {size}: the ranks did not come together within {timeout.total_seconds():.0f} s "
+                f"({str(error).splitlines()[0][:120]}); start them with torchrun, all with the same number of processes"
+            ) from None
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    atexit.register(leave)  # at the latest: else threads of gloo may abort the process on its way out
     return World(rank, size, where, is_distributed=True)
 
 

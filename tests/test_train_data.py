@@ -1,0 +1,193 @@
+"""The plan's loader: the same packs for any workers, ranks and start; a damaged sample keeps its place with no weight."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+
+import pytest
+import torch
+from damage import flip_payload
+
+from shards.config import SequenceSection
+from shards.errors import PipelineError
+from shards.sequence import SequenceBuilder
+from train.config import LossSection, TrainSection
+from train.data import FILLER, Delivery, Share
+from train.feed import TOLD, Feed, Limits
+from train.loss import LossCounts, step_losses
+from train.packing import pack
+from train.parallel import ALONE
+from train.sources import PlannedSource
+from train.weights import load_model
+
+SECTION = TrainSection(batch_tokens=700, packs_per_step=4, max_bad_fraction=0.2)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def builder(tokenizer) -> SequenceBuilder:
+    return SequenceBuilder(tokenizer, SequenceSection())
+
+
+@pytest.fixture
+def dataset(tmp_path, make_dataset, make_sample):
+    return make_dataset(tmp_path / "data", [make_sample(seed, 5 + seed % 7, 8 + seed % 5) for seed in range(30)])
+
+
+def open_source(folder, builder, section: TrainSection = SECTION) -> PlannedSource:
+    source = PlannedSource(str(folder), section)
+    source.prepare(builder)
+    return source
+
+
+def keys_of(deliveries, count: int) -> list[list[str]]:
+    return [delivery.batch.keys for delivery in itertools.islice(deliveries, count)]
+
+
+def feed_of(source: PlannedSource, limits: Limits | None = None) -> Feed:
+    deliveries = source.deliveries(0, Share())
+    return Feed(deliveries, SECTION.packs_per_step, 0, ALONE, limits or source.limits())
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
+@pytest.mark.parametrize("num_workers", [1, 2, 4])
+def test_packs_do_not_depend_on_loader_workers(dataset, builder, num_workers):
+    source = open_source(dataset, builder)
+    count = 2 * source.planner.num_steps(0) * SECTION.packs_per_step
+    alone = keys_of(source.deliveries(0, Share()), count)
+    assert keys_of(source.deliveries(0, Share(num_workers=num_workers)), count) == alone
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_read_the_packs_of_one_process(dataset, builder, world_size):
+    source = open_source(dataset, builder)
+    count = 2 * source.planner.num_steps(0) * SECTION.packs_per_step
+    alone = keys_of(source.deliveries(0, Share()), count)
+    for rank in range(world_size):
+        share = Share(rank, world_size)
+        assert keys_of(source.deliveries(0, share), count // world_size) == alone[rank::world_size]
+
+
+def test_going_on_at_every_step_reads_the_same_packs(dataset, builder):
+    source = open_source(dataset, builder)
+    num_steps = 2 * source.planner.num_steps(0)
+    size = SECTION.packs_per_step
+    whole = keys_of(source.deliveries(0, Share()), num_steps * size)
+    for step in range(num_steps):
+        rest = keys_of(open_source(dataset, builder).deliveries(step, Share()), (num_steps - step) * size)
+        assert rest == whole[step * size :]
+
+
+def test_lengths_in_the_plan_are_those_of_the_sequences(dataset, builder):
+    source = open_source(dataset, builder)
+    for delivery in itertools.islice(source.deliveries(0, Share()), 8):
+        assert delivery.batch.num_tokens <= SECTION.batch_tokens
+    total = sum(
+        d.batch.num_tokens for d in itertools.islice(source.deliveries(0, Share()), source.planner.num_packs(0))
+    )
+    assert total == source.planner.num_tokens
+
+
+def test_a_damaged_sample_leaves_its_pack_and_no_other(dataset, builder):
+    source = open_source(dataset, builder)
+    count = source.planner.num_packs(0)
+    sound = keys_of(source.deliveries(0, Share()), count)
+    flip_payload(dataset, 7)
+    deliveries = list(itertools.islice(source.deliveries(0, Share()), count))
+    assert [d.batch.keys for d in deliveries] == [[k for k in keys if k != "000000000007"] for keys in sound]
+    (fault,) = (fault for delivery in deliveries for fault in delivery.faults)
+    assert fault.key == "000000000007"
+    assert fault.shard == "shards/000/shard-000000.tar"
+    assert "checksum differs" in fault.reason
+
+
+def test_a_pack_of_damaged_samples_only_becomes_a_filler(dataset, builder):
+    source = open_source(dataset, builder)
+    _, packs = next(source.planner.steps_from(0))
+    for row in packs[1]:
+        flip_payload(dataset, int(row))
+    first, second = itertools.islice(source.deliveries(0, Share()), 2)
+    assert first.batch.keys
+    assert second.batch.keys == []
+    assert len(second.faults) == len(packs[1]) > 1
+    assert second.batch.num_tokens == len(FILLER)
+
+
+def test_a_filler_runs_every_branch_and_teaches_nothing(model_dir, builder, make_sample):
+    model = load_model(model_dir, torch.float32)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    batches = [pack([builder.training(make_sample(1))], [5], ["a"]), pack([FILLER], [0], [])]
+    counts = LossCounts.of(batches)
+    assert counts.text == LossCounts.of(batches[:1]).text
+    assert torch.equal(counts.audio, LossCounts.of(batches[:1]).audio)
+    losses = step_losses(model(batches[1]), counts, LossSection(), 1.0)
+    assert losses.total.item() == 0.0
+    losses.total.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is None or not parameter.grad.any(), name
+    used = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert any(".mlp." in name for name in used)
+    assert any(".audio_mlp." in name for name in used)
+
+
+def test_the_feed_counts_what_it_leaves_out(dataset, builder, caplog):
+    flip_payload(dataset, 7)
+    source = open_source(dataset, builder)
+    feed = feed_of(source)
+    num_steps = source.planner.num_steps(0)
+    with caplog.at_level(logging.WARNING, "train"):
+        steps = [next(feed) for _ in range(2 * num_steps)]
+    assert feed.num_bad == 2, "once an epoch"
+    assert sum(step.num_samples for step in steps) == 2 * 29
+    fillers = sum(num_steps * 4 - source.planner.num_packs(epoch) for epoch in (0, 1))
+    assert feed.values() == {
+        "metrics/bad_samples": 2,
+        "metrics/too_long_samples": 0,
+        "metrics/filler_packs": fillers,
+    }
+    assert [step.epoch for step in steps] == [0] * num_steps + [1] * num_steps
+    assert all(len(step.batches) == 4 for step in steps)
+    assert "shards/000/shard-000000.tar: sample 000000000007" in caplog.text
+
+
+def test_too_much_damage_stops_with_numbers(dataset, builder):
+    for row in range(8):
+        flip_payload(dataset, row)
+    feed = feed_of(open_source(dataset, builder))
+    with pytest.raises(PipelineError, match=r"of 30 samples are damaged, more than train.max_bad_fraction = 0.2"):
+        list(itertools.islice(feed, 20))
+
+
+def test_only_the_first_faults_are_told_one_by_one(dataset, builder, caplog):
+    for row in range(30):
+        flip_payload(dataset, row)
+    source = open_source(dataset, builder)
+    feed = feed_of(source, Limits(1.0, 30))
+    with caplog.at_level(logging.WARNING, "train"):
+        for _ in range(source.planner.num_steps(0)):
+            next(feed)
+    assert feed.num_bad == 30
+    assert caplog.text.count("left out: ") == TOLD
+    assert caplog.text.count("from here on they are only counted") == 1
+
+
+def test_a_loader_that_ends_early_is_an_error_and_no_hang():
+    filler = Delivery(pack([FILLER], [0], []), 0)
+    feed = Feed(iter([filler] * 5), 4, 0, ALONE, Limits(0.0))
+    next(feed)
+    with pytest.raises(PipelineError, match="the loader gave 1 of 4 packs of step 2"):
+        next(feed)
+
+
+def test_the_command_tells_too_few_packs_with_numbers(dataset, run_command, tiny_dir, tmp_path):
+    result = run_command(
+        "train", dataset, tmp_path / "run", "--config", tiny_dir / "pipeline.toml", "--set", "train.packs_per_step=16"
+    )
+    assert result.returncode == 1
+    assert (
+        "error: train.packs_per_step = 16, but an epoch has only 2 packs of up to 4096 tokens (30 samples"
+        in result.stderr
+    )
+    assert "Traceback" not in result.stderr
