@@ -33,6 +33,7 @@ from train.metrics import Metrics, console_line, log, open_log
 from train.optim import learning_rate_at, make_optimizer
 from train.packing import PackedBatch
 from train.parallel import join_ranks
+from train.plan import PLAN_VERSION
 from train.sources import PlannedSource
 from train.weights import load_model
 
@@ -70,6 +71,7 @@ def train(config: TrainConfig, shards: str | Path, run_dir: Path, options: RunOp
     start_from = find_start(run_dir, options.resume)
     open_log(run_dir)
     source.describe()
+    evaluation = source.evaluation(ranks)
     log.info("layout %s, %s", config.sequence.layout, conditioning)
 
     # 4. The frozen base with LoRA, and its optimizer.
@@ -123,9 +125,13 @@ def train(config: TrainConfig, shards: str | Path, run_dir: Path, options: RunOp
         if trial is not None:
             preflight.check_after_first_step(model, trial)
             trial = None
-        if step % section.log_every == 0 or step in (1, total_steps):
+        evaluates = evaluation is not None and (step % section.eval_every == 0 or step == total_steps)
+        if step % section.log_every == 0 or step in (1, total_steps) or evaluates:
             values = {"epoch": given.epoch, **result.values(), "metrics/learning_rate": learning_rate}
             values |= {**clock.values(device), **feed.values()}
+            if evaluation is not None and evaluates:
+                values |= evaluation.losses(model, device, config.loss)
+                clock = StepClock()  # throughput is that of training
             metrics.write(step, values)
             log.info(console_line(step, total_steps, values))
         if step % section.save_every == 0 or step == total_steps:
@@ -267,6 +273,12 @@ def make_identity(config: TrainConfig, dataset_digest: str) -> checkpoint.Identi
         seed=config.train.seed,
         batch_tokens=config.train.batch_tokens,
         packs_per_step=config.train.packs_per_step,
+        max_supervised_tokens=config.train.max_supervised_tokens,
+        max_references=config.train.max_references,
+        shuffle_window=config.train.shuffle_window,
+        order=config.train.order,
+        plan_version=PLAN_VERSION,
+        validation_fraction=config.train.validation_fraction,
         layout=config.sequence.layout,
         conditioning=config.sequence.conditioning,
     )
