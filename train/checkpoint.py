@@ -59,6 +59,12 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
     seed: int
     batch_tokens: int
     packs_per_step: int
+    max_supervised_tokens: int
+    max_references: int
+    shuffle_window: int
+    order: str
+    plan_version: int
+    validation_fraction: float
     layout: str
     conditioning: str = "codes"
 

@@ -48,6 +48,9 @@ class TrainSection(msgspec.Struct, frozen=True, kw_only=True):
     schedule: Literal["cosine", "linear", "constant"] = "cosine"  # after the warm-up
     weight_decay: Weight = 0.0
     max_grad_norm: Annotated[float, msgspec.Meta(gt=0.0)] = 1.0
+    validation_fraction: Annotated[float, msgspec.Meta(ge=0.0, lt=1.0)] = 0.0  # of the samples, by speaker
+    validation_data: str = ""  # another data set instead
+    eval_every: Positive = 500
     save_every: Positive = 500
     keep_checkpoints: Positive = 3
     log_every: Positive = 10

@@ -31,6 +31,7 @@ from train.lora import lora_parameters, trainable_table
 from train.metrics import Metrics, console_line, log, open_log, start_wandb
 from train.optim import learning_rate_at, make_optimizer
 from train.parallel import World, join, leave, shorten_timeout
+from train.plan import PLAN_VERSION
 from train.signals import Stopped, StopSignal
 from train.sources import PlannedSource
 from train.step import StepClock, train_step
@@ -82,6 +83,7 @@ def run(
     open_log(run_dir, world.rank)
     start_from = find_start(run_dir, options.resume, world)
     source.describe()
+    evaluation = source.evaluation(world)
     log.info("layout %s, %s", config.sequence.layout, conditioning)
     log.info("%s", world)
     tracked = world.is_first and not options.dry_run  # asked now: a missing key must not wait for the model
@@ -134,9 +136,13 @@ def run(
             trial = None
         if not values:
             shorten_timeout()  # from the second step on nobody loads or compiles
-        if step % section.log_every == 0 or step in (1, total_steps):
+        evaluates = evaluation is not None and (step % section.eval_every == 0 or step == total_steps)
+        if step % section.log_every == 0 or step in (1, total_steps) or evaluates:
             values = {"epoch": given.epoch, **result.values(world), "metrics/learning_rate": learning_rate}
             values |= {**clock.values(), **feed.values()}
+            if evaluation is not None and evaluates:
+                values |= evaluation.losses(model, config.loss)
+                clock.restart()  # throughput is that of training
             if metrics:
                 metrics.write(step, values)
             log.info(console_line(step, total_steps, values))
@@ -186,6 +192,12 @@ def make_identity(config: TrainConfig, dataset_digest: str) -> checkpoint.Identi
         seed=config.train.seed,
         batch_tokens=config.train.batch_tokens,
         packs_per_step=config.train.packs_per_step,
+        max_supervised_tokens=config.train.max_supervised_tokens,
+        max_references=config.train.max_references,
+        shuffle_window=config.train.shuffle_window,
+        order=config.train.order,
+        plan_version=PLAN_VERSION,
+        validation_fraction=config.train.validation_fraction,
         layout=config.sequence.layout,
         conditioning=config.sequence.conditioning,
     )

@@ -71,12 +71,18 @@ class Metrics:
 
 
 def console_line(step: int, total_steps: int, values: dict[str, float]) -> str:
+    held_out = ""
+    if "eval/total_loss" in values:
+        held_out = (
+            f" | held out: loss {values['eval/total_loss']:.4f} (text {values['eval/text_loss']:.4f} audio "
+            f"{values['eval/audio_loss']:.4f})"
+        )
     return (
         f"step {step}/{total_steps} | loss {values['loss/total_loss']:.4f} "
         f"(text {values['loss/text_loss']:.4f} audio {values['loss/audio_loss']:.4f} "
         f"contrastive {values['loss/contrastive_loss']:.4f}) | grad {values['metrics/grad_norm']:.3f} | "
         f"lr {values['metrics/learning_rate']:.2e} | {values['metrics/samples_per_second']:.1f} samples/s | "
-        f"{values['metrics/tokens_per_second']:.0f} tokens/s | data wait {values['metrics/data_wait_fraction']:.0%}"
+        f"{values['metrics/tokens_per_second']:.0f} tokens/s | data wait {values['metrics/data_wait_fraction']:.0%}{held_out}"
     )
 
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
-from shards.errors import ShardError
+from shards.errors import ConfigError, ShardError
 from shards.manifest import Fingerprints, check_fingerprints, open_dataset
 from shards.reader import SampleReader
 from shards.sequence import SequenceBuilder
@@ -21,9 +23,10 @@ from train.conditioning import Conditioning, fit_to_shards
 from train.config import TrainSection
 from train.data import Delivery, Share, planned_deliveries
 from train.feed import Limits
+from train.held_out import Evaluation, choose_speakers, of_speakers
 from train.packing import PackedBatch, pack
 from train.parallel import ALONE, World
-from train.plan import Planner, PlanSettings
+from train.plan import Keep, Planner, PlanSettings
 
 log = logging.getLogger("train")
 
@@ -37,16 +40,24 @@ class PlannedSource:
         self.dataset, self.index = open_dataset(Path(location))
         self.reader = SampleReader(Path(location))
         self.digest = self.dataset.digest
+        self._validation = validation_source(section)
+        self._held_out: np.ndarray | None = None  # speakers
 
     def check(self, expected: Fingerprints, conditioning: Conditioning) -> Conditioning:
         """Refuse shards that were not made for this model; settle what the reference enters as."""
         check_fingerprints(self.dataset, expected)
+        if self._validation:
+            self._validation.check(expected, conditioning)
         return fit_to_shards(conditioning, self.dataset, self.index)
 
     def prepare(self, builder: SequenceBuilder, counts_path: Path | None = None, world: World = ALONE) -> None:
         """Plan. `counts_path`: where the first rank keeps the pack counts of epochs."""
         self._builder = builder
-        self.planner = Planner(self.index, builder.lengths, plan_settings(self._section))
+        fraction, keep = self._section.validation_fraction, None
+        if fraction:
+            self._held_out = choose_speakers(self.index, self._section.seed, fraction)
+            keep = of_speakers(self._held_out, inside=False)
+        self.planner = Planner(self.index, builder.lengths, plan_settings(self._section), keep)
         if counts_path:
             self.planner.load_counts(counts_path)
         self.planner.require_full_step()
@@ -54,6 +65,37 @@ class PlannedSource:
         if counts_path and world.is_first:
             counts_path.parent.mkdir(parents=True, exist_ok=True)
             self.planner.save_counts(counts_path)
+
+    def evaluation(self, world: World) -> Evaluation | None:
+        """The held-out packs; None where nothing is held out."""
+        if self._validation:
+            return self._validation.held_out_packs(self._builder, world, None)
+        if self._held_out is not None:
+            return self.held_out_packs(self._builder, world, of_speakers(self._held_out, inside=True))
+        return None
+
+    def held_out_packs(self, builder: SequenceBuilder, world: World, keep: Keep | None) -> Evaluation:
+        """One pass over the kept rows in a fixed order, filled up so that ranks stay in step. Raises ConfigError."""
+        settings = PlanSettings(
+            seed=0,
+            batch_tokens=self._section.batch_tokens,
+            packs_per_step=world.size,
+            max_references=self._section.max_references,
+        )
+        planner = Planner(self.index, builder.lengths, settings, keep)
+        log.info(
+            "held out: %d samples in %d packs%s",
+            planner.num_samples,
+            planner.num_packs(0),
+            f" (left out: {planner.num_too_long} longer than train.batch_tokens)" if planner.num_too_long else "",
+        )
+        share = Share(world.rank, world.size)
+
+        def one_pass() -> Iterator[Delivery]:
+            packs = planned_deliveries(self.reader, self.index, planner, 0, builder, share)
+            return islice(packs, planner.num_steps(0))
+
+        return Evaluation(one_pass, world, self._section.max_bad_fraction)
 
     def describe(self) -> None:
         planner, section = self.planner, self._section
@@ -99,6 +141,18 @@ class PlannedSource:
     def facts(self, epoch: int) -> dict[str, str]:
         """What all ranks must have in common when an epoch begins."""
         return {"the data set": self.digest, f"the plan of epoch {epoch}": self.planner.epoch_hash(epoch)}
+
+
+def validation_source(section: TrainSection) -> PlannedSource | None:
+    """The data set named in train.validation_data. Raises ConfigError when a fraction is asked for as well."""
+    if not section.validation_data:
+        return None
+    if section.validation_fraction:
+        raise ConfigError(
+            f"train.validation_data = {section.validation_data!r} and train.validation_fraction = "
+            f"{section.validation_fraction}: held-out data come from one of them; set the other to its default"
+        )
+    return PlannedSource(section.validation_data, msgspec.structs.replace(section, validation_data=""))
 
 
 def plan_settings(section: TrainSection) -> PlanSettings:

@@ -108,9 +108,9 @@ class StepClock:
         self._lora_sizes = lora_sizes_of(model)
         self._rate = matmul_rate(world.device)
         self._world = world
-        self._begin()
+        self.restart()
 
-    def _begin(self) -> None:
+    def restart(self) -> None:
         self._flops = 0.0
         self._start = time.monotonic()
         self._waited_s = 0.0
@@ -135,7 +135,7 @@ class StepClock:
         local = torch.tensor([self._num_samples, self._num_tokens, *shares], dtype=torch.float64)
         num_samples, num_tokens, waited, mfu = world.sum(local).tolist()
         memory = torch.cuda.max_memory_allocated(world.device) if world.device.type == "cuda" else 0
-        self._begin()
+        self.restart()
         return {
             "metrics/mfu": mfu,
             "metrics/samples_per_second": num_samples / elapsed_s,
