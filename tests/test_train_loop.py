@@ -318,3 +318,37 @@ def test_what_a_person_would_warn_of_is_told_once(caplog):
     assert len(messages) == 2
     assert "step 30: audio loss 0.50 although no sample was seen twice" in messages[0]
     assert "20% of the time went into waiting for data; raise train.num_workers" in messages[1]
+
+
+def test_best_points_at_the_lowest_held_out_loss_and_is_kept(tmp_path):
+    from train.checkpoint import best_checkpoint, mark_best
+
+    run = tmp_path / "run"
+    for step, loss in ((2, 5.0), (4, 4.0), (6, 4.5)):
+        folder = run / "checkpoints" / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        (folder / "metrics.json").write_text(json.dumps({"eval/audio_loss": loss}))
+        mark_best(run, folder, {"eval/audio_loss": loss})
+    assert best_checkpoint(run) == run / "checkpoints" / "checkpoint-4"
+    assert (run / "best" / "metrics.json").is_file()
+    mark_best(run, run / "checkpoints" / "checkpoint-6", {})
+    assert best_checkpoint(run) == run / "checkpoints" / "checkpoint-4"
+
+
+def test_a_run_without_patience_left_stops_and_keeps_its_best(dataset, settings, tmp_path):
+    """A learning rate that destroys the model: held-out losses rise from the first evaluation on."""
+    run = tmp_path / "run"
+    harmful = ["train.learning_rate=0.3", "train.max_steps=30", "train.validation_fraction=0.3", "train.patience=3"]
+    harmful += ["train.eval_every=1", "train.save_every=1", "train.keep_checkpoints=1", "train.packs_per_step=1"]
+    last = train(settings(*harmful, "train.warmup_steps=0"), dataset, run, RunOptions())
+    assert last is not None
+    history = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    held_out = [line["eval/audio_loss"] for line in history]
+    best = held_out.index(min(held_out))
+    assert len(held_out) == best + 1 + 3 < 30
+    assert (run / "best").resolve().name == f"checkpoint-{best + 1}"
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {f"checkpoint-{best + 1}", last.name}
+    assert "stopped early" in (run / "logs" / "training.log").read_text()
+    assert "the held-out audio loss has not fallen for 3 evaluations" in (run / "logs" / "training.log").read_text()
+    again = train(settings(*harmful, "train.warmup_steps=0"), dataset, run, RunOptions())
+    assert again == last, "a resumed run remembers that its patience is gone"

@@ -8,6 +8,8 @@
         config.toml     the resolved configuration
         COMPLETE        last: sha256 of every file above; a folder without it is not a checkpoint
 
+RUN/best points at the one with the lowest held-out audio loss; it is kept beside the newest.
+
 Every rank copies its part to the CPU and training goes on; a thread writes under a temporary name with a process group of
 its own, and rank 0 renames. The price is one more copy of LoRA and optimizer state. The position is a step number, nothing
 else: plan and dropout are functions of it, so neither loader nor random state is saved, and the number of ranks may change.
@@ -46,6 +48,7 @@ from train.lora import lora_parameters, save_adapter
 from train.parallel import World
 
 log = logging.getLogger("train")
+JUDGED_BY = "eval/audio_loss"
 ONLY_TRAINABLE = StateDictOptions(ignore_frozen_params=True)
 WHOLE_ON_CPU = StateDictOptions(ignore_frozen_params=True, full_state_dict=True, cpu_offload=True)
 
@@ -161,6 +164,7 @@ class Checkpoints:
         shutil.rmtree(folder, ignore_errors=True)  # left by a run that was asked to start over
         partial.replace(folder)
         sync_folder(folder.parent)
+        mark_best(self._run_dir, folder, metrics)
         for old in complete_checkpoints(self._run_dir)[: -self._keep]:
             if old != best_checkpoint(self._run_dir):
                 shutil.rmtree(old)
@@ -245,6 +249,21 @@ def best_checkpoint(run_dir: Path) -> Path | None:
     """Where RUN/best points, if anywhere."""
     link = run_dir / "best"
     return run_dir / link.readlink() if link.is_symlink() else None
+
+
+def mark_best(run_dir: Path, folder: Path, metrics: dict[str, float]) -> None:
+    """Let RUN/best point at `folder` if its held-out audio loss is the lowest of all checkpoints that had one."""
+    best = best_checkpoint(run_dir)
+    if JUDGED_BY not in metrics:
+        return
+    if best is not None and best.is_dir():
+        lowest = msgspec.json.decode((best / "metrics.json").read_bytes()).get(JUDGED_BY, float("inf"))
+        if metrics[JUDGED_BY] >= lowest:
+            return
+    link = run_dir / ".best.tmp"
+    link.unlink(missing_ok=True)
+    link.symlink_to(folder.relative_to(run_dir))
+    link.replace(run_dir / "best")
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

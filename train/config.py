@@ -51,6 +51,7 @@ class TrainSection(msgspec.Struct, frozen=True, kw_only=True):
     validation_fraction: Annotated[float, msgspec.Meta(ge=0.0, lt=1.0)] = 0.0  # of the samples, by speaker
     validation_data: str = ""  # another data set instead
     eval_every: Positive = 500
+    patience: NonNegative = 0  # evaluations without a lower held-out audio loss; 0: never stop early
     save_every: Positive = 500
     keep_checkpoints: Positive = 3
     log_every: Positive = 10

@@ -28,7 +28,7 @@ from train.config import TrainConfig
 from train.data import Share
 from train.feed import Feed
 from train.lora import lora_parameters, trainable_table
-from train.metrics import Metrics, console_line, log, open_log, start_wandb
+from train.metrics import Metrics, console_line, held_out_history, log, open_log, start_wandb
 from train.optim import learning_rate_at, make_optimizer
 from train.parallel import World, join, leave, shorten_timeout
 from train.plan import PLAN_VERSION
@@ -118,10 +118,12 @@ def run(
     # 7. Steps.
     deliveries = source.deliveries(step, Share(world.rank, world.size, section.num_workers))
     feed = Feed(deliveries, section.packs_per_step, step, world, source.limits())
-    clock, watch = StepClock(model, world), Watch()
+    clock = StepClock(model, world)
+    watch = Watch(world.gather(held_out_history(run_dir, step))[0], section.patience)
     values: dict[str, float] = {}
     model.train()
-    while step < total_steps and not signals.asked(world):
+    stopped = False
+    while step < total_steps and not (stopped := signals.asked(world)) and not watch.has_lost_patience:
         with clock.waiting():
             given = next(feed)
         learning_rate = learning_rate_at(step, total_steps, section)
@@ -156,7 +158,11 @@ def run(
     saver.close()
     if metrics:
         metrics.close()
-    if step < total_steps:
+    if watch.has_lost_patience:
+        log.info(
+            "stopped early: no lower held-out audio loss in %d evaluations; see %s", section.patience, run_dir / "best"
+        )
+    if stopped:
         raise Stopped(f"stopped by a signal after step {step}; {last} is saved, the same command goes on from it")
     return last
 

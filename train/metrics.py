@@ -70,6 +70,15 @@ class Metrics:
         write_bytes(self._path, "".join(f"{line}\n" for line in kept).encode())
 
 
+def held_out_history(run_dir: Path, step: int) -> list[float]:
+    """eval/audio_loss of every evaluation of a run up to `step`, oldest first."""
+    path = run_dir / "metrics.jsonl"
+    if not path.is_file():
+        return []
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    return [line["eval/audio_loss"] for line in lines if "eval/audio_loss" in line and line["step"] <= step]
+
+
 def console_line(step: int, total_steps: int, values: dict[str, float]) -> str:
     held_out = ""
     if "eval/total_loss" in values:

@@ -6,13 +6,28 @@ from train.metrics import log
 
 COPYING_BELOW = 1.0  # nats per code; guessing is 6.93, and clear speech is not that predictable before it was seen
 WAITING_ABOVE = 0.05
+RISING = 3  # evaluations without a new best before it is told
 
 
 class Watch:
-    """Looks at every logged step."""
+    """Looks at every logged step, and knows when held-out losses have stopped to fall."""
 
-    def __init__(self) -> None:
+    def __init__(self, held_out: list[float] | None = None, patience: int = 0) -> None:
+        """`held_out`: eval/audio_loss of every evaluation so far. `patience`: evaluations without a new best; 0 = any."""
         self._told: set[str] = set()
+        self._held_out = list(held_out or [])
+        self._patience = patience
+
+    @property
+    def without_improvement(self) -> int:
+        """Evaluations since the best one."""
+        if not self._held_out:
+            return 0
+        return len(self._held_out) - 1 - self._held_out.index(min(self._held_out))
+
+    @property
+    def has_lost_patience(self) -> bool:
+        return 0 < self._patience <= self.without_improvement
 
     def look(self, step: int, values: dict[str, float]) -> None:
         """`values` as they go to metrics.jsonl."""
@@ -29,6 +44,16 @@ class Watch:
                 f"step {step}: {values['metrics/data_wait_fraction']:.0%} of the time went into waiting for data; raise "
                 "train.num_workers, or put the shards on a faster disk",
             )
+
+        if "eval/audio_loss" in values:
+            self._held_out.append(values["eval/audio_loss"])
+            if self.without_improvement >= RISING:
+                self._tell(
+                    "rising",
+                    f"step {step}: the held-out audio loss has not fallen for {self.without_improvement} evaluations "
+                    f"(best {min(self._held_out):.4f}, now {self._held_out[-1]:.4f}): the model learns its data by heart; "
+                    "RUN/best is the checkpoint to take, and train.patience stops a run by itself",
+                )
 
     def _tell(self, kind: str, line: str) -> None:
         if kind not in self._told:
