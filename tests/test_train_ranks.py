@@ -98,6 +98,27 @@ def test_ranks_change_nothing(alone, train_run, gpus, settings):
         np.testing.assert_allclose(one[name].numpy(), other[name].numpy(), rtol=0, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.slow
+def test_the_saved_adapter_has_two_tensors_per_target_whatever_the_ranks(alone, train_run):
+    run = train_run("shapes", 2, "train.max_steps=1", "train.shard_base=true")
+    saved = load_file(run / "checkpoints" / "checkpoint-1" / "adapter" / "adapter_model.safetensors")
+    assert len(saved) == 2 * (4 * 10 + 1)  # ten linear layers in each of four, and the audio head
+    assert {name: tensor.shape for name, tensor in saved.items()} == {
+        name: tensor.shape for name, tensor in adapter(alone).items()
+    }
+
+
+@pytest.mark.slow
+def test_a_mistake_that_all_ranks_see_is_told_once(train_command, repository, tmp_path):
+    process = Started(train_command(tmp_path / "run", 2, "train.batch_tokens=50"), repository)
+    status, messages = process.end(limit_s=60)
+    assert status == 1
+    lines = messages.strip().splitlines()
+    assert lines[0].startswith("error: train.batch_tokens = 50: no sample fits")
+    assert lines[1] == "error: rank 0 failed first (exit status 1); the others were ended"
+    assert len(lines) == 2
+
+
 # --- interruptions --------------------------------------------------------------------------------------------------
 
 LONG = ["train.max_steps=14", "train.save_every=2"]

@@ -8,6 +8,7 @@ above, so only its status is told here.
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import signal
 import sys
@@ -53,7 +54,10 @@ def launch(num_workers: int, arguments: list[str]) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // num_workers)))
     root = str(Path(__file__).resolve().parent.parent)  # importable for the workers also where it is not installed
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    for name in ("torch.distributed.elastic", "torch.distributed.launcher"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # the ranks say themselves what is wrong, in one line
     config = LaunchConfig(
+        run_id=str(os.getpid()),
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=num_workers,
