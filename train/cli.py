@@ -10,7 +10,7 @@ import click
 
 
 @click.command(context_settings={"show_default": True})
-@click.argument("shards", type=click.Path(path_type=Path))
+@click.argument("shards")
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--config", "config_path", type=click.Path(path_type=Path), help="Default: ./pipeline.toml if it exists.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, e.g. train.seed=1.")
@@ -24,7 +24,7 @@ import click
 @click.option("--dry-run", is_flag=True, help="Check everything, load the model, train nothing.")
 @click.option("--skip-preflight", is_flag=True, help="Train even if the checks before the first step would fail.")
 def main(
-    shards: Path,
+    shards: str,
     run: Path,
     config_path: Path | None,
     overrides: tuple[str, ...],
@@ -33,16 +33,17 @@ def main(
     skip_preflight: bool,
     **flags: Any,
 ) -> None:
-    """Train LoRA adapters on SHARDS (the OUT folder of `preprocess`) into the folder RUN."""
+    """Train LoRA adapters on SHARDS (the OUT folder of `preprocess`, or its URL) into the folder RUN."""
     from shards.config import read_config
     from shards.errors import PipelineError
     from train.config import TrainConfig
 
     try:
         config = read_config(TrainConfig, config_path, [*overrides, *flag_overrides(**flags)])
-        from shards.manifest import open_dataset
+        if config.train.loader == "plan" and "://" not in shards:
+            from shards.manifest import open_dataset
 
-        open_dataset(shards)  # before torch is imported: a mistyped folder is answered at once
+            open_dataset(Path(shards))  # before torch is imported: a mistyped folder is answered at once
         from train.loop import RunOptions, train
 
         checkpoint = train(config, shards, run, RunOptions(resume, dry_run, skip_preflight))
