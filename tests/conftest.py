@@ -207,3 +207,31 @@ def make_dataset(tiny_dir: Path, tokenizer):
         return folder
 
     return make
+
+
+@pytest.fixture
+def http_server():
+    """A function folder -> address of a local server of it. Answers no range requests, as many plain servers do."""
+    import functools
+    import threading
+    from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+    class Silent(SimpleHTTPRequestHandler):
+        def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class says so
+            if self.command == "GET":
+                gets.append(self.path)
+
+    gets: list[str] = []
+    servers: list[ThreadingHTTPServer] = []
+
+    def serve(folder: Path) -> str:
+        server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Silent, directory=str(folder)))
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_port}"
+
+    serve.gets = gets  # pyright: ignore[reportFunctionMemberAccess] - paths asked for so far
+    yield serve
+    for server in servers:
+        server.shutdown()
+        server.server_close()

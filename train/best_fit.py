@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from dataclasses import dataclass
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 import numpy as np
 
@@ -83,3 +83,37 @@ def best_fit(lengths: np.ndarray, supervised: np.ndarray, settings: PlanSettings
         end += len(group)
         ends.append(end)
     return places, np.array(ends, np.int64)
+
+
+Item = TypeVar("Item")
+
+
+class OnlinePacks(Generic[Item]):
+    """The same rule one sample at a time, for samples whose lengths are not known beforehand."""
+
+    def __init__(self, settings: PlanSettings) -> None:
+        self._settings = settings
+        self._most_supervised = settings.max_supervised_tokens or np.iinfo(np.int64).max
+        self._open: list[tuple[int, int, list[Item]]] = []  # tokens of room, supervised columns of room, samples
+
+    def fits(self, length: int, supervised: int) -> bool:
+        return length <= self._settings.batch_tokens and supervised <= self._most_supervised
+
+    def add(self, item: Item, length: int, supervised: int) -> list[list[Item]]:
+        """Put a sample that `fits` into a pack; returns the packs that this closed."""
+        closed: list[list[Item]] = []
+        self._open.sort(key=lambda pack: pack[0])
+        place = next((i for i, pack in enumerate(self._open) if pack[0] >= length and pack[1] >= supervised), None)
+        if place is not None:
+            room, columns, items = self._open.pop(place)
+        else:
+            if len(self._open) == OPEN_PACKS:
+                closed.append(self._open.pop(0)[2])  # the fullest
+            room, columns, items = self._settings.batch_tokens, self._most_supervised, []
+        items.append(item)
+        room -= length
+        if room < CLOSE_BELOW or len(items) == self._settings.max_references:
+            closed.append(items)
+        else:
+            self._open.append((room, columns - supervised, items))
+        return closed

@@ -67,6 +67,7 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
     shuffle_window: int
     order: str
     plan_version: int
+    loader: str
     validation_fraction: float
     layout: str
     conditioning: str = "codes"

@@ -14,7 +14,7 @@ STOPPED = 143  # 128 + SIGTERM, as shells report a process ended by it
 
 
 @click.command(context_settings={"show_default": True})
-@click.argument("shards", type=click.Path(path_type=Path))
+@click.argument("shards")
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--config", "config_path", type=click.Path(path_type=Path), help="Default: ./pipeline.toml if it exists.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, e.g. train.seed=1.")
@@ -29,7 +29,7 @@ STOPPED = 143  # 128 + SIGTERM, as shells report a process ended by it
 @click.option("--dry-run", is_flag=True, help="Check everything, load the model, train nothing.")
 @click.option("--skip-preflight", is_flag=True, help="Train even if the checks before the first step would fail.")
 def main(
-    shards: Path,
+    shards: str,
     run: Path,
     config_path: Path | None,
     overrides: tuple[str, ...],
@@ -39,7 +39,7 @@ def main(
     skip_preflight: bool,
     **flags: Any,
 ) -> None:
-    """Train LoRA adapters on SHARDS (the OUT folder of `preprocess`) into the folder RUN."""
+    """Train LoRA adapters on SHARDS (the OUT folder of `preprocess`, or its URL) into the folder RUN."""
     from shards.config import read_config
     from shards.errors import PipelineError
     from train.config import TrainConfig
@@ -47,9 +47,10 @@ def main(
 
     try:
         config = read_config(TrainConfig, config_path, [*overrides, *flag_overrides(**flags)])
-        from shards.manifest import open_dataset
+        if config.train.loader == "plan" and "://" not in shards:
+            from shards.manifest import open_dataset
 
-        open_dataset(shards)  # before torch is imported: a mistyped folder is answered at once
+            open_dataset(Path(shards))  # before torch is imported: a mistyped folder is answered at once
         if is_worker():
             die_with_launcher()
         else:

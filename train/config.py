@@ -56,7 +56,11 @@ class TrainSection(msgspec.Struct, frozen=True, kw_only=True):
     keep_checkpoints: Positive = 3
     log_every: Positive = 10
     tensorboard: bool = False
+    loader: Literal["plan", "stream"] = "plan"
+    shuffle_buffer: Positive = 2000  # samples, per loader process of a stream
     num_workers: NonNegative = 2
+    cache_dir: str = "~/.cache/higgs-voice-pipeline/shards"  # copies of remote shards
+    cache_gb: Annotated[float, msgspec.Meta(gt=0.0)] = 200.0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # bf16 on CUDA, fp32 on CPU
     shard_base: bool = False

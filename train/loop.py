@@ -35,6 +35,7 @@ from train.plan import PLAN_VERSION
 from train.signals import Stopped, StopSignal
 from train.sources import PlannedSource
 from train.step import StepClock, train_step
+from train.stream import StreamedSource
 from train.watch import Watch
 
 
@@ -65,7 +66,8 @@ def run(
 ) -> Path | None:
     """The story, on every rank."""
     # 1. The data set, and whether it was made for this model.
-    source = PlannedSource(str(shards), config.train)
+    kind = PlannedSource if config.train.loader == "plan" else StreamedSource
+    source = kind(str(shards), config.train)
     base_dir = resolve(config.model.base, config.model.revision, "model.base")
     codec_dir = resolve(config.model.codec, config.model.codec_revision, "model.codec")
     expected = Fingerprints(codec_fingerprint(codec_dir), tokenizer_fingerprint(base_dir), mel_fingerprint())
@@ -203,6 +205,7 @@ def make_identity(config: TrainConfig, dataset_digest: str) -> checkpoint.Identi
         shuffle_window=config.train.shuffle_window,
         order=config.train.order,
         plan_version=PLAN_VERSION,
+        loader=config.train.loader,
         validation_fraction=config.train.validation_fraction,
         layout=config.sequence.layout,
         conditioning=config.sequence.conditioning,

@@ -169,8 +169,12 @@ class Planner:
         return len(self._windows(epoch)) if not self._by_length(epoch) else self._most_windows
 
     def window_shards(self, epoch: int, window: int) -> np.ndarray:
-        """Shards [v] int64 that a window reads; all of them for an epoch in order of length."""
-        return np.arange(len(self._shard_starts) - 1) if self._by_length(epoch) else self._windows(epoch)[window]
+        """Numbers [v] int64 of the shards that a window reads; all of them for an epoch in order of length."""
+        return self._shard_numbers if self._by_length(epoch) else self._shard_numbers[self._windows(epoch)[window]]
+
+    def following(self, epoch: int, window: int) -> tuple[int, int]:
+        """(epoch, window) after this one."""
+        return (epoch, window + 1) if window + 1 < self.num_windows(epoch) else (epoch + 1, 0)
 
     def key_of(self, row: int) -> str:
         """The key in the shard of an index row."""
@@ -269,6 +273,7 @@ class Planner:
             self._length_counts += np.bincount(lengths[fits], minlength=len(self._length_counts))
             shortest = min(shortest, int(lengths[taking_part].min(initial=shortest)))
         self._shard_starts = np.concatenate([*starts, np.array([len(self._index)])]).astype(np.int64)
+        self._shard_numbers = self._index[self._shard_starts[:-1]]["shard"].astype(np.int64)
         self.too_long_keys = [self.key_of(row) for row in too_long]
         if not self.num_samples:
             detail = (

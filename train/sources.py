@@ -8,7 +8,7 @@ exact epochs and resume; `loader = "stream"` takes any tars with the documented 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from train.held_out import Evaluation, choose_speakers, of_speakers
 from train.packing import PackedBatch, pack
 from train.parallel import ALONE, World
 from train.plan import Keep, Planner, PlanSettings
+from train.remote import CachedReader, RemoteShards, is_remote
 
 log = logging.getLogger("train")
 
@@ -37,8 +38,14 @@ class PlannedSource:
     def __init__(self, location: str, section: TrainSection) -> None:
         """Raises ShardError when there is no data set."""
         self._section = section
-        self.dataset, self.index = open_dataset(Path(location))
-        self.reader = SampleReader(Path(location))
+        self._remote: RemoteShards | None = None
+        if is_remote(location):
+            self._remote = RemoteShards(location, Path(section.cache_dir), int(section.cache_gb * 1e9))
+            self.dataset, self.index = self._remote.open()
+            self.reader: SampleReader = CachedReader(self._remote)
+        else:
+            self.dataset, self.index = open_dataset(Path(location))
+            self.reader = SampleReader(Path(location))
         self.digest = self.dataset.digest
         self._validation = validation_source(section)
         self._held_out: np.ndarray | None = None  # speakers
@@ -58,6 +65,7 @@ class PlannedSource:
             self._held_out = choose_speakers(self.index, self._section.seed, fraction)
             keep = of_speakers(self._held_out, inside=False)
         self.planner = Planner(self.index, builder.lengths, plan_settings(self._section), keep)
+        self._require_room(self.planner)
         if counts_path:
             self.planner.load_counts(counts_path)
         self.planner.require_full_step()
@@ -90,9 +98,13 @@ class PlannedSource:
             f" (left out: {planner.num_too_long} longer than train.batch_tokens)" if planner.num_too_long else "",
         )
         share = Share(world.rank, world.size)
+        on_window = self._fetches(planner)
+        if self._remote and keep:
+            everything = [shard.shard for shard in self.dataset.shards]
+            self._remote.require_room(everything, "held-out speakers lie in all shards")
 
         def one_pass() -> Iterator[Delivery]:
-            packs = planned_deliveries(self.reader, self.index, planner, 0, builder, share)
+            packs = planned_deliveries(self.reader, self.index, planner, 0, builder, share, on_window)
             return islice(packs, planner.num_steps(0))
 
         return Evaluation(one_pass, world, self._section.max_bad_fraction)
@@ -128,7 +140,28 @@ class PlannedSource:
             )
 
     def deliveries(self, first_step: int, share: Share) -> Iterator[Delivery]:
-        return planned_deliveries(self.reader, self.index, self.planner, first_step, self._builder, share)
+        on_window = self._fetches(self.planner)
+        return planned_deliveries(self.reader, self.index, self.planner, first_step, self._builder, share, on_window)
+
+    def _fetches(self, planner: Planner) -> Callable[[int, int], None] | None:
+        """Called when a window begins: has its shards here and fetches the next ones."""
+        remote = self._remote
+        if remote is None:
+            return None
+
+        def enter(epoch: int, window: int) -> None:
+            following = planner.window_shards(*planner.following(epoch, window))
+            remote.enter(planner.window_shards(epoch, window), following)
+
+        return enter
+
+    def _require_room(self, planner: Planner) -> None:
+        """A remote data set needs two windows at a time on this disk. Raises ConfigError."""
+        if self._remote:
+            for window in range(planner.num_windows(0)):
+                places = (0, window), planner.following(0, window)
+                shards = {int(shard) for place in places for shard in planner.window_shards(*place)}
+                self._remote.require_room(shards, f"windows {window} and {window + 1}")
 
     def trial(self, num_samples: int) -> PackedBatch:
         """The first sound samples of the first step. Raises ShardError when there is none."""

@@ -1,0 +1,195 @@
+"""Planned training from a data set behind a URL: the same packs, verified copies, a bounded cache, one download a file."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+import threading
+from collections import Counter
+from pathlib import Path
+
+import fsspec
+import msgspec
+import numpy as np
+import pytest
+
+import train.remote as remote_module
+from shards.config import SequenceSection
+from shards.errors import ConfigError, PipelineError, ShardError
+from shards.index import read_index
+from shards.manifest import Dataset, read_record
+from shards.sequence import SequenceBuilder
+from shards.writer import ShardDone, sample_key, shard_path, write_json, write_shard
+from train.config import TrainSection
+from train.data import Share
+from train.remote import RemoteShards
+from train.sources import PlannedSource
+
+NUM_SHARDS = 6
+PER_SHARD = 5
+
+
+@pytest.fixture(scope="module")
+def builder(tokenizer) -> SequenceBuilder:
+    return SequenceBuilder(tokenizer, SequenceSection())
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory, make_dataset, make_sample) -> Path:
+    """A data set of several shards, put together from one that `make_dataset` writes."""
+    folder = tmp_path_factory.mktemp("original")
+    samples = [make_sample(seed, 5 + seed % 7, 8 + seed % 5) for seed in range(NUM_SHARDS * PER_SHARD)]
+    dataset = read_record(make_dataset(folder / "one", samples) / "dataset.json", Dataset)
+    done: list[ShardDone] = []
+    for shard in range(NUM_SHARDS):
+        part = samples[shard * PER_SHARD : (shard + 1) * PER_SHARD]
+        for number, sample in enumerate(part):
+            object.__setattr__(sample, "key", sample_key(shard, number))
+        done.append(write_shard(folder / "many", shard, part, []))
+    indexes = [read_index(shard_path(folder / "many", shard, ".idx.npy")) for shard in range(NUM_SHARDS)]
+    np.save(folder / "many" / "index.npy", np.concatenate(indexes))
+    write_json(folder / "many" / "dataset.json", msgspec.structs.replace(dataset, shards=done, digest="a" * 64))
+    return folder / "many"
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch):
+    monkeypatch.setattr(remote_module, "FIRST_PAUSE_S", 0.0)
+
+
+@pytest.fixture
+def published(original, tmp_path):
+    return shutil.copytree(original, tmp_path / "published")
+
+
+def section(tmp_path: Path, **values) -> TrainSection:
+    defaults = {"batch_tokens": 700, "packs_per_step": 2, "shuffle_window": 10, "cache_dir": str(tmp_path / "cache")}
+    return TrainSection(**{**defaults, **values})
+
+
+def keys(location, builder, settings: TrainSection, count: int = 30, num_workers: int = 0) -> list[str]:
+    source = PlannedSource(str(location), settings)
+    source.prepare(builder)
+    deliveries = itertools.islice(source.deliveries(0, Share(num_workers=num_workers)), count)
+    return [key for delivery in deliveries for key in delivery.batch.keys]
+
+
+@pytest.mark.parametrize("scheme", ["http", "file", "memory"])
+def test_the_same_packs_as_from_the_folder(published, builder, tmp_path, http_server, scheme):
+    settings = section(tmp_path)
+    if scheme == "http":
+        url = http_server(published)
+    elif scheme == "file":
+        url = f"file://{published}"
+    else:
+        url = f"memory://{tmp_path.name}"
+        fsspec.filesystem("memory").put(str(published), f"/{tmp_path.name}", recursive=True)
+    assert keys(url, builder, settings) == keys(published, builder, settings)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_every_file_is_fetched_once_whoever_needs_it(published, builder, tmp_path, http_server, num_workers):
+    url = http_server(published)
+    keys(url, builder, section(tmp_path), count=60, num_workers=num_workers)
+    keys(url, builder, section(tmp_path), count=60, num_workers=num_workers)
+    gets = Counter(path for path in http_server.gets if path.endswith(".tar"))
+    assert len(gets) == NUM_SHARDS
+    assert set(gets.values()) == {1}, "copies of the first run serve the second"
+
+
+def test_processes_of_a_node_wait_for_one_download(published, tmp_path, http_server):
+    url = http_server(published)
+    several = [RemoteShards(url, tmp_path / "cache", 10**9) for _ in range(4)]
+    threads = [threading.Thread(target=one.fetch, args=(range(NUM_SHARDS),)) for one in several]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert Counter(path for path in http_server.gets if path.endswith(".tar")).most_common(1)[0][1] == 1
+
+
+def test_the_cache_stays_within_its_size(published, builder, tmp_path):
+    sizes = [path.stat().st_size for path in published.rglob("*.tar")]
+    room = 4.5 * max(sizes)  # two windows of two shards
+    settings = section(tmp_path, cache_gb=room / 1e9)
+    url = f"file://{published}"
+    found = keys(url, builder, settings, count=90)
+    assert found == keys(published, builder, settings, count=90)
+    (cache,) = (tmp_path / "cache").iterdir()
+    assert sum(path.stat().st_size for path in cache.rglob("*.tar")) <= room
+
+
+def test_a_cache_too_small_for_two_windows_is_refused_with_numbers(published, builder, tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"windows 0 and 1 of file://.*train.cache_gb allows 1e-05; raise it or lower"
+    ):
+        keys(f"file://{published}", builder, section(tmp_path, cache_gb=1e-5))
+
+
+def test_a_copy_that_is_not_the_original_is_not_taken(published, builder, tmp_path):
+    path = shard_path(published, 3, ".tar")
+    data = bytearray(path.read_bytes())
+    data[700] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(PipelineError, match=r"shard-000003.tar: sha256 \w+, dataset.json says \w+ \(3 attempts\)"):
+        keys(f"file://{published}", builder, section(tmp_path), count=60)
+    path.write_bytes(data[:1000])
+    with pytest.raises(PipelineError, match=r"shard-000003.tar: 1000 bytes, dataset.json says \d+"):
+        keys(f"file://{published}", builder, section(tmp_path), count=60)
+    (cache,) = (tmp_path / "cache").iterdir()
+    assert not list(cache.rglob("*000003*"))
+
+
+def test_a_missing_shard_and_a_missing_data_set_are_told(published, builder, tmp_path, http_server):
+    url = http_server(published)
+    shard_path(published, 2, ".tar").unlink()
+    with pytest.raises(PipelineError, match=r"shard-000002.tar: FileNotFoundError.*check the network"):
+        keys(url, builder, section(tmp_path), count=60)
+    with pytest.raises(ShardError, match=r"nowhere/dataset.json: not readable.*give the address of an OUT folder"):
+        PlannedSource(f"{url}/nowhere", section(tmp_path))
+
+
+def test_an_index_of_another_data_set_is_refused(published, tmp_path):
+    index = np.load(published / "index.npy")
+    index["crc32"][7] ^= 1
+    np.save(published / "index.npy", index)
+    with pytest.raises(ShardError, match=r"index.npy: rows of shard 1 are not those of dataset.json"):
+        PlannedSource(f"file://{published}", section(tmp_path))
+
+
+def test_a_copy_removed_meanwhile_is_fetched_again(published, builder, tmp_path):
+    source = PlannedSource(f"file://{published}", section(tmp_path))
+    source.prepare(builder)
+    deliveries = source.deliveries(0, Share())
+    next(deliveries)
+    (cache,) = (tmp_path / "cache").iterdir()
+    for path in cache.rglob("*.tar"):
+        path.unlink()
+    assert not [fault for delivery in itertools.islice(deliveries, 20) for fault in delivery.faults]
+
+
+def test_a_package_that_is_missing_is_named(builder, tmp_path, monkeypatch):
+    def no_package(*_: object):
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", no_package)
+    with pytest.raises(
+        ConfigError, match=r"Install s3fs to access S3; install the extra: pip install -e '.\[remote\]'"
+    ):
+        PlannedSource("s3://bucket/data", section(tmp_path))
+
+
+@pytest.mark.slow
+def test_the_command_trains_from_an_address(published, run_command, tiny_dir, tmp_path, http_server):
+    url = http_server(published)
+    overrides = ["batch_tokens=1500", "packs_per_step=2", "max_steps=3", "log_every=1", "num_workers=1"]
+    overrides += ["shuffle_window=10", f"cache_dir={tmp_path / 'cache'}"]
+    options = [word for override in overrides for word in ("--set", f"train.{override}")]
+    losses = []
+    for name, location in (("remote", url), ("local", published)):
+        result = run_command("train", location, tmp_path / name, "--config", tiny_dir / "pipeline.toml", *options)
+        assert result.returncode == 0, result.stderr
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        losses.append([line["loss/total_loss"] for line in lines])
+    assert losses[0] == losses[1]
