@@ -37,3 +37,18 @@ def test_bench_train_stores_every_figure(run_command, tmp_path):
     assert figures["sides"]["ours"]["useful_share"] == 1.0
     assert figures["sides"]["padded batches of 4"]["useful_share"] < 1.0
     assert figures["gain_over_best_padded"] > 0
+
+
+@pytest.mark.slow
+def test_bench_data_stores_every_figure(run_command, tmp_path):
+    out = tmp_path / "figures.json"
+    result = run_command("bench", "data", "--quick", "--out", out)
+    assert result.returncode == 0, result.stderr
+    assert "random padded batches" in result.stdout
+    figures = json.loads(out.read_text())
+    assert set(figures["planning"]) == {"4000", "10000"}
+    assert all(plan["fill"] > 0.9 for plan in figures["planning"].values())
+    assert set(figures["loading"]) == {"plan", "stream", "padded", "online"}
+    assert all(values["samples_per_s"] > 0 for values in figures["loading"].values())
+    assert figures["loading"]["plan"]["useful_tokens"] > figures["loading"]["padded"]["useful_tokens"]
+    assert set(figures["ratios"]) == {"plan_over_stream", "plan_over_padded", "plan_over_online"}

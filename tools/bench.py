@@ -50,5 +50,22 @@ def train_command(out: Path, size: str, samples: int, batch_tokens: int, rank: i
     bench(Settings(size, samples, batch_tokens, rank, threads, rounds, device), out)
 
 
+@main.command("data", context_settings={"show_default": True})
+@click.option("--out", default="out/bench-data.json", type=click.Path(path_type=Path), help="The JSON file.")
+@click.option("--samples", default=1000, help="Samples written to shards and loaded three times over.")
+@click.option("--batch-tokens", default=16384, help="Tokens of a pack.")
+@click.option("--rounds", default=3, help="Each loader is run this often, in turn; medians are told.")
+@click.option(
+    "--quick", is_flag=True, help="Small sizes, to see that it runs: 4,000 and 10,000 rows, 60 samples, one round."
+)
+def data_command(out: Path, samples: int, batch_tokens: int, rounds: int, quick: bool) -> None:
+    """Data at training time: planning, and feeding packs by plan and by stream, against plain ways."""
+    from tools.bench_data import Settings, bench
+
+    rows = [400_000, 1_000_000, 10_000_000]
+    settings = Settings([4_000, 10_000], 60, 4096, 1) if quick else Settings(rows, samples, batch_tokens, rounds)
+    bench(settings, out)
+
+
 if __name__ == "__main__":
     main()
