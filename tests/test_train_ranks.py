@@ -119,6 +119,23 @@ def test_a_mistake_that_all_ranks_see_is_told_once(train_command, repository, tm
     assert len(lines) == 2
 
 
+@pytest.mark.slow
+def test_a_file_named_train_in_the_current_folder_is_not_run_instead(train_command, repository, tmp_path):
+    (tmp_path / "train.py").write_text("raise SystemExit('the wrong train')")
+    command = train_command(tmp_path / "run", 2, "train.max_steps=1")
+    command[2] = f"import sys; sys.path[:] = [p for p in sys.path if p not in ('', {str(tmp_path)!r})]; {command[2]}"
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "the wrong train" not in done.stderr
+    assert "2 ranks on cpu" in done.stderr
+
+
 # --- interruptions --------------------------------------------------------------------------------------------------
 
 LONG = ["train.max_steps=14", "train.save_every=2"]
