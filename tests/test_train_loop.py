@@ -352,3 +352,4 @@ def test_a_run_without_patience_left_stops_and_keeps_its_best(dataset, settings,
     assert "the held-out audio loss has not fallen for 3 evaluations" in (run / "logs" / "training.log").read_text()
     again = train(settings(*harmful, "train.warmup_steps=0"), dataset, run, RunOptions())
     assert again == last, "a resumed run remembers that its patience is gone"
+    assert json.loads((last / "metrics.json").read_text())["eval/audio_loss"] == held_out[-1], "and writes nothing anew"

@@ -121,10 +121,10 @@ def run(
     deliveries = source.deliveries(step, Share(world.rank, world.size, section.num_workers))
     feed = Feed(deliveries, section.packs_per_step, step, world, source.limits())
     clock = StepClock(model, world)
-    watch = Watch(world.gather(held_out_history(run_dir, step))[0], section.patience)
+    watch = Watch(world.gather(held_out_history(run_dir, step))[0], section.patience, tells=world.is_first)
     values: dict[str, float] = {}
     model.train()
-    stopped = False
+    first_step, stopped = step, False
     while step < total_steps and not (stopped := signals.asked(world)) and not watch.has_lost_patience:
         with clock.waiting():
             given = next(feed)
@@ -151,12 +151,16 @@ def run(
                 metrics.write(step, values)
             log.info(console_line(step, total_steps, values))
             watch.look(step, values)
+        if not evaluates:
+            values = {name: value for name, value in values.items() if not name.startswith("eval/")}  # of an older step
         if step % section.save_every == 0 and step < total_steps:
             saver.save(step, model, optimizer, values)
 
     # 8. Done, or asked to stop: the last checkpoint must succeed.
-    last = saver.save(step, model, optimizer, values)
-    saver.finish(must_succeed=True)
+    last = start_from
+    if step > first_step:
+        last = saver.save(step, model, optimizer, values)
+        saver.finish(must_succeed=True)
     saver.close()
     if metrics:
         metrics.close()

@@ -12,8 +12,12 @@ RISING = 3  # evaluations without a new best before it is told
 class Watch:
     """Looks at every logged step, and knows when held-out losses have stopped to fall."""
 
-    def __init__(self, held_out: list[float] | None = None, patience: int = 0) -> None:
-        """`held_out`: eval/audio_loss of every evaluation so far. `patience`: evaluations without a new best; 0 = any."""
+    def __init__(self, held_out: list[float] | None = None, patience: int = 0, tells: bool = True) -> None:
+        """`held_out`: eval/audio_loss of every evaluation so far. `patience`: evaluations without a new best; 0 = any.
+
+        Every rank watches, so that all stop together; only one of them `tells`.
+        """
+        self._tells = tells
         self._told: set[str] = set()
         self._held_out = list(held_out or [])
         self._patience = patience
@@ -58,4 +62,5 @@ class Watch:
     def _tell(self, kind: str, line: str) -> None:
         if kind not in self._told:
             self._told.add(kind)
-            log.warning("%s", line)
+            if self._tells:
+                log.warning("%s", line)
