@@ -353,3 +353,14 @@ def test_a_run_without_patience_left_stops_and_keeps_its_best(dataset, settings,
     again = train(settings(*harmful, "train.warmup_steps=0"), dataset, run, RunOptions())
     assert again == last, "a resumed run remembers that its patience is gone"
     assert json.loads((last / "metrics.json").read_text())["eval/audio_loss"] == held_out[-1], "and writes nothing anew"
+
+
+def test_too_little_memory_is_told_with_what_to_change(dataset, settings, tmp_path, monkeypatch):
+    from train import loop
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(loop, "train_step", full)
+    with pytest.raises(PipelineError, match=r"packs of train\.batch_tokens = 700 \(CUDA out of memory.*halve it"):
+        loop.train(settings(), dataset, tmp_path / "run", RunOptions())

@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from preprocess.features import WhisperEncoder, stored_mel
 from shards.config import FeaturesSection, SequenceSection
@@ -243,3 +244,42 @@ log_every = 1
     elsewhere = run_command("checkpoints", "convert", tmp_path / "merged", tmp_path / "older", "--layout", "boson")
     assert elsewhere.returncode == 0, elsewhere.stderr
     assert json.loads((tmp_path / "older" / "config.json").read_text())["encode_whisper_embed"] is True
+
+
+@pytest.mark.slow
+def test_a_checkpoint_with_a_tower_is_heard_by_itself(tmp_path, tiny_dir, samples, make_dataset, tokenizer):
+    """conditioning "auto": its own tower, LoRA on its projection, and codes alone where they are asked for."""
+    from shards.config import read_config
+    from shards.whisper_tower import WhisperSizes
+    from tools.tiny import tiny_config, write_model, write_tokenizer
+    from train.checkpoint import complete_checkpoints
+    from train.config import TrainConfig
+    from train.loop import RunOptions, train
+
+    base = tmp_path / "base"
+    base.mkdir()
+    sizes = WhisperSizes(width=32, num_layers=2, num_heads=4, inner=64)
+    write_model(base, dataclasses.replace(tiny_config(), whisper=sizes), seed=2)
+    write_tokenizer(base)
+    decided = decide_conditioning(SequenceSection(), FeaturesSection(), base)
+    assert (decided.name, decided.tower_dir, decided.has_projector) == ("whisper+codes", base, True)
+    assert decide_conditioning(SequenceSection(conditioning="codes"), FeaturesSection(), base).tower_dir is None
+
+    dataset = make_dataset(tmp_path / "shards", samples)
+    quick = ["train.batch_tokens=2000", "train.packs_per_step=1", "train.max_steps=2", "train.num_workers=0"]
+    losses = {}
+    for conditioning in ("auto", "codes"):
+        settings = [*quick, f"model.base={base}", f"sequence.conditioning={conditioning}", "lora.rank=4"]
+        config = read_config(TrainConfig, tiny_dir / "pipeline.toml", settings)
+        run = tmp_path / conditioning
+        train(config, dataset, run, RunOptions())
+        names = load_file(complete_checkpoints(run)[-1] / "adapter" / "adapter_model.safetensors").keys()
+        assert any("audio_encoder_proj.linear.lora_A" in name for name in names) == (conditioning == "auto")
+        assert not any("audio_tower" in name for name in names)
+        losses[conditioning] = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["loss/audio_loss"]
+    assert losses["auto"] != losses["codes"]
+
+    without_mels = make_dataset(tmp_path / "without", [dataclasses.replace(s, reference_mel_zst=None) for s in samples])
+    config = read_config(TrainConfig, tiny_dir / "pipeline.toml", [*quick, f"model.base={base}"])
+    with pytest.raises((ConfigError, ShardError), match="no Whisper features"):
+        train(config, without_mels, tmp_path / "never", RunOptions())

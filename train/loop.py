@@ -17,7 +17,7 @@ from torch import nn
 
 from shards.artifacts import codec_fingerprint, load_tokenizer, mel_fingerprint, resolve, tokenizer_fingerprint
 from shards.config import to_toml
-from shards.errors import CheckpointError
+from shards.errors import CheckpointError, PipelineError
 from shards.manifest import Fingerprints
 from shards.sequence import SequenceBuilder
 from shards.writer import write_bytes, write_json
@@ -57,6 +57,12 @@ def train(config: TrainConfig, shards: str | Path, run_dir: Path, options: RunOp
     try:
         with StopSignal() as signals:
             return run(config, shards, run_dir, options, world, signals)
+    except torch.OutOfMemoryError as error:
+        raise PipelineError(
+            f"rank {world.rank}: the GPU's memory does not hold packs of train.batch_tokens = {config.train.batch_tokens} "
+            f"({str(error).splitlines()[0][:160]}); halve it and double train.packs_per_step, which trains nearly the same, or set "
+            'train.activation_checkpointing = "full"'
+        ) from None
     finally:
         leave()
 
