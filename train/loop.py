@@ -60,8 +60,8 @@ def train(config: TrainConfig, shards: str | Path, run_dir: Path, options: RunOp
     except torch.OutOfMemoryError as error:
         raise PipelineError(
             f"rank {world.rank}: the GPU's memory does not hold packs of train.batch_tokens = {config.train.batch_tokens} "
-            f"({str(error).splitlines()[0][:160]}); halve it and double train.packs_per_step, which trains nearly the same, or set "
-            'train.activation_checkpointing = "full"'
+            f"({str(error).splitlines()[0][:160]}); halve it and double train.packs_per_step, which trains nearly the same, "
+            'or set train.activation_checkpointing = "full"'
         ) from None
     finally:
         leave()
