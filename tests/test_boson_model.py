@@ -374,6 +374,9 @@ def test_projection_that_starts_at_zero_loads_on_boson(tmp_path, whisper, pairs,
         close(with_adapter(**boson_inputs(pairs[:1], conditioning)).audio_logits, expected)
 
 
+# Of boson's own imports and calls, not of ours.
+@pytest.mark.filterwarnings("ignore:'(aifc|audioop|sunau)' is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`do_sample` is set to `False`:UserWarning")
 def test_bosons_serve_engine_loads_the_export_and_generates(folders, conditioning, monkeypatch):
     """Its own engine, codec included. It builds its collator without reference codes in user turns, so the reference is an
     earlier assistant turn: the layout `clone` trains."""
