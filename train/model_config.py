@@ -70,14 +70,7 @@ def native_config(config: ModelConfig) -> dict[str, Any]:
         "head_dim": config.head_dim,
         "rms_norm_eps": config.rms_norm_eps,
         "hidden_act": "silu",
-        "rope_parameters": {
-            "rope_type": config.rope_type,
-            "rope_theta": config.rope_theta,
-            "factor": config.rope_factor,
-            "low_freq_factor": config.rope_low_freq_factor,
-            "high_freq_factor": config.rope_high_freq_factor,
-            "original_max_position_embeddings": config.rope_original_length,
-        },
+        "rope_parameters": {"rope_theta": config.rope_theta, **_rope_scaling(config)},
         "num_codebooks": config.num_codebooks,
         "codebook_size": config.codebook_vocab,
         "audio_token_id": 128016,
@@ -111,7 +104,8 @@ def boson_config(config: ModelConfig) -> dict[str, Any]:
             "rms_norm_eps": config.rms_norm_eps,
             "max_position_embeddings": 131072,
             "rope_theta": config.rope_theta,
-            "rope_scaling": _boson_rope(config),
+            # Frequencies equal the released ones, whose low and high factor and length are all eight times as large.
+            "rope_scaling": None if config.rope_type == "default" else _rope_scaling(config),
         },
         "audio_adapter_type": "dual_ffn_fast_forward",
         "audio_dual_ffn_layers": list(range(config.num_layers)),
@@ -133,10 +127,7 @@ def boson_config(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _boson_rope(config: ModelConfig) -> dict[str, Any] | None:
-    """Frequencies are bit-equal to the native ones when all four numbers are scaled alike (factors x 8, length x 8)."""
-    if config.rope_type == "default":
-        return None
+def _rope_scaling(config: ModelConfig) -> dict[str, Any]:
     return {
         "rope_type": config.rope_type,
         "factor": config.rope_factor,
