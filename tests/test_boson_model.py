@@ -108,8 +108,9 @@ def pairs(conditioning, boson_tokenizer, make_sample, tokenizer) -> list[Pair]:
             codes = [codes[0], *extra, codes[1]]
             waves = [waves[0], wave_of(3, 31), wave_of(11, 32), waves[1]]
         theirs = dataset_sample(row, boson_tokenizer, codes, waves)
-        mels = [mel_of(wave) for wave in waves[:-1]] if conditioning != "codes" else []
-        heard = [Heard(len(wave), mel=mel) for wave, mel in zip(waves, mels, strict=False)]
+        references = waves[:-1] if conditioning != "codes" else []  # the last audio is the target
+        mels = [mel_of(wave) for wave in references]
+        heard = [Heard(len(wave), mel=mel) for wave, mel in zip(references, mels, strict=True)]
         sequence = our_sequence(theirs, heard)  # pyright: ignore[reportArgumentType]
         if seed != 3 and conditioning == "codes":  # the builder itself says the same
             built = SequenceBuilder(tokenizer, SequenceSection(layout="as_written")).training(sample)

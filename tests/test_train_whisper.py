@@ -132,6 +132,20 @@ def test_stored_states_equal_the_tower(model_dir, decided, samples, tokenizer, w
         pack([builder.training(samples[0]), builder.training(stored[1])], [0, 1], ["a", "b"])
 
 
+def test_a_pack_that_only_fills_up_a_step_still_uses_the_projection(model_dir, decided):
+    """Sharded ranks must give gradients of the same weights, on zero rows if need be."""
+    from train.data import FILLER
+
+    model = load_model(model_dir, torch.float32, conditioning=decided)
+    add_lora(model, LoraSection(rank=4, alpha=4), "base", seed=0, conditioning=decided)
+    sums = model(pack([FILLER], [0], []))
+    (sums.text + sums.audio.sum() + sums.contrastive).backward()
+    assert (sums.text, sums.audio.sum()) == (0, 0)
+    for name, parameter in lora_parameters(model):
+        assert parameter.grad is not None, name
+        assert not parameter.grad.any(), name
+
+
 def test_generation_hears_what_training_heard(model_dir, decided, samples, tokenizer):
     """Greedy codes of the prompt must be the likeliest ones of the training pass over prompt + those codes."""
     model = hearing_model(model_dir, decided).eval()
