@@ -43,3 +43,17 @@ def test_a_later_target_frame_does_not_leak_backwards(tiny_dir, tokenizer, make_
     difference = (before - after).abs().amax(dim=1)[num_text:]
     assert difference[:changed_column].max() < 1e-6
     assert difference[changed_column:].min() > 1e-4
+
+
+def test_what_is_counted_on_the_cpu_stays_there(tokenizer, make_sample):
+    """A CPU tensor given to a CUDA stream is an error, and counting targets on the GPU a synchronisation."""
+    builder = SequenceBuilder(tokenizer, SequenceSection())
+    batch = pack([builder.training(make_sample(1))], [0], ["a"])
+    moved = batch.to(torch.device("meta"))
+    assert moved.text_ids.is_meta
+    assert moved.audio_targets.is_meta
+    assert not moved.targets_per_codebook.is_meta
+    changed: list[torch.Tensor] = []
+    batch._each(lambda tensor: changed.append(tensor) or tensor)  # pyright: ignore[reportArgumentType]
+    assert any(tensor is batch.codes for tensor in changed)
+    assert not any(tensor is batch.targets_per_codebook for tensor in changed)

@@ -65,9 +65,10 @@ class PackedBatch:
         return dataclasses.replace(self, codes=codes)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> PackedBatch:
-        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        changed: dict[str, Any] = {n: change(v) if isinstance(v, Tensor) else v for n, v in values.items()}
-        changed["targets_per_codebook"] = self.targets_per_codebook
+        changed: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        for name, value in changed.items():
+            if isinstance(value, Tensor) and name != "targets_per_codebook":  # counted on the CPU, and stays there
+                changed[name] = change(value)
         if self.whisper is not None:
             changed["whisper"] = WhisperRows(*(change(tensor) for tensor in self.whisper))
         return PackedBatch(**changed)
