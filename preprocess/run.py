@@ -10,7 +10,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 
-from preprocess.codec import codec_layout
 from preprocess.codec_server import CodecServers, cuda_devices
 from preprocess.config import PreprocessConfig
 from preprocess.join import join_dataset, pending_shards
@@ -20,6 +19,7 @@ from preprocess.shard_task import ShardTask, TaskResult, TaskSetup
 from preprocess.sources import read_rows
 from preprocess.workers import run_tasks, usable_cores
 from shards.artifacts import codec_fingerprint, mel_fingerprint, resolve, tokenizer_fingerprint, whisper_fingerprint
+from shards.codec import codec_layout
 from shards.manifest import Dataset, Fingerprints
 
 

@@ -16,7 +16,6 @@ import numpy as np
 
 from preprocess.audio import CODEC_RATE, WHISPER_RATE, AudioFault, decode, read_bytes
 from preprocess.cache import Cache, EncodedCodes, EncodedWhisper
-from preprocess.codec import Codec, load_codec
 from preprocess.codec_server import RemoteCodec, RemoteWhisper
 from preprocess.config import PreprocessConfig
 from preprocess.features import WhisperEncoder, stored_mel
@@ -25,6 +24,7 @@ from preprocess.row_checks import RowFault, check_pair, check_row
 from preprocess.sources import SourceRow
 from preprocess.workers import Skip
 from shards.artifacts import load_tokenizer
+from shards.codec import Codec, load_codec
 from shards.config import SequenceSection
 from shards.sample import AudioFacts, MelFacts, Sample, SampleFacts, TextItem, Turn, compress, read_npy, write_npy
 from shards.sequence import SequenceBuilder, encode_text

@@ -24,7 +24,7 @@ import torch
 from boson_layout import boson_state
 
 from preprocess.audio import AudioLimits, decode
-from preprocess.codec import load_codec, native_config
+from shards.codec import load_codec, native_config
 from tools.tiny import write_tiny
 from tools.tiny_codec import RATIOS, calibrated_codec
 

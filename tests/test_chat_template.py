@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from preprocess.audio import CODEC_RATE, AudioLimits, decode
-from preprocess.codec import load_codec, pad_to_frames
+from shards.codec import load_codec, pad_to_frames
 from shards.config import SequenceSection
 from shards.sequence import AUDIO_OUT, SequenceBuilder
 from tools.speak import cloning_sample

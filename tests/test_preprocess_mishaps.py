@@ -16,10 +16,10 @@ import zstandard
 
 from preprocess import report
 from preprocess.audio import AudioFault, AudioLimits, decode, read_bytes
-from preprocess.codec import codec_layout
 from preprocess.plan import _remove_job
 from preprocess.sources import SourceRow, read_rows
 from shards import writer
+from shards.codec import codec_layout
 from shards.errors import CheckpointError, DataError, ShardError
 from shards.manifest import Fingerprints, Job
 from shards.reader import SampleReader

@@ -257,8 +257,8 @@ def load_online(work: str, batch_tokens: str) -> dict[str, float]:
     import torchaudio
     from transformers import WhisperFeatureExtractor
 
-    from preprocess.codec import load_codec
     from shards.artifacts import WHISPER_FEATURES
+    from shards.codec import load_codec
 
     torch.set_num_threads(1)
     codec, mels = load_codec(Path(work) / "codec"), WhisperFeatureExtractor(**WHISPER_FEATURES)  # pyright: ignore[reportArgumentType]

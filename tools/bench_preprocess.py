@@ -60,7 +60,7 @@ import json, sys, time
 import numpy as np, soundfile, torch, torchaudio
 from transformers import WhisperFeatureExtractor
 from pathlib import Path
-from preprocess.codec import load_codec
+from shards.codec import load_codec
 from shards.artifacts import WHISPER_FEATURES
 codec, mels = load_codec(Path(sys.argv[2])), WhisperFeatureExtractor(**WHISPER_FEATURES)
 started = time.monotonic()
@@ -159,7 +159,7 @@ def write_full_codec(folder: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from preprocess.codec import codec_model, native_config, native_tensors
+    from shards.codec import codec_model, native_config, native_tensors
     from tools.tiny_codec import RATIOS
 
     config = native_config(
@@ -225,7 +225,7 @@ def bench_codec(folder: Path, seconds: float = 5.0, repeats: int = 3) -> dict[st
     """Audio seconds per core second of one thread, and where the time goes."""
     import torch
 
-    from preprocess.codec import load_codec
+    from shards.codec import load_codec
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -22,7 +22,7 @@ from shards.config import FeaturesSection, ModelSection, SequenceSection, read_c
 
 if TYPE_CHECKING:
     from preprocess.audio import AudioFile
-    from preprocess.codec import Codec
+    from shards.codec import Codec
     from shards.sample import Sample
     from shards.sequence import SequenceBuilder
     from tools.model_folder import Voice
@@ -144,8 +144,8 @@ def load_speaker(model_dir: Path, adapter: Path | None, config: SpeakConfig, dev
     """Load everything. Raises PipelineError where model, adapter and codec do not belong together."""
     import torch
 
-    from preprocess.codec import load_codec
     from shards.artifacts import codec_fingerprint, load_tokenizer, resolve
+    from shards.codec import load_codec
     from shards.errors import CheckpointError
     from shards.sequence import SequenceBuilder
     from train.conditioning import decide_conditioning

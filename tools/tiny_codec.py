@@ -65,7 +65,7 @@ def write_codec(folder: Path, seed: int) -> None:
 
 def calibrated_codec(config: dict[str, Any], seed: int) -> dict[str, Tensor]:
     """Random weights of a codec whose codes follow the sound, under native names."""
-    from preprocess.codec import codec_model, native_tensors
+    from shards.codec import codec_model, native_tensors
 
     model = codec_model(config).eval()
     state = native_tensors(model)  # the model's own tensors: what is written into them, the model computes with

@@ -13,9 +13,9 @@ import torch
 from boson_layout import boson_state
 
 from preprocess.audio import AudioLimits, decode
-from preprocess.codec import load_codec
 from preprocess.features import stored_mel
 from shards.artifacts import WHISPER_FEATURES
+from shards.codec import load_codec
 from shards.errors import CheckpointError
 from shards.mel import rebuild_mel
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from preprocess.codec_names import native_name, native_state
+from shards.codec_names import native_name, native_state
 from shards.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def codec_model(config: dict[str, Any]) -> nn.Module:
         if hasattr(transformers, "HiggsAudioV2TokenizerModel"):
             return transformers.HiggsAudioV2TokenizerModel(transformers.HiggsAudioV2TokenizerConfig.from_dict(config))
         if importlib.util.find_spec("boson_multimodal"):
-            from preprocess.codec_boson import BosonCodec
+            from shards.codec_boson import BosonCodec
 
             return BosonCodec(config)
     raise CheckpointError(
