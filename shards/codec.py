@@ -83,6 +83,19 @@ def load_codec(folder: Path, device: str = "cpu") -> Codec:
     return Codec(model, device)
 
 
+def write_wave(path: Path, wave: np.ndarray) -> None:
+    """wave [S] float32 -> 16-bit PCM wav at 24 kHz, atomically; what is louder than full scale is clipped."""
+    import io
+
+    import soundfile
+
+    from shards.writer import write_bytes
+
+    buffer = io.BytesIO()
+    soundfile.write(buffer, np.clip(wave, -1, 1), SAMPLE_RATE, format="WAV", subtype="PCM_16")
+    write_bytes(path, buffer.getvalue())
+
+
 def codec_layout(folder: Path) -> tuple[str, dict[str, Any]]:
     """("native" or "boson", its config) of a codec folder, without loading weights. Raises CheckpointError."""
     try:

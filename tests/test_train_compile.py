@@ -32,7 +32,7 @@ def gradients(model_dir, batches, recompute: bool, compiled: bool) -> dict[str, 
     for name, parameter in lora_parameters(model):
         if ".lora_B." in name:  # else A would receive none
             parameter.data = 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
-    prepare_blocks(model.model.layers, recompute, compiled, backend="aot_eager")
+    prepare_blocks(model.model.layers, recompute, "aot_eager" if compiled else None)
     model.train()
     for batch in batches:
         step_losses(model(batch), LossCounts.of(batches), LossSection(), ramp=1.0).total.backward()

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +41,7 @@ def configure(tiny_dir: Path):
     def make(*overrides: str) -> TrainConfig:
         quick = ["train.batch_tokens=700", "train.packs_per_step=1", "train.max_steps=6", "train.save_every=3"]
         quick += ["train.log_every=1", "train.num_workers=0", "lora.rank=4", "lora.dropout=0.1"]
+        quick += ["train.listening_samples=0"]
         return read_config(TrainConfig, tiny_dir / "pipeline.toml", [*quick, *overrides])
 
     return make
@@ -156,3 +161,31 @@ def test_both_kinds_of_held_out_data_are_refused(dataset, configure, tmp_path):
     both = configure(f"train.validation_data={dataset}", "train.validation_fraction=0.1")
     with pytest.raises(ConfigError, match="held-out data come from one of them"):
         train(both, dataset, tmp_path / "run", RunOptions())
+
+
+@pytest.mark.slow
+def test_a_rank_whose_held_out_data_fail_ends_all_at_once(model_dir, repository):
+    """In the middle of an evaluation, where the others would wait in a gather of the model until its timeout."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in (0, 1):
+        env = {
+            **os.environ,
+            "PYTHONPATH": str(repository),
+            "OMP_NUM_THREADS": "1",
+            "RANK": str(rank),
+            "WORLD_SIZE": "2",
+        }
+        env |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        command = [sys.executable, str(repository / "tests" / "held_out_rank_script.py"), str(model_dir), "500"]
+        processes.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
+    try:
+        for process in processes:
+            _, messages = process.communicate(timeout=120)  # far below the group's 500 s
+            assert process.returncode == 1
+            assert messages.endswith("error: held-out data, rank 1: shard-000007.tar: gone\n"), messages
+    finally:
+        for process in processes:
+            process.kill()

@@ -33,6 +33,7 @@ def settings(tiny_dir: Path):
     def make(*overrides: str) -> TrainConfig:
         quick = ["train.batch_tokens=700", "train.packs_per_step=2", "train.max_steps=6", "train.save_every=2"]
         quick += ["train.log_every=1", "train.num_workers=0", "lora.rank=4", "train.keep_checkpoints=2"]
+        quick += ["train.listening_samples=0"]
         return read_config(TrainConfig, tiny_dir / "pipeline.toml", [*quick, *overrides])
 
     return make

@@ -176,7 +176,9 @@ def test_dora_starts_neutral(model_dir, make_batch):
 def test_the_command_checks_first_and_can_be_told_not_to(run_command, make_dataset, make_sample, tiny_dir, tmp_path):
     """The same losses with and without; on a base that is not marked random the run stops before training."""
     dataset = make_dataset(tmp_path / "shards", [make_sample(seed) for seed in range(6)])
-    options = ("--config", tiny_dir / "pipeline.toml", "--set", "train.max_steps=2", "--set", "lora.dropout=0.1")
+    options = ["--config", tiny_dir / "pipeline.toml"]
+    for setting in ("train.max_steps=2", "train.listening_samples=0", "lora.dropout=0.1"):
+        options += ["--set", setting]
     losses = []
     for name, flags in (("checked", ()), ("unchecked", ("--skip-preflight",))):
         result = run_command("train", dataset, tmp_path / name, *options, "--set", "train.log_every=1", *flags)

@@ -33,6 +33,7 @@ def train_command(dataset, tiny_dir):
     def command(run: Path, gpus: int, *settings: str) -> list[str]:
         quick = ["train.device=cpu", "train.batch_tokens=800", "train.packs_per_step=4", f"train.max_steps={STEPS}"]
         quick += ["train.log_every=1", "train.num_workers=0", "lora.rank=4", "train.learning_rate=1e-3"]
+        quick += ["train.listening_samples=0"]
         options = [part for setting in [*quick, *settings] for part in ("--set", setting)]
         code = "import sys; sys.argv[0] = 'train'; from train.cli import main; main()"
         given = [dataset, run, "--config", tiny_dir / "pipeline.toml", "--gpus", gpus, *options]
@@ -83,11 +84,22 @@ def alone(train_run) -> Path:
         (4, []),
         (2, ["train.shard_base=true"]),
         (2, ["train.activation_checkpointing=full"]),
-        (2, ["train.shard_base=true", "train.activation_checkpointing=full"]),
+        (2, ["train.shard_base=true", "train.activation_checkpointing=full", "train.compile=aot_eager"]),
+        (1, ["train.compile=aot_eager"]),
+        (4, ["train.compile=aot_eager"]),
     ],
-    ids=["two", "four", "two-shard-base", "two-recompute", "two-shard-base-recompute"],
+    ids=[
+        "two",
+        "four",
+        "two-shard-base",
+        "two-recompute",
+        "two-shard-base-recompute-compiled",
+        "compiled",
+        "four-compiled",
+    ],
 )
-def test_ranks_change_nothing(alone, train_run, gpus, settings):
+def test_neither_ranks_nor_accumulation_nor_options_change_a_step(alone, train_run, gpus, settings):
+    """Four packs make a step: one rank accumulates four, two ranks two each, four ranks one each."""
     run = train_run("run", gpus, *settings)
     assert len(history(run)) == STEPS
     np.testing.assert_allclose(history(run), history(alone), rtol=0, atol=1e-5)
@@ -237,12 +249,13 @@ def test_one_rank_killed_ends_the_others_and_the_run_continues(start, train_run,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("gpus", [1, 2])
-def test_sigterm_saves_and_the_same_command_goes_on(start, train_run, uninterrupted, tmp_path, gpus):
+@pytest.mark.parametrize(("gpus", "number"), [(1, signal.SIGTERM), (2, signal.SIGTERM), (2, signal.SIGUSR1)])
+def test_a_signal_saves_and_the_same_command_goes_on(start, train_run, uninterrupted, tmp_path, gpus, number):
+    """Sent to what the user started: the launcher passes it on to the ranks."""
     run = tmp_path / "run"
     process = start(run, gpus, *LONG)
     process.wait_for("step 3/14")
-    process.process.terminate()
+    process.process.send_signal(number)
     status, messages = process.end(limit_s=60)
     assert status == 143, messages
     assert "stopped by a signal after step" in messages

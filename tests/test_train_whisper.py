@@ -281,6 +281,7 @@ def test_a_checkpoint_with_a_tower_is_heard_by_itself(tmp_path, tiny_dir, sample
 
     dataset = make_dataset(tmp_path / "shards", samples)
     quick = ["train.batch_tokens=2000", "train.packs_per_step=1", "train.max_steps=2", "train.num_workers=0"]
+    quick += ["train.listening_samples=1"]
     losses = {}
     for conditioning in ("auto", "codes"):
         settings = [*quick, f"model.base={base}", f"sequence.conditioning={conditioning}", "lora.rank=4"]

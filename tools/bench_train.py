@@ -147,7 +147,7 @@ def prepare_ours(sequences: list[Any], settings: Settings, _: int) -> tuple[list
         model = HiggsAudio(model_config(settings))
     fill_randomly(model, settings)
     add_lora(model, LoraSection(rank=settings.rank, alpha=2 * settings.rank), "bench", seed=0)
-    prepare_blocks(model.model.layers, recompute=False, compile_blocks=settings.device == "cuda")
+    prepare_blocks(model.model.layers, recompute=False, backend="inductor" if settings.device == "cuda" else None)
     optimizer = make_optimizer([parameter for _, parameter in lora_parameters(model)], TrainSection())
     lengths = np.array([len(sequence) for sequence in sequences])
     plan = PlanSettings(seed=0, batch_tokens=settings.batch_tokens, packs_per_step=1)

@@ -87,6 +87,7 @@ def main(
 
     try:
         config = read_config(SpeakConfig, config_path, overrides)
+        from shards.codec import write_wave
         from train.generate import Sampling
 
         sampling = Sampling(0.0 if greedy else temperature, top_k, top_p, ras_window, ras_max_repeats, seed)
@@ -233,19 +234,6 @@ def read_reference(path: Path) -> AudioFile:
         return decode(read_bytes(str(path)), AudioLimits())
     except AudioFault as fault:
         raise DataError(f"--reference {path}: {fault.detail}") from None
-
-
-def write_wave(path: Path, wave: np.ndarray) -> None:
-    """wave [S] float32 -> 16-bit PCM wav at 24 kHz, atomically."""
-    import io
-
-    import soundfile
-
-    from shards.writer import write_bytes
-
-    buffer = io.BytesIO()
-    soundfile.write(buffer, np.clip(wave, -1, 1), 24000, format="WAV", subtype="PCM_16")
-    write_bytes(path, buffer.getvalue())
 
 
 if __name__ == "__main__":

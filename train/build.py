@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from shards.errors import ConfigError
 from train.conditioning import Conditioning
-from train.config import TrainConfig
+from train.config import TrainConfig, TrainSection
 from train.lora import add_lora, lora_parameters, lora_start
 from train.model import DecoderLayer, HiggsAudio
 from train.parallel import World, shard
@@ -37,7 +37,7 @@ def build_model(
     else:
         model = load_model(base_dir, dtype, world.device, conditioning=conditioning)
     lora_config = add_lora(model, config.lora, config.model.base, section.seed, conditioning)
-    prepare_blocks(model.model.layers, section.activation_checkpointing == "full", compiles(config, world))
+    prepare_blocks(model.model.layers, section.activation_checkpointing == "full", compile_backend(section, world))
     shard(model, model.model.layers, world, bf16, shards_base)
     if shards_base:
         model.to_empty(device=world.device)
@@ -46,16 +46,21 @@ def build_model(
     return model, lora_config
 
 
-def compiles(config: TrainConfig, world: World) -> bool:
-    return config.train.compile == "on" or (config.train.compile == "auto" and world.device.type == "cuda")
+def compile_backend(section: TrainSection, world: World) -> str | None:
+    """Of torch.compile; None: not compiled."""
+    if section.compile == "aot_eager":
+        return "aot_eager"
+    return (
+        "inductor" if section.compile == "on" or (section.compile == "auto" and world.device.type == "cuda") else None
+    )
 
 
-def prepare_blocks(layers: nn.ModuleList, recompute: bool, compile_blocks: bool, backend: str = "inductor") -> None:
+def prepare_blocks(layers: nn.ModuleList, recompute: bool, backend: str | None) -> None:
     """Recomputation and compilation, before sharding: gathers stay outside both."""
     for layer in layers:
         assert isinstance(layer, DecoderLayer)
         layer.recomputes = recompute
-        if compile_blocks:
+        if backend:
             layer.compile(fullgraph=True, backend=backend, dynamic=True)
 
 

@@ -51,6 +51,7 @@ class TrainSection(msgspec.Struct, frozen=True, kw_only=True):
     validation_fraction: Annotated[float, msgspec.Meta(ge=0.0, lt=1.0)] = 0.0  # of the samples, by speaker
     validation_data: str = ""  # another data set instead
     eval_every: Positive = 500
+    listening_samples: NonNegative = 4  # spoken at every evaluation; 0: none
     patience: NonNegative = 0  # evaluations without a lower held-out audio loss; 0: never stop early
     save_every: Positive = 500
     keep_checkpoints: Positive = 3
@@ -65,7 +66,7 @@ class TrainSection(msgspec.Struct, frozen=True, kw_only=True):
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # bf16 on CUDA, fp32 on CPU
     shard_base: bool = False
     activation_checkpointing: Literal["off", "full"] = "off"
-    compile: Literal["auto", "on", "off"] = "auto"  # on CUDA
+    compile: Literal["auto", "on", "off", "aot_eager"] = "auto"  # on CUDA; "aot_eager": graphs without generated code
 
 
 class WandbSection(msgspec.Struct, frozen=True, kw_only=True):

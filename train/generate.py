@@ -4,6 +4,9 @@ In: a model and the prompt of `SequenceBuilder.prompt`. Out: raw codes. The firs
 columns later, and from the first EOS on codebook k is forced to EOS k + 1 columns after it: the rules of transformers'
 `HiggsAudioV2DelayPatternLogitsProcessor`, so greedy codes equal its `generate`. Repetition-aware sampling (RAS) redraws
 a code that filled the recent window, as in both reference implementations.
+
+The ranks of a sharded model speak together: each computes the same column, and all go on with the one that the first has
+drawn, so that none can end before the others.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from torch import Tensor
 from shards.sequence import STREAM_BOS, STREAM_EOS, Sequence, undelay
 from train.model import HiggsAudio
 from train.packing import pack
+from train.parallel import ALONE, World
 
 
 @dataclass(frozen=True)
@@ -41,9 +45,11 @@ class Speech:
     stopped: bool  # False: cut at max_frames, the model never ended
 
 
-@torch.inference_mode()
-def generate(model: HiggsAudio, prompt: Sequence, max_frames: int, sampling: Sampling = GREEDY) -> Speech:
-    """Continue a prompt until end of speech or `max_frames` frames (25 per second)."""
+@torch.no_grad()
+def generate(
+    model: HiggsAudio, prompt: Sequence, max_frames: int, sampling: Sampling = GREEDY, world: World = ALONE
+) -> Speech:
+    """Continue a prompt until end of speech or `max_frames` frames (25 per second). Every rank must call this."""
     device = model.audio_lm_head.weight.device
     num_codebooks = model.config.num_codebooks
     max_columns = max_frames + num_codebooks + 1
@@ -52,7 +58,7 @@ def generate(model: HiggsAudio, prompt: Sequence, max_frames: int, sampling: Sam
 
     batch = pack([prompt], [0], ["prompt"]).to(device)
     cache.order = batch.to_padded[0]
-    model.model(batch.text_ids, batch.codes, batch.positions, cache, model.hear(batch.whisper))
+    model.next_logits(batch.text_ids, batch.codes, batch.positions, cache, batch.whisper)
     cache.advance(len(prompt))
 
     no_text = torch.zeros(0, dtype=torch.long, device=device)
@@ -64,14 +70,14 @@ def generate(model: HiggsAudio, prompt: Sequence, max_frames: int, sampling: Sam
     stopped = False
     while not stopped and len(columns) < max_columns:
         position = torch.tensor([cache.length], device=device)
-        hidden = model.model(no_text, column[None], position, cache)
+        logits = model.next_logits(no_text, column[None], position, cache).float()  # [K, V]
         cache.advance(1)
-        logits = model.audio_logits(hidden[-1:])[0].float()  # [K, V]
         number = len(columns)
         column = draw(logits, torch.stack(columns[-max(1, sampling.ras_window) :]), sampling, generator)
         column = torch.where(book >= number, STREAM_BOS, column)
         if first_eos is not None:
             column = torch.where(book < number - first_eos, STREAM_EOS, column)
+        column = world.first(column)
         columns.append(column)
         is_eos = column == STREAM_EOS
         if first_eos is None and bool(is_eos.any()):

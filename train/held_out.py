@@ -23,6 +23,7 @@ from train.config import LossSection
 from train.data import Delivery
 from train.feed import ahead
 from train.loss import LossCounts, LossSums, step_losses
+from train.packing import PackedBatch
 from train.parallel import World
 from train.plan import CHUNK
 
@@ -87,7 +88,6 @@ class Part(msgspec.Struct, frozen=True):
     counts: list[int] = []  # of their targets, in the same order
     samples: int = 0
     bad: int = 0
-    problem: str = ""
 
 
 @dataclass(frozen=True)
@@ -100,16 +100,9 @@ class Evaluation:
 
     def losses(self, model: nn.Module, section: LossSection) -> dict[str, float]:
         """Losses over all held-out packs of all ranks, under the names of the metrics. Raises PipelineError."""
-        device = self.world.device
-        try:
-            with untouched(model, device):
-                mine = self._own(model, device)
-        except PipelineError as error:
-            mine = Part(problem=str(error))
+        with untouched(model, self.world.device):
+            mine = self._own(model, self.world.device)
         shares: list[Part] = self.world.gather(mine)
-        for rank, share in enumerate(shares):
-            if share.problem:
-                raise PipelineError(f"held-out data, rank {rank}: {share.problem}")
         num_samples, num_bad = (sum(values) for values in zip(*((s.samples, s.bad) for s in shares), strict=True))
         if num_bad > self.max_bad_fraction * (num_samples + num_bad):
             raise PipelineError(
@@ -139,7 +132,7 @@ class Evaluation:
         sums = torch.zeros(2 + NUM_CODEBOOKS, dtype=torch.float64, device=device)
         counts = torch.zeros(2 + NUM_CODEBOOKS, dtype=torch.long)
         num_samples = num_bad = 0
-        for delivery, batch in ahead(self.deliveries(), device):
+        for delivery, batch in self._together(ahead(self.deliveries(), device)):
             part: LossSums = model(batch)
             sums += torch.cat((part.text[None], part.contrastive[None], part.audio)).double()
             host = delivery.batch
@@ -151,6 +144,21 @@ class Evaluation:
             for fault in delivery.faults:
                 log.warning("held-out data: left out: %s", fault)
         return Part(sums.tolist(), counts.tolist(), num_samples, num_bad)
+
+    def _together(self, found: Iterator[tuple[Delivery, PackedBatch]]) -> Iterator[tuple[Delivery, PackedBatch]]:
+        """Packs as they come, as soon as every rank has its own: one without would leave the others in a collective."""
+        while True:
+            problem, given = "", None
+            try:
+                given = next(found, None)
+            except PipelineError as error:
+                problem = str(error)
+            for rank, told in enumerate(self.world.gather(problem)):
+                if told:
+                    raise PipelineError(f"held-out data, rank {rank}: {told}")
+            if given is None:
+                return
+            yield given
 
 
 @contextmanager

@@ -64,6 +64,8 @@ def launch(num_workers: int, arguments: list[str]) -> None:
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,
+        # Slurm's --signal=USR1 reaches the launcher too, and would end it; so it is passed on to the ranks, who save.
+        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
     )
     try:
         elastic_launch(config, sys.executable)("-m", "train", *arguments)

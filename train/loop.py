@@ -27,8 +27,11 @@ from train.conditioning import decide_conditioning
 from train.config import TrainConfig
 from train.data import Share
 from train.feed import Feed
+from train.held_out import Evaluation
+from train.listening import Listening, open_listening
 from train.lora import lora_parameters, trainable_table
 from train.metrics import Metrics, console_line, held_out_history, log, open_log, start_wandb
+from train.model import HiggsAudio
 from train.optim import learning_rate_at, make_optimizer
 from train.parallel import World, join, leave, shorten_timeout
 from train.plan import PLAN_VERSION
@@ -83,7 +86,8 @@ def run(
 
     # 2. The plan: every epoch follows from lengths and seed alone. The ranks must agree on it.
     section = config.train
-    source.prepare(SequenceBuilder(load_tokenizer(base_dir), config.sequence), run_dir / "plan.json", world)
+    builder = SequenceBuilder(load_tokenizer(base_dir), config.sequence)
+    source.prepare(builder, run_dir / "plan.json", world)
     total_steps = source.total_steps
     world.require_equal(source.facts(0))
 
@@ -92,6 +96,8 @@ def run(
     start_from = find_start(run_dir, options.resume, world)
     source.describe()
     evaluation = source.evaluation(world)
+    to_hear = source.to_hear(section.listening_samples) if world.is_first and section.listening_samples else []
+    listening = open_listening(to_hear, builder, codec_dir, run_dir, world)
     log.info("layout %s, %s", config.sequence.layout, conditioning)
     log.info("%s", world)
     tracked = world.is_first and not options.dry_run  # asked now: a missing key must not wait for the model
@@ -129,6 +135,8 @@ def run(
     clock = StepClock(model, world)
     watch = Watch(world.gather(held_out_history(run_dir, step))[0], section.patience, tells=world.is_first)
     values: dict[str, float] = {}
+    if step == 0:
+        look(0, model, config, None, listening, metrics)  # the base model, to compare with
     model.train()
     first_step, stopped = step, False
     while step < total_steps and not (stopped := signals.asked(world)) and not watch.has_lost_patience:
@@ -146,18 +154,18 @@ def run(
             trial = None
         if not values:
             shorten_timeout()  # from the second step on nobody loads or compiles
-        evaluates = evaluation is not None and (step % section.eval_every == 0 or step == total_steps)
-        if step % section.log_every == 0 or step in (1, total_steps) or evaluates:
+        looks = (evaluation or listening) and (step % section.eval_every == 0 or step == total_steps)
+        if step % section.log_every == 0 or step in (1, total_steps) or looks:
             values = {"epoch": given.epoch, **result.values(world), "metrics/learning_rate": learning_rate}
             values |= {**clock.values(), **feed.values()}
-            if evaluation is not None and evaluates:
-                values |= evaluation.losses(model, config.loss)
+            if looks:
+                values |= look(step, model, config, evaluation, listening, metrics)
                 clock.restart()  # throughput is that of training
             if metrics:
                 metrics.write(step, values)
             log.info(console_line(step, total_steps, values))
             watch.look(step, values)
-        if not evaluates:
+        if not looks:
             values = {name: value for name, value in values.items() if not name.startswith("eval/")}  # of an older step
         if step % section.save_every == 0 and step < total_steps:
             saver.save(step, model, optimizer, values)
@@ -187,6 +195,23 @@ def begin_run(config: TrainConfig, run_dir: Path, step: int, wandb_run: Any) -> 
     write_bytes(run_dir / "config.toml", to_toml(config).encode())
     write_json(run_dir / "environment.json", environment())
     return Metrics(run_dir, step, wandb_run, config.train.tensorboard)
+
+
+def look(
+    step: int,
+    model: HiggsAudio,
+    config: TrainConfig,
+    evaluation: Evaluation | None,
+    listening: Listening | None,
+    metrics: Metrics | None,
+) -> dict[str, float]:
+    """Held-out losses and the listening set; every rank must call this. Returns metrics."""
+    values = evaluation.losses(model, config.loss) if evaluation else {}
+    if listening:
+        values |= listening.speak(step, model)
+    if listening and metrics:
+        metrics.hear(step, listening.waves(step))
+    return values
 
 
 def find_start(run_dir: Path, resume: str, world: World) -> Path | None:

@@ -55,6 +55,21 @@ class Metrics:
             for name, value in values.items():
                 self._tensorboard.add_scalar(name, value, step)
 
+    def hear(self, step: int, waves: dict[str, Path]) -> None:
+        """The listening set of a step, where trackers take sound; the files themselves stay in the run."""
+        found = {f"listening/{key}": path for key, path in waves.items() if path.is_file()}
+        if self._wandb:
+            import wandb
+
+            self._wandb.log({name: wandb.Audio(str(path)) for name, path in found.items()}, step=step)
+        if self._tensorboard:
+            import soundfile
+            import torch
+
+            for name, path in found.items():
+                wave, sample_rate = soundfile.read(path, dtype="float32")
+                self._tensorboard.add_audio(name, torch.from_numpy(wave)[None], step, sample_rate)
+
     def close(self) -> None:
         self._file.close()
         if self._wandb:
@@ -85,6 +100,11 @@ def console_line(step: int, total_steps: int, values: dict[str, float]) -> str:
         held_out = (
             f" | held out: loss {values['eval/total_loss']:.4f} (text {values['eval/text_loss']:.4f} audio "
             f"{values['eval/audio_loss']:.4f})"
+        )
+    if "eval/speech_ended" in values:
+        held_out += (
+            f" | speech: {values['eval/speech_ended']:.0%} ended by itself, {values['eval/speech_length_ratio']:.2f} x as "
+            "long as recorded"
         )
     return (
         f"step {step}/{total_steps} | loss {values['loss/total_loss']:.4f} "

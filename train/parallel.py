@@ -50,6 +50,17 @@ class World:
                 raise self._lost(error) from None
         return values
 
+    def first(self, values: Tensor) -> Tensor:
+        """The first rank's small tensor, on every rank's own device; every rank must call it, with equal shapes."""
+        if self.size == 1:
+            return values
+        shared = values.cpu()
+        try:
+            dist.broadcast(shared, src=0)
+        except RuntimeError as error:
+            raise self._lost(error) from None
+        return shared.to(values.device)
+
     def gather(self, value: Any) -> list[Any]:
         """Everybody's value, in rank order; every rank must call it. Raises PipelineError when one is gone."""
         if not self.is_distributed:
@@ -138,7 +149,7 @@ def shard(model: nn.Module, blocks: nn.ModuleList, world: World, bf16: bool, sha
     if not world.is_distributed:
         return
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if bf16 else None,
@@ -157,9 +168,9 @@ def shard(model: nn.Module, blocks: nn.ModuleList, world: World, bf16: bool, sha
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(
-                True
-            )  # gloo has no pre-multiplied sum; for NCCL it is the plain one
+            # gloo has no pre-multiplied sum; for NCCL it is the plain one
+            module.set_force_sum_reduction_for_comms(True)
+    register_fsdp_forward_method(model, "next_logits")  # speaking gathers weights as training does
 
 
 def sync_gradients(model: nn.Module, enabled: bool) -> None:

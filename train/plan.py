@@ -61,7 +61,7 @@ class Planner:
         self._shard_starts = np.zeros(1, np.int64)  # [shards + 1]
         self._length_counts = np.zeros(settings.batch_tokens + 1, np.int64)  # [batch_tokens + 1] samples of each length
         self._scan()
-        self._counts: dict[int, list[int]] = {}  # epoch -> packs of each window
+        self.counts: dict[int, list[int]] = {}  # epoch -> packs of each window, as far as they were counted
         self._last: tuple[tuple[int, int], Window] | None = None
 
     # --- numbers of an epoch ----------------------------------------------------------------------------------------
@@ -110,10 +110,10 @@ class Planner:
         except msgspec.DecodeError:  # a file of another version: counted again, at the price of planning
             return
         if saved.plan == self.fingerprint():
-            self._counts = {**saved.epochs, **self._counts}
+            self.counts = {**saved.epochs, **self.counts}
 
     def save_counts(self, path: Path) -> None:
-        write_json(path, SavedCounts(plan=self.fingerprint(), epochs=self._counts))
+        write_json(path, SavedCounts(plan=self.fingerprint(), epochs=self.counts))
 
     # --- steps ------------------------------------------------------------------------------------------------------
 
@@ -198,9 +198,9 @@ class Planner:
         return self._last[1]
 
     def _epoch_counts(self, epoch: int) -> list[int]:
-        if epoch not in self._counts:
-            self._counts[epoch] = [len(self.window(epoch, window).ends) for window in range(self.num_windows(epoch))]
-        return self._counts[epoch]
+        if epoch not in self.counts:
+            self.counts[epoch] = [len(self.window(epoch, window).ends) for window in range(self.num_windows(epoch))]
+        return self.counts[epoch]
 
     def _windows(self, epoch: int) -> list[np.ndarray]:
         """The shards of each window, windows of nearly equal size."""

@@ -18,12 +18,14 @@ import numpy as np
 from shards.errors import ConfigError, ShardError
 from shards.manifest import Fingerprints, check_fingerprints, open_dataset
 from shards.reader import SampleReader
+from shards.sample import Sample
 from shards.sequence import SequenceBuilder
 from train.conditioning import Conditioning, fit_to_shards
 from train.config import TrainSection
 from train.data import Delivery, Share, planned_deliveries
 from train.feed import Limits
 from train.held_out import Evaluation, choose_speakers, of_speakers
+from train.listening import choose_samples
 from train.packing import PackedBatch, pack
 from train.parallel import ALONE, World
 from train.plan import Keep, Planner, PlanSettings
@@ -66,13 +68,20 @@ class PlannedSource:
             keep = of_speakers(self._held_out, inside=False)
         self.planner = Planner(self.index, builder.lengths, plan_settings(self._section), keep)
         self._require_room(self.planner)
-        if counts_path:
+        if counts_path and world.is_first:
             self.planner.load_counts(counts_path)
+        self._count_packs(world)
         self.planner.require_full_step()
         self.total_steps = self._section.max_steps or self.planner.total_steps(self._section.num_epochs)
         if counts_path and world.is_first:
             counts_path.parent.mkdir(parents=True, exist_ok=True)
             self.planner.save_counts(counts_path)
+
+    def _count_packs(self, world: World) -> None:
+        """To count an epoch's packs is to plan it, so the first rank does it for all. Every rank must call this."""
+        if world.is_first:
+            self.planner.total_steps(1 if self._section.max_steps else self._section.num_epochs)
+        self.planner.counts = world.gather(self.planner.counts if world.is_first else None)[0]
 
     def evaluation(self, world: World) -> Evaluation | None:
         """The held-out packs; None where nothing is held out."""
@@ -108,6 +117,13 @@ class PlannedSource:
             return islice(packs, planner.num_steps(0))
 
         return Evaluation(one_pass, world, self._section.max_bad_fraction)
+
+    def to_hear(self, num_samples: int) -> list[Sample]:
+        """Samples for the listening set, of held-out speakers where there are any."""
+        if self._validation:
+            return self._validation.to_hear(num_samples)
+        keep = None if self._held_out is None else of_speakers(self._held_out, inside=True)
+        return choose_samples(self.reader, self.index, keep, num_samples)
 
     def describe(self) -> None:
         planner, section = self.planner, self._section

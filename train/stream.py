@@ -27,6 +27,7 @@ from webdataset.shardlists import expand_urls
 
 from shards.errors import ConfigError, PipelineError, ShardError
 from shards.manifest import Fingerprints, check_fingerprints, open_dataset
+from shards.sample import Sample, unpack_sample
 from shards.sequence import IGNORE, SequenceBuilder
 from shards.writer import TAR_BLOCK
 from train.best_fit import OPEN_PACKS, OnlinePacks
@@ -100,6 +101,24 @@ class StreamedSource:
         sound = (item for item in built if item.sequence and len(item.sequence) <= self._section.batch_tokens)
         first = list(itertools.islice(sound, num_samples))
         return deliver(first, 0).batch
+
+    def to_hear(self, num_samples: int) -> list[Sample]:
+        """Samples for the listening set: of the validation data, or the first sound ones of the stream."""
+        if self._validation:
+            return self._validation.to_hear(num_samples)
+        samples: list[Sample] = []
+        for raw in read_shards(self.urls):
+            if len(samples) == num_samples:
+                break
+            try:
+                members = {name: value for name, value in raw.items() if name[:2] != "__"}
+                sample = unpack_sample(raw["__key__"], members)
+                self._builder.prompt(sample)
+            except (ShardError, ValueError, IndexError) as error:  # a foreign sample's facts may contradict it
+                log.warning("listening set: left out: %s", raw.get("__reason__") or error)
+            else:
+                samples.append(sample)
+        return samples
 
     def limits(self) -> Limits:
         return Limits(self._section.max_bad_fraction)

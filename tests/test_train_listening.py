@@ -1,0 +1,153 @@
+"""The listening set through the real loop: files a person can compare, two numbers, and training left untouched."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from shards.codec import load_codec
+from shards.config import read_config
+from shards.index import hash64
+from shards.reader import SampleReader
+from train.config import TrainConfig
+from train.listening import LONGEST, SPARE_FRAMES, choose_samples
+from train.loop import RunOptions, train
+
+FRAME = 960  # samples at 24 kHz
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory, make_dataset, make_sample) -> Path:
+    samples = [make_sample(seed, 5 + seed, 8 + 2 * seed) for seed in range(12)]
+    return make_dataset(tmp_path_factory.mktemp("dataset"), samples)
+
+
+QUICK = [
+    "train.device=cpu",
+    "train.batch_tokens=700",
+    "train.packs_per_step=2",
+    "train.max_steps=4",
+    "train.log_every=1",
+]
+QUICK += ["train.num_workers=0", "lora.rank=4", "train.learning_rate=3e-3", "train.eval_every=2"]
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_dir: Path):
+    def make(*overrides: str) -> TrainConfig:
+        return read_config(TrainConfig, tiny_dir / "pipeline.toml", [*QUICK, *overrides])
+
+    return make
+
+
+def lines(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def heard(dataset, settings, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("run")
+    train(settings("train.listening_samples=2", "train.validation_fraction=0.3"), dataset, run, RunOptions())
+    return run
+
+
+def test_every_evaluation_leaves_speech_of_held_out_voices(heard, dataset, tiny_dir):
+    samples = {sample.key: sample for sample in SampleReader(dataset).read_all(np.load(dataset / "index.npy"))}
+    folders = sorted((heard / "listening").iterdir())
+    assert len(folders) == 2
+    speakers = set()
+    for folder in folders:
+        names = {"text.txt", "reference.wav", "target.wav", "step-000000.wav", "step-000002.wav", "step-000004.wav"}
+        assert {path.name for path in folder.iterdir()} == names
+        sample = samples[folder.name]
+        text = (folder / "text.txt").read_text()
+        assert sample.facts.texts[sample.facts.target_text] in text
+        speakers.add(sample.facts.speaker)
+        wave, sample_rate = soundfile.read(folder / "target.wav", dtype="float32")
+        assert sample_rate == 24000
+        decoded = load_codec(tiny_dir / "codec").decode(sample.target_codes)
+        np.testing.assert_allclose(wave, np.clip(decoded, -1, 1), atol=1 / 32767)
+        longest = round(LONGEST * sample.target_codes.shape[1]) + SPARE_FRAMES
+        for path in folder.glob("step-*.wav"):
+            assert soundfile.info(path).frames % FRAME == 0
+            assert soundfile.info(path).frames <= longest * FRAME
+    assert len(speakers) == 1, "the one held-out speaker"
+    spoken = [line for line in lines(heard) if "eval/speech_ended" in line]
+    assert [line["step"] for line in spoken] == [2, 4]
+    assert all(0 <= line["eval/speech_ended"] <= 1 and line["eval/speech_length_ratio"] > 0 for line in spoken)
+
+
+def test_the_adapter_is_what_speaks(heard):
+    """Speech before training and after it differ; a copy of the base would go on saying the same."""
+    for folder in (heard / "listening").iterdir():
+        assert (folder / "step-000000.wav").read_bytes() != (folder / "step-000004.wav").read_bytes()
+
+
+def test_training_is_the_same_with_and_without(heard, dataset, settings, tmp_path):
+    silent = tmp_path / "silent"
+    train(settings("train.listening_samples=0", "train.validation_fraction=0.3"), dataset, silent, RunOptions())
+    assert not (silent / "listening").exists()
+    assert [line["loss/total_loss"] for line in lines(heard)] == [line["loss/total_loss"] for line in lines(silent)]
+    assert [line["metrics/grad_norm"] for line in lines(heard)] == [line["metrics/grad_norm"] for line in lines(silent)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard_base", ["false", "true"])
+def test_two_ranks_speak_what_one_speaks(heard, dataset, tiny_dir, repository, tmp_path, shard_base):
+    """Compiled blocks too: speech runs beside them without being compiled for every length."""
+    run = tmp_path / "run"
+    given = ["train.listening_samples=2", "train.validation_fraction=0.3", f"train.shard_base={shard_base}"]
+    options = [part for setting in [*QUICK, *given, "train.compile=aot_eager"] for part in ("--set", setting)]
+    code = "import sys; sys.argv[0] = 'train'; from train.cli import main; main()"
+    command = [sys.executable, "-c", code, dataset, run, "--config", tiny_dir / "pipeline.toml", "--gpus", 2, *options]
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd=repository,
+        env={**os.environ, "PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    for folder in (heard / "listening").iterdir():
+        for path in folder.iterdir():
+            assert path.read_bytes() == (run / "listening" / folder.name / path.name).read_bytes(), path.name
+
+
+def test_without_held_out_data_it_speaks_training_samples(dataset, settings, tmp_path, monkeypatch):
+    """A disk that takes no file stops no training."""
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("train.listening.write_wave", full)
+    train(settings("train.listening_samples=1", "train.max_steps=1"), dataset, tmp_path / "run", RunOptions())
+    (folder,) = (tmp_path / "run" / "listening").iterdir()
+    assert {path.name for path in folder.iterdir()} == {"text.txt"}
+    told = (tmp_path / "run" / "logs" / "training.log").read_text()
+    assert "step-000001.wav: not written: [Errno 28] No space left on device; training goes on" in told
+    assert "x as long as recorded" in told
+
+
+def test_each_sample_is_of_another_speaker_and_short_first(dataset, make_dataset, make_sample, tmp_path):
+    frames = [300, 20, 20, 20, 20]
+    speakers = ["a", "b", "b", "c", "b"]
+    samples = [make_sample(i, 5, frames[i], speaker=speakers[i]) for i in range(5)]
+    folder = make_dataset(tmp_path / "set", samples)
+    index = np.load(folder / "index.npy")
+    reader = SampleReader(folder)
+    assert [sample.facts.row for sample in choose_samples(reader, index, None, 4)] == [1, 3, 0, 2]
+    keep_b = lambda rows: rows["speaker"] == hash64("b")  # noqa: E731 - one line is all there is to it
+    assert [sample.facts.row for sample in choose_samples(reader, index, keep_b, 9)] == [1, 2, 4]
+
+
+def test_a_stream_speaks_too(dataset, settings, tmp_path):
+    streamed = ["train.loader=stream", "train.shuffle_buffer=4", "train.max_steps=1", "train.listening_samples=3"]
+    train(settings(*streamed), dataset, tmp_path / "run", RunOptions())
+    assert len(list((tmp_path / "run" / "listening").glob("*/step-000001.wav"))) == 3
