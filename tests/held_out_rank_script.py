@@ -15,7 +15,7 @@ from train.data import FILLER, Delivery
 from train.held_out import Evaluation
 from train.lora import add_lora
 from train.packing import pack
-from train.parallel import join, leave, shard
+from train.parallel import join, leave, let_go, shard
 from train.weights import load_model
 
 
@@ -39,6 +39,7 @@ if __name__ == "__main__":
     try:
         main(*sys.argv[1:])
     except PipelineError as error:
+        let_go(error)
         print(f"error: {error}", file=sys.stderr)
         leave()
         sys.exit(1)

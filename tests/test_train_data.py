@@ -21,7 +21,8 @@ from train.parallel import ALONE
 from train.sources import PlannedSource
 from train.weights import load_model
 
-SECTION = TrainSection(batch_tokens=700, packs_per_step=4, max_bad_fraction=0.2)
+BUDGET = 700
+SECTION = TrainSection(batch_tokens=BUDGET, packs_per_step=4, max_bad_fraction=0.2)
 CPU = torch.device("cpu")
 
 
@@ -82,7 +83,7 @@ def test_going_on_at_every_step_reads_the_same_packs(dataset, builder):
 def test_lengths_in_the_plan_are_those_of_the_sequences(dataset, builder):
     source = open_source(dataset, builder)
     for delivery in itertools.islice(source.deliveries(0, Share()), 8):
-        assert delivery.batch.num_tokens <= SECTION.batch_tokens
+        assert delivery.batch.num_tokens <= BUDGET
     total = sum(
         d.batch.num_tokens for d in itertools.islice(source.deliveries(0, Share()), source.planner.num_packs(0))
     )

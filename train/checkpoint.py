@@ -179,12 +179,17 @@ def reason(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+def read_identity(folder: Path) -> Identity:
+    """What a checkpoint's run is made of. Raises ShardError when the file is not readable."""
+    return read_record(folder / "identity.json", Identity)
+
+
 def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, identity: Identity, world: World) -> int:
     """Load weights and optimizer; returns the number of finished steps. Every rank must call this.
 
     Raises CheckpointError when the checkpoint belongs to another run, naming both values, or cannot be read.
     """
-    _check_identity(folder, read_record(folder / "identity.json", Identity), identity)
+    _check_identity(folder, read_identity(folder), identity)
     state = {
         "model": get_model_state_dict(model, options=ONLY_TRAINABLE),
         "optimizer": get_optimizer_state_dict(model, optimizer, options=ONLY_TRAINABLE),

@@ -22,7 +22,7 @@ STOPPED = 143  # 128 + SIGTERM, as shells report a process ended by it
 @click.option("--resume", default="auto", metavar="auto|never|PATH", help="Go on from RUN's newest checkpoint.")
 @click.option("--learning-rate", type=float, help="Sets train.learning_rate.")
 @click.option("--num-epochs", type=int, help="Sets train.num_epochs.")
-@click.option("--batch-tokens", type=int, help="Sets train.batch_tokens.")
+@click.option("--batch-tokens", metavar="INTEGER|auto", help="Sets train.batch_tokens.")
 @click.option("--gradient-accumulation-steps", type=int, help="Sets train.packs_per_step.")
 @click.option("--wandb/--no-wandb", "use_wandb", default=None, help="Sets wandb.mode to online or off.")
 @click.option("--wandb-project", help="Sets wandb.project.")
@@ -90,7 +90,7 @@ def tell(error: Exception) -> NoReturn:
 def flag_overrides(
     learning_rate: float | None = None,
     num_epochs: int | None = None,
-    batch_tokens: int | None = None,
+    batch_tokens: str | None = None,
     gradient_accumulation_steps: int | None = None,
     use_wandb: bool | None = None,
     wandb_project: str | None = None,

@@ -34,7 +34,8 @@ class LossSection(msgspec.Struct, frozen=True, kw_only=True):
 
 class TrainSection(msgspec.Struct, frozen=True, kw_only=True):
     seed: NonNegative = 0
-    batch_tokens: Positive = 16384
+    batch_tokens: Positive | Literal["auto"] = 16384  # "auto": the most that fits
+    memory_share: Annotated[float, msgspec.Meta(gt=0.0, le=1.0)] = 0.9  # of the free memory that a step may take
     max_supervised_tokens: NonNegative = 0  # of a pack; 0: no limit of its own
     max_references: NonNegative = 0  # of a pack; 0: no limit
     packs_per_step: Positive = 8
@@ -65,7 +66,7 @@ class TrainSection(msgspec.Struct, frozen=True, kw_only=True):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # bf16 on CUDA, fp32 on CPU
     shard_base: bool = False
-    activation_checkpointing: Literal["off", "full"] = "off"
+    activation_checkpointing: Literal["auto", "off", "full"] = "auto"  # only if packs would not fit otherwise
     compile: Literal["auto", "on", "off", "aot_eager"] = "auto"  # on CUDA; "aot_eager": graphs without generated code
 
 

@@ -162,6 +162,26 @@ def deliver(group: list[Built], epoch: int) -> Delivery:
     return Delivery(pack(sequences, [item.speaker for item, _ in sound], keys), epoch, faults)
 
 
+def read_pack(
+    reader: SampleReader, index: np.ndarray, rows: np.ndarray, builder: SequenceBuilder, num_samples: int
+) -> PackedBatch:
+    """A pack of the first sound samples of these rows, read here and now. Raises ShardError when there is none."""
+    found, reasons = [], []
+    for row in rows:
+        try:
+            sample = reader.read(index[row])
+        except ShardError as error:
+            reasons.append(str(error))
+            continue
+        found.append((builder.training(sample), int(index[row]["speaker"]), sample.key))
+        if len(found) == num_samples:
+            break
+    if not found:
+        raise ShardError(f"none of the first {len(rows)} samples is readable; the first: {reasons[0]}")
+    sequences, speakers, keys = zip(*found, strict=True)
+    return pack(list(sequences), list(speakers), list(keys))
+
+
 # --- loaders --------------------------------------------------------------------------------------------------------
 
 

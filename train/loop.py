@@ -24,16 +24,17 @@ from shards.writer import write_bytes, write_json
 from train import checkpoint, preflight
 from train.build import build_model
 from train.conditioning import decide_conditioning
-from train.config import TrainConfig
+from train.config import TrainConfig, TrainSection
 from train.data import Share
 from train.feed import Feed
 from train.held_out import Evaluation
 from train.listening import Listening, open_listening
 from train.lora import lora_parameters, trainable_table
+from train.memory import settle_budget
 from train.metrics import Metrics, console_line, held_out_history, log, open_log, start_wandb
 from train.model import HiggsAudio
 from train.optim import learning_rate_at, make_optimizer
-from train.parallel import World, join, leave, shorten_timeout
+from train.parallel import World, join, leave, let_go, shorten_timeout
 from train.plan import PLAN_VERSION
 from train.signals import Stopped, StopSignal
 from train.sources import PlannedSource
@@ -60,7 +61,11 @@ def train(config: TrainConfig, shards: str | Path, run_dir: Path, options: RunOp
     try:
         with StopSignal() as signals:
             return run(config, shards, run_dir, options, world, signals)
+    except PipelineError as error:
+        let_go(error)
+        raise
     except torch.OutOfMemoryError as error:
+        let_go(error)
         raise PipelineError(
             f"rank {world.rank}: the GPU's memory does not hold packs of train.batch_tokens = {config.train.batch_tokens} "
             f"({str(error).splitlines()[0][:160]}); halve it and double train.packs_per_step, which trains nearly the same, "
@@ -83,23 +88,19 @@ def run(
     conditioning = source.check(expected, decide_conditioning(config.sequence, config.features, base_dir))
     sequence = msgspec.structs.replace(config.sequence, conditioning=conditioning.name)
     config = msgspec.structs.replace(config, sequence=sequence)  # "auto" is decided from here on
-
-    # 2. The plan: every epoch follows from lengths and seed alone. The ranks must agree on it.
-    section = config.train
     builder = SequenceBuilder(load_tokenizer(base_dir), config.sequence)
-    source.prepare(builder, run_dir / "plan.json", world)
-    total_steps = source.total_steps
-    world.require_equal(source.facts(0))
 
-    # 3. The run directory and where to start from.
+    # 2. The run directory, and where to start from.
+    section = config.train
     open_log(run_dir, world.rank)
     start_from = find_start(run_dir, options.resume, world)
-    source.describe()
-    evaluation = source.evaluation(world)
-    to_hear = source.to_hear(section.listening_samples) if world.is_first and section.listening_samples else []
-    listening = open_listening(to_hear, builder, codec_dir, run_dir, world)
     log.info("layout %s, %s", config.sequence.layout, conditioning)
     log.info("%s", world)
+
+    # 3. The plan: every epoch follows from lengths, seed and pack budget. "auto" is measured when the model is here.
+    wanted = wanted_budget(section, start_from)
+    if wanted:
+        prepare(source, builder, wanted, run_dir, world)
     tracked = world.is_first and not options.dry_run  # asked now: a missing key must not wait for the model
     wandb_run = start_wandb(run_dir, config.wandb, msgspec.to_builtins(config)) if tracked else None
 
@@ -109,7 +110,20 @@ def run(
     describe_model(model)
     optimizer = make_optimizer([parameter for _, parameter in lora_parameters(model)], section)
 
-    # 5. Preflight: what would train to a silent model is found here.
+    # 5. Memory: what a step needs is measured; a budget that does not fit ends here.
+    budget = settle_budget(model, source.packs(builder), config, world, wanted)
+    section = msgspec.structs.replace(
+        section,
+        batch_tokens=budget.batch_tokens,
+        activation_checkpointing="full" if budget.recomputes else "off",
+    )
+    config = msgspec.structs.replace(config, train=section)  # from here on nothing is "auto"
+    if not wanted:
+        prepare(source, builder, budget.batch_tokens, run_dir, world)
+    total_steps = source.total_steps
+    evaluation = source.evaluation(world)
+
+    # 6. Preflight: what would train to a silent model is found here.
     trial = start_terms = None
     if options.skip_preflight:
         log.info("preflight skipped: --skip-preflight")
@@ -120,16 +134,18 @@ def run(
         log.info("dry run: everything fits together; nothing was trained")
         return None
 
-    # 6. Resume, or begin.
+    # 7. Resume, or begin.
     identity = make_identity(config, source.digest)
     config_toml = to_toml(config)
     step = checkpoint.restore(start_from, model, optimizer, identity, world) if start_from else 0
     world.require_equal({"the first step": str(step)})
     metrics = begin_run(config, run_dir, step, wandb_run) if world.is_first else None
+    to_hear = source.to_hear(section.listening_samples) if world.is_first and section.listening_samples else []
+    listening = open_listening(to_hear, builder, codec_dir, run_dir, world)
     saver = checkpoint.Checkpoints(run_dir, world, lora_config, identity, config_toml, section.keep_checkpoints)
     log.info("step %d of %d%s", step, total_steps, f", resumed from {start_from}" if start_from else "")
 
-    # 7. Steps.
+    # 8. Steps.
     deliveries = source.deliveries(step, Share(world.rank, world.size, section.num_workers))
     feed = Feed(deliveries, section.packs_per_step, step, world, source.limits())
     clock = StepClock(model, world)
@@ -170,7 +186,7 @@ def run(
         if step % section.save_every == 0 and step < total_steps:
             saver.save(step, model, optimizer, values)
 
-    # 8. Done, or asked to stop: the last checkpoint must succeed.
+    # 9. Done, or asked to stop: the last checkpoint must succeed.
     last = start_from
     if step > first_step:
         last = saver.save(step, model, optimizer, values)
@@ -190,10 +206,28 @@ def run(
 # --- around the loop ------------------------------------------------------------------------------------------------
 
 
+def wanted_budget(section: TrainSection, start_from: Path | None) -> int | None:
+    """Tokens per pack as asked for; "auto" in a run that goes on is what it was before. None: to be found."""
+    if section.batch_tokens != "auto":
+        return section.batch_tokens
+    return checkpoint.read_identity(start_from).batch_tokens if start_from else None
+
+
+def prepare(
+    source: PlannedSource | StreamedSource, builder: SequenceBuilder, batch_tokens: int, run_dir: Path, world: World
+) -> None:
+    """Plan, and see that the ranks have the same plan."""
+    source.prepare(builder, batch_tokens, run_dir / "plan.json", world)
+    world.require_equal(source.facts(0))
+    source.describe()
+
+
 def begin_run(config: TrainConfig, run_dir: Path, step: int, wandb_run: Any) -> Metrics:
     """What the first rank leaves in the run directory before it trains."""
     write_bytes(run_dir / "config.toml", to_toml(config).encode())
     write_json(run_dir / "environment.json", environment())
+    if wandb_run:
+        wandb_run.config.update(msgspec.to_builtins(config), allow_val_change=True)  # what was "auto" is known now
     return Metrics(run_dir, step, wandb_run, config.train.tensorboard)
 
 
@@ -228,12 +262,14 @@ def find_start(run_dir: Path, resume: str, world: World) -> Path | None:
 
 
 def make_identity(config: TrainConfig, dataset_digest: str) -> checkpoint.Identity:
+    batch_tokens = config.train.batch_tokens
+    assert batch_tokens != "auto", "settled before"
     return checkpoint.Identity(
         dataset_digest=dataset_digest,
         model_base=config.model.base,
         lora=msgspec.to_builtins(config.lora),
         seed=config.train.seed,
-        batch_tokens=config.train.batch_tokens,
+        batch_tokens=batch_tokens,
         packs_per_step=config.train.packs_per_step,
         max_supervised_tokens=config.train.max_supervised_tokens,
         max_references=config.train.max_references,

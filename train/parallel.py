@@ -9,7 +9,9 @@ pass. One process on CPU needs none of this and runs without a process group.
 from __future__ import annotations
 
 import atexit
+import gc
 import os
+import traceback
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -133,6 +135,12 @@ def leave() -> None:
     """Give the process group back; without this NCCL warns at exit."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def let_go(error: BaseException) -> None:
+    """Free what the frames of a failed run hold, sharded models before all: groups that outlive `leave` abort the process."""
+    traceback.clear_frames(error.__traceback__)
+    gc.collect()
 
 
 def shorten_timeout() -> None:

@@ -15,18 +15,19 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from shards.errors import ConfigError, ShardError
+from shards.errors import ConfigError
 from shards.manifest import Fingerprints, check_fingerprints, open_dataset
 from shards.reader import SampleReader
 from shards.sample import Sample
 from shards.sequence import SequenceBuilder
 from train.conditioning import Conditioning, fit_to_shards
 from train.config import TrainSection
-from train.data import Delivery, Share, planned_deliveries
+from train.data import Delivery, Share, planned_deliveries, read_pack
 from train.feed import Limits
+from train.heaviest import PackSource, PlannedPacks
 from train.held_out import Evaluation, choose_speakers, of_speakers
 from train.listening import choose_samples
-from train.packing import PackedBatch, pack
+from train.packing import PackedBatch
 from train.parallel import ALONE, World
 from train.plan import Keep, Planner, PlanSettings
 from train.remote import CachedReader, RemoteShards, is_remote
@@ -59,9 +60,23 @@ class PlannedSource:
             self._validation.check(expected, conditioning)
         return fit_to_shards(conditioning, self.dataset, self.index)
 
-    def prepare(self, builder: SequenceBuilder, counts_path: Path | None = None, world: World = ALONE) -> None:
-        """Plan. `counts_path`: where the first rank keeps the pack counts of epochs."""
+    def packs(self, builder: SequenceBuilder) -> PackSource:
+        """Packs to measure memory with, before anything is planned."""
+        section = msgspec.structs.replace(self._section, batch_tokens=1)
+        return PlannedPacks(self.reader, self.index, builder, plan_settings(section))
+
+    def prepare(
+        self,
+        builder: SequenceBuilder,
+        batch_tokens: int | None = None,
+        counts_path: Path | None = None,
+        world: World = ALONE,
+    ) -> None:
+        """Plan. `batch_tokens`: the budget where the section says "auto"; `counts_path`: where the first rank keeps the pack
+        counts of epochs."""
         self._builder = builder
+        if batch_tokens:
+            self._section = msgspec.structs.replace(self._section, batch_tokens=batch_tokens)
         fraction, keep = self._section.validation_fraction, None
         if fraction:
             self._held_out = choose_speakers(self.index, self._section.seed, fraction)
@@ -85,17 +100,20 @@ class PlannedSource:
 
     def evaluation(self, world: World) -> Evaluation | None:
         """The held-out packs; None where nothing is held out."""
+        budget = self.planner.settings.batch_tokens
         if self._validation:
-            return self._validation.held_out_packs(self._builder, world, None)
+            return self._validation.held_out_packs(self._builder, world, None, budget)
         if self._held_out is not None:
-            return self.held_out_packs(self._builder, world, of_speakers(self._held_out, inside=True))
+            return self.held_out_packs(self._builder, world, of_speakers(self._held_out, inside=True), budget)
         return None
 
-    def held_out_packs(self, builder: SequenceBuilder, world: World, keep: Keep | None) -> Evaluation:
+    def held_out_packs(
+        self, builder: SequenceBuilder, world: World, keep: Keep | None, batch_tokens: int
+    ) -> Evaluation:
         """One pass over the kept rows in a fixed order, filled up so that ranks stay in step. Raises ConfigError."""
         settings = PlanSettings(
             seed=0,
-            batch_tokens=self._section.batch_tokens,
+            batch_tokens=batch_tokens,
             packs_per_step=world.size,
             max_references=self._section.max_references,
         )
@@ -133,8 +151,8 @@ class PlannedSource:
             planner.num_samples,
             planner.num_tokens,
             num_packs,
-            section.batch_tokens,
-            100 * planner.num_tokens / (num_packs * section.batch_tokens),
+            planner.settings.batch_tokens,
+            100 * planner.num_tokens / (num_packs * planner.settings.batch_tokens),
             planner.num_steps(0),
             self.total_steps,
         )
@@ -205,6 +223,7 @@ def validation_source(section: TrainSection) -> PlannedSource | None:
 
 
 def plan_settings(section: TrainSection) -> PlanSettings:
+    assert isinstance(section.batch_tokens, int), '"auto" is settled before anything is planned'
     return PlanSettings(
         seed=section.seed,
         batch_tokens=section.batch_tokens,
@@ -214,23 +233,3 @@ def plan_settings(section: TrainSection) -> PlanSettings:
         window_samples=section.shuffle_window,
         order=section.order,
     )
-
-
-def read_pack(
-    reader: SampleReader, index: np.ndarray, rows: np.ndarray, builder: SequenceBuilder, num_samples: int
-) -> PackedBatch:
-    """A pack of the first sound samples of these rows, read here and now. Raises ShardError when there is none."""
-    found, reasons = [], []
-    for row in rows:
-        try:
-            sample = reader.read(index[row])
-        except ShardError as error:
-            reasons.append(str(error))
-            continue
-        found.append((builder.training(sample), int(index[row]["speaker"]), sample.key))
-        if len(found) == num_samples:
-            break
-    if not found:
-        raise ShardError(f"none of the first {len(rows)} samples is readable; the first: {reasons[0]}")
-    sequences, speakers, keys = zip(*found, strict=True)
-    return pack(list(sequences), list(speakers), list(keys))

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import fsspec
+import msgspec
 import numpy as np
 import torch
 from webdataset.compat import WebDataset
@@ -35,6 +36,7 @@ from train.conditioning import Conditioning
 from train.config import TrainSection
 from train.data import Built, Delivery, Fault, RawSample, Share, build_sequences, deliver, run_pipeline
 from train.feed import Limits
+from train.heaviest import PackSource, StreamedPacks
 from train.held_out import Evaluation
 from train.packing import PackedBatch
 from train.parallel import ALONE, World
@@ -71,8 +73,22 @@ class StreamedSource:
             self._validation.check(expected, conditioning)
         return conditioning
 
-    def prepare(self, builder: SequenceBuilder, counts_path: Path | None = None, world: World = ALONE) -> None:
+    def packs(self, builder: SequenceBuilder) -> PackSource:
+        """Packs to measure memory with: of the first sound samples, in the order of the list."""
+        built = build_sequences(builder)(read_shards(self.urls))
+        return StreamedPacks(lambda: (item.sequence for item in built if item.sequence))
+
+    def prepare(
+        self,
+        builder: SequenceBuilder,
+        batch_tokens: int | None = None,
+        counts_path: Path | None = None,
+        world: World = ALONE,
+    ) -> None:
+        """`batch_tokens`: the budget where the section says "auto"; there is nothing to count."""
         self._builder = builder
+        if batch_tokens:
+            self._section = msgspec.structs.replace(self._section, batch_tokens=batch_tokens)
         self.total_steps = self._section.max_steps
 
     def describe(self) -> None:
@@ -98,7 +114,8 @@ class StreamedSource:
         """The first sound samples of the stream. Raises ShardError when a whole pass has none."""
         raws = StreamedSamples(self.urls, self._section.seed, 0, Share())
         built = build_sequences(self._builder)(raws)
-        sound = (item for item in built if item.sequence and len(item.sequence) <= self._section.batch_tokens)
+        longest = plan_settings(self._section).batch_tokens
+        sound = (item for item in built if item.sequence and len(item.sequence) <= longest)
         first = list(itertools.islice(sound, num_samples))
         return deliver(first, 0).batch
 
@@ -129,7 +146,10 @@ class StreamedSource:
         return {"the list of shards": self.digest, "the settings of packs": settings}
 
     def evaluation(self, world: World) -> Evaluation | None:
-        return self._validation.held_out_packs(self._builder, world, None) if self._validation else None
+        if self._validation is None:
+            return None
+        budget = plan_settings(self._section).batch_tokens
+        return self._validation.held_out_packs(self._builder, world, None, budget)
 
 
 # --- stages ---------------------------------------------------------------------------------------------------------

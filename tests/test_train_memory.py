@@ -1,0 +1,208 @@
+"""The pack budget: the search on made-up memories, the heaviest pack, and the real measurement through the command."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+
+from shards.config import SequenceSection, read_config
+from shards.errors import ConfigError
+from shards.reader import SampleReader
+from shards.sequence import SequenceBuilder
+from train.best_fit import PlanSettings
+from train.checkpoint import complete_checkpoints, read_identity
+from train.config import TrainConfig
+from train.heaviest import PackCosts, PlannedPacks
+from train.loop import RunOptions, train
+from train.memory import CLOSE, GROWTH, ROUND, Found, HostMemory, largest_budget
+
+MB = 1_000_000
+
+
+class Recorded:
+    """A memory that follows a formula, and the budgets that were tried on it."""
+
+    def __init__(self, formula) -> None:
+        self.formula = formula
+        self.tried: list[int] = []
+
+    def __call__(self, budget: int) -> int:
+        self.tried.append(budget)
+        return int(self.formula(budget))
+
+
+@pytest.mark.parametrize(
+    "formula",
+    [
+        lambda n: 900 * MB + 0.05 * MB * n,
+        lambda n: 900 * MB + 0.2 * MB * n**0.8,  # less and less per token
+        lambda n: 1500 * MB + 0.001 * MB * n,  # nearly all of it does not grow
+    ],
+)
+def test_the_search_finds_the_largest_from_below(formula):
+    memory = Recorded(formula)
+    room = 2000 * MB
+    found = largest_budget(memory, idle=800 * MB, room=room, first=1000, most=1 << 20)
+    assert found.peak == int(formula(found.budget)) <= room
+    assert formula(int(found.budget * CLOSE**2) + 2 * ROUND) > room, "a larger one would have fitted"
+    assert all(int(formula(budget)) <= room for budget in memory.tried), "nothing is tried that may run out of memory"
+    assert memory.tried[-1] == found.budget, "what is in force was itself measured"
+    assert all(after <= GROWTH * before for before, after in zip(memory.tried[:-1], memory.tried[1:], strict=True))
+
+
+def test_a_memory_that_grows_faster_than_tokens_is_found_too():
+    """A cliff behind 5000 tokens, and a square: one probe may be too large, and the search comes back."""
+    square = Recorded(lambda n: 900 * MB + 0.03 * MB * n + 2.0 * n * n)
+    found = largest_budget(square, idle=800 * MB, room=2000 * MB, first=1000, most=1 << 20)
+    assert square.formula(found.budget) <= 2000 * MB < square.formula(int(found.budget * CLOSE**2) + 2 * ROUND)
+    memory = Recorded(lambda n: 900 * MB + 0.01 * MB * n + (5000 * MB if n > 5000 else 0))
+    found = largest_budget(memory, idle=900 * MB, room=2000 * MB, first=1000, most=1 << 20)
+    assert 5000 / CLOSE - ROUND <= found.budget <= 5000
+
+
+def test_no_search_beyond_what_was_asked_for():
+    memory = Recorded(lambda n: 900 * MB + 0.01 * MB * n)
+    assert largest_budget(memory, 900 * MB, 2000 * MB, first=2048, most=16384).budget == 16384
+    assert memory.tried == [2048, 8192, 16384]
+    assert largest_budget(memory, 900 * MB, 905 * MB, first=2048, most=16384) == Found(0, 900 * MB + 20480000)
+
+
+def test_the_heaviest_pack_is_the_one_with_most_to_learn(make_dataset, make_sample, tokenizer, tmp_path):
+    """Packs of as many tokens, but logits are made for targets only: short samples with long targets weigh most."""
+    frames = [(6, 100)] * 12 + [(400, 6)] * 6
+    dataset = make_dataset(tmp_path, [make_sample(seed, *pair) for seed, pair in enumerate(frames)])
+    builder = SequenceBuilder(tokenizer, SequenceSection())
+    index = np.load(dataset / "index.npy")
+    packs = PlannedPacks(SampleReader(dataset), index, builder, PlanSettings(0, 1, 2, order="short_to_long"))
+    assert packs.longest() == builder.lengths(index).max()
+    light, heavy = PackCosts(token=1, place=0, target=0), PackCosts(token=1, place=0, target=1000)
+    budget = 2 * packs.longest()
+    heaviest = packs.heaviest_pack(budget, heavy)
+    assert heaviest.num_tokens <= budget
+    assert len(heaviest.audio_rows) > 1.5 * len(packs.heaviest_pack(budget, light).audio_rows)
+
+
+def test_the_host_tells_what_was_really_taken():
+    memory = HostMemory()
+    before = memory.in_use()
+    size = 300 * MB
+    peak = memory.peak_of(lambda: print(torch.ones(size // 4).sum()))
+    assert 0.99 * size < peak - before < 1.2 * size + 50 * MB
+    assert memory.in_use() < before + 0.2 * size, "and given back"
+    assert memory.room(0.5) - memory.in_use() < memory.room(1.0) - memory.in_use()
+
+
+# --- through the real loop ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory, make_dataset, make_sample) -> Path:
+    samples = [make_sample(seed, 100, 150) for seed in range(64)]
+    return make_dataset(tmp_path_factory.mktemp("dataset"), samples)
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_dir: Path):
+    def make(*overrides: str) -> TrainConfig:
+        quick = ["train.packs_per_step=2", "train.max_steps=2", "train.save_every=1", "train.log_every=1"]
+        quick += ["train.num_workers=0", "train.listening_samples=0", "train.device=cpu", "lora.rank=4"]
+        return read_config(TrainConfig, tiny_dir / "pipeline.toml", [*quick, *overrides])
+
+    return make
+
+
+@pytest.fixture
+def small_room(monkeypatch):
+    """A function MB: room for so much more than is in use now, as a small device has."""
+
+    def limit(megabytes: int) -> None:
+        monkeypatch.setattr(HostMemory, "room", lambda self, share: self.in_use() + megabytes * MB)
+
+    return limit
+
+
+def said(run: Path) -> str:
+    return (run / "logs" / "training.log").read_text()
+
+
+def test_auto_takes_what_fits_and_a_resumed_run_keeps_it(dataset, settings, small_room, tmp_path):
+    small_room(700)
+    run = tmp_path / "run"
+    auto = ("train.batch_tokens=auto", "train.activation_checkpointing=off")
+    train(settings(*auto, "train.max_steps=1"), dataset, run, RunOptions())
+    found = re.search(
+        r"train\.batch_tokens = (\d+) was found: a step of the heaviest pack takes (\S+) GB of", said(run)
+    )
+    assert found
+    budget = int(found[1])
+    resolved = read_config(TrainConfig, run / "config.toml").train
+    assert (resolved.batch_tokens, resolved.activation_checkpointing) == (budget, "off")
+    assert read_identity(complete_checkpoints(run)[0]).batch_tokens == budget
+    assert f"packs of up to {budget} tokens" in said(run)
+
+    small_room(2000)  # a larger device does not change what a step of this run is
+    train(settings(*auto), dataset, run, RunOptions())
+    assert "resumed from" in said(run)
+    assert read_identity(complete_checkpoints(run)[-1]).batch_tokens == budget
+
+    small_room(700)
+    with pytest.raises(ConfigError) as refused:
+        train(settings(f"train.batch_tokens={2 * budget}", auto[1]), dataset, tmp_path / "other", RunOptions())
+    largest = re.search(
+        r"the largest that fits is (\d+): set it, and train\.packs_per_step to about", str(refused.value)
+    )
+    assert largest, refused.value
+    assert 0.7 * budget < int(largest[1]) < 1.4 * budget, "two measurements of the same memory"
+    assert 'or train.activation_checkpointing = "full"' in str(refused.value)
+
+
+def test_layers_are_recomputed_only_if_packs_do_not_fit_otherwise(dataset, settings, small_room, tmp_path):
+    small_room(100_000)
+    train(settings("train.batch_tokens=6000"), dataset, tmp_path / "roomy", RunOptions(dry_run=True))
+    assert "recomputed" not in said(tmp_path / "roomy")
+    taken = re.search(r"heaviest pack takes (\S+) GB", said(tmp_path / "roomy"))
+    assert taken
+    whole = int(1000 * float(taken[1]))
+
+    in_use = HostMemory().in_use() // MB
+    small_room(int(0.92 * (whole - in_use)))  # the tiny model's heads are most of it, and they are made in any case
+    run = tmp_path / "tight"
+    train(settings("train.batch_tokens=6000"), dataset, run, RunOptions())
+    assert re.search(r"layers are recomputed in backward.*only \d+ tokens fit", said(run))
+    assert read_config(TrainConfig, run / "config.toml").train.activation_checkpointing == "full"
+
+
+def test_not_even_one_sample_fits(dataset, settings, small_room, tmp_path):
+    small_room(1)
+    with pytest.raises(ConfigError, match=r"not even \d+ fits, which takes .* GB: the data's longest samples must fit"):
+        train(settings("train.batch_tokens=auto"), dataset, tmp_path / "run", RunOptions())
+
+
+def test_a_stream_is_measured_too(dataset, settings, small_room, tmp_path):
+    small_room(700)
+    streamed = ("train.loader=stream", "train.shuffle_buffer=4", "train.batch_tokens=auto")
+    train(settings(*streamed, "train.activation_checkpointing=off"), dataset, tmp_path / "run", RunOptions())
+    assert "was found" in said(tmp_path / "run")
+
+
+def test_probing_leaves_training_as_it_was(dataset, settings, tmp_path, monkeypatch):
+    """The same losses to the last bit, with dropout, whether memory was measured or not."""
+    import json
+
+    losses = []
+    for name in ("measured", "not measured"):
+        if name == "not measured":
+            monkeypatch.setattr("train.memory.meter_of", lambda device: None)
+        run = tmp_path / name
+        train(settings("lora.dropout=0.1", "train.batch_tokens=3000"), dataset, run, RunOptions())
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        losses.append([(line["loss/total_loss"], line["metrics/grad_norm"]) for line in lines])
+    assert losses[0] == losses[1]
+    auto = settings("train.batch_tokens=auto")
+    with pytest.raises(ConfigError, match="needs a CUDA device or Linux to measure memory; give a number"):
+        train(msgspec.structs.replace(auto), dataset, tmp_path / "unknown", RunOptions())
