@@ -23,6 +23,7 @@ from train.packing import PackedBatch, pack
 from train.plan import CHUNK, Planner
 
 FIRST_SAMPLES = 1 << 18  # samples are in one seeded shuffle since stage one: the first are like the rest
+FIRST_REMOTE_SAMPLES = 1 << 11  # behind a URL: a pack of samples from 256 shards would fetch as many
 ENOUGH_PACKS = 256  # small sets are planned for some epochs until so many packs are seen
 MOST_EPOCHS = 4
 STREAMED_SAMPLES = 512  # read from a stream for the purpose
@@ -65,12 +66,17 @@ class PlannedPacks:
     """Of a data set with an index."""
 
     def __init__(
-        self, reader: SampleReader, index: np.ndarray, builder: SequenceBuilder, settings: PlanSettings
+        self,
+        reader: SampleReader,
+        index: np.ndarray,
+        builder: SequenceBuilder,
+        settings: PlanSettings,
+        first_samples: int = FIRST_SAMPLES,
     ) -> None:
-        """`settings`: their budget is replaced by whichever is asked for."""
+        """`settings`: their budget is replaced by whichever is asked for. `first_samples`: how many are looked at."""
         self._reader = reader
         self._index = index
-        self._first = index[:FIRST_SAMPLES]
+        self._first = index[:first_samples]
         self._builder = builder
         self._settings = settings
 

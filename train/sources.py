@@ -24,7 +24,7 @@ from train.conditioning import Conditioning, fit_to_shards
 from train.config import TrainSection
 from train.data import Delivery, Share, planned_deliveries, read_pack
 from train.feed import Limits
-from train.heaviest import PackSource, PlannedPacks
+from train.heaviest import FIRST_REMOTE_SAMPLES, FIRST_SAMPLES, PackSource, PlannedPacks
 from train.held_out import Evaluation, choose_speakers, of_speakers
 from train.listening import choose_samples
 from train.packing import PackedBatch
@@ -63,7 +63,8 @@ class PlannedSource:
     def packs(self, builder: SequenceBuilder) -> PackSource:
         """Packs to measure memory with, before anything is planned."""
         section = msgspec.structs.replace(self._section, batch_tokens=1)
-        return PlannedPacks(self.reader, self.index, builder, plan_settings(section))
+        first_samples = FIRST_REMOTE_SAMPLES if self._remote else FIRST_SAMPLES
+        return PlannedPacks(self.reader, self.index, builder, plan_settings(section), first_samples)
 
     def prepare(
         self,
