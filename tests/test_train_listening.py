@@ -151,3 +151,48 @@ def test_a_stream_speaks_too(dataset, settings, tmp_path):
     streamed = ["train.loader=stream", "train.shuffle_buffer=4", "train.max_steps=1", "train.listening_samples=3"]
     train(settings(*streamed), dataset, tmp_path / "run", RunOptions())
     assert len(list((tmp_path / "run" / "listening").glob("*/step-000001.wav"))) == 3
+
+
+def test_a_signal_breaks_off_evaluation_and_speech_but_not_the_checkpoint(dataset, settings, tmp_path, monkeypatch):
+    """A signal in the middle of an evaluation: nothing more is evaluated or spoken, and the run saves and stops."""
+    import os
+    import signal
+
+    from train import held_out, listening
+    from train.signals import Stopped
+
+    asked = []
+    whole = held_out.Evaluation.losses
+
+    def signalled(self, model, section, interrupted):
+        os.kill(os.getpid(), signal.SIGTERM)
+        asked.append(whole(self, model, section, interrupted))
+        return asked[-1]
+
+    spoken = []
+    monkeypatch.setattr(held_out.Evaluation, "losses", signalled)
+    monkeypatch.setattr(listening.Listening, "_write", lambda self, sample, name, codes: spoken.append(name))
+    run = tmp_path / "run"
+    with pytest.raises(Stopped, match="stopped by a signal after step 2"):
+        train(settings("train.listening_samples=2", "train.validation_fraction=0.3"), dataset, run, RunOptions())
+    assert asked == [{}]
+    assert set(spoken) == {"reference.wav", "target.wav", "step-000000.wav"}
+    assert (run / "checkpoints" / "checkpoint-2" / "COMPLETE").is_file()
+    assert "broken off by the signal" in (run / "logs" / "training.log").read_text()
+    assert "eval/speech_ended" not in lines(run)[-1]
+
+
+def test_speech_is_broken_off_within_a_second_of_it(model_dir, tokenizer, make_sample):
+    import torch
+
+    from shards.config import SequenceSection
+    from shards.sequence import SequenceBuilder
+    from train.generate import generate
+    from train.weights import load_model
+
+    model = load_model(model_dir, torch.float32)
+    prompt = SequenceBuilder(tokenizer, SequenceSection()).prompt(make_sample(0))
+    asked = iter([False, True])
+    speech = generate(model, prompt, 200, interrupted=lambda: next(asked))
+    assert not speech.stopped
+    assert 25 <= speech.codes.shape[1] <= 50

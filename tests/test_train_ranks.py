@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.torch import load_file
+
+from train.launch import first_host, slurm_ranks
 
 STEPS = 5
 
@@ -148,6 +152,49 @@ def test_a_file_named_train_in_the_current_folder_is_not_run_instead(train_comma
     assert "2 ranks on cpu" in done.stderr
 
 
+SLURM = {
+    "SLURM_JOB_ID": "4711",
+    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x1)",
+    "SLURM_STEP_NODELIST": "localhost",
+}
+
+
+@pytest.mark.slow
+def test_tasks_of_a_slurm_step_join_each_other(alone, train_command, repository, tmp_path):
+    """What `srun --ntasks 2 train SHARDS RUN` starts: two tasks that know each other by Slurm's variables only."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])  # for the test: ports made from job numbers may be taken here
+    processes = []
+    for rank in "01":
+        command = [part for part in train_command(tmp_path / "run", 0) if part not in ("--gpus", "0")]
+        env = {**os.environ, **SLURM, "SLURM_PROCID": rank, "SLURM_LOCALID": rank, "MASTER_PORT": port}
+        env |= {"PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1"}
+        processes.append(subprocess.Popen(command, cwd=repository, env=env, stderr=subprocess.PIPE, text=True))
+    ended = [(process.communicate(timeout=240)[1], process.returncode) for process in processes]
+    assert [status for _, status in ended] == [0, 0], ended
+    assert "2 ranks on cpu" in ended[0][0]
+    np.testing.assert_allclose(history(tmp_path / "run"), history(alone), rtol=0, atol=1e-5)
+
+
+def test_slurms_variables_become_torchs():
+    task = {**SLURM, "SLURM_PROCID": "1", "SLURM_LOCALID": "1"}
+    assert slurm_ranks(task) == {
+        "RANK": "1",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "2",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "24711",
+    }
+    assert slurm_ranks({**task, "RANK": "0", "WORLD_SIZE": "8"}) == {}, "torchrun inside a step"
+    assert slurm_ranks({"SLURM_JOB_ID": "4711", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}) == {}, "a batch script"
+    assert slurm_ranks({**task, "MASTER_ADDR": "10.0.0.1"}).get("MASTER_ADDR") is None, "what the user says stays"
+    names = {"gpu[003-004,7],cpu1": "gpu003", "node1": "node1", "a,b": "a", "n[7,9]": "n7", "r[1-2]n": "r1n"}
+    assert {nodes: first_host(nodes) for nodes in names} == names
+
+
 # --- interruptions --------------------------------------------------------------------------------------------------
 
 LONG = ["train.max_steps=14", "train.save_every=2"]
@@ -224,7 +271,7 @@ def same_as_uninterrupted(run: Path, uninterrupted) -> None:
 def test_killed_outright_and_continued_with_other_numbers_of_ranks(start, train_run, uninterrupted, tmp_path):
     """kill -9 of everything at 2 ranks, then at 1, then to the end with 4."""
     run = tmp_path / "run"
-    for gpus, step in ((2, 5), (1, 9)):
+    for gpus, step in ((2, random.randint(3, 6)), (1, random.randint(7, 11))):
         process = start(run, gpus, *LONG)
         process.wait_for(f"step {step}/14")
         process.kill_all()
@@ -251,10 +298,10 @@ def test_one_rank_killed_ends_the_others_and_the_run_continues(start, train_run,
 @pytest.mark.slow
 @pytest.mark.parametrize(("gpus", "number"), [(1, signal.SIGTERM), (2, signal.SIGTERM), (2, signal.SIGUSR1)])
 def test_a_signal_saves_and_the_same_command_goes_on(start, train_run, uninterrupted, tmp_path, gpus, number):
-    """Sent to what the user started: the launcher passes it on to the ranks."""
+    """Sent to what the user started, at any step: the launcher passes it on to the ranks."""
     run = tmp_path / "run"
     process = start(run, gpus, *LONG)
-    process.wait_for("step 3/14")
+    process.wait_for(f"step {random.randint(2, 8)}/14")
     process.process.send_signal(number)
     status, messages = process.end(limit_s=60)
     assert status == 143, messages

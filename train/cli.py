@@ -43,8 +43,9 @@ def main(
     from shards.config import read_config
     from shards.errors import PipelineError
     from train.config import TrainConfig
-    from train.launch import WorkerFailed, die_with_launcher, is_worker, launch, num_processes
+    from train.launch import WorkerFailed, die_with_launcher, is_worker, launch, num_processes, slurm_ranks
 
+    os.environ.update(slurm_ranks(os.environ))
     try:
         config = read_config(TrainConfig, config_path, [*overrides, *flag_overrides(**flags)])
         if config.train.loader == "plan" and "://" not in shards:

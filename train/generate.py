@@ -11,6 +11,7 @@ drawn, so that none can end before the others.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +23,8 @@ from shards.sequence import STREAM_BOS, STREAM_EOS, Sequence, undelay
 from train.model import HiggsAudio
 from train.packing import pack
 from train.parallel import ALONE, World
+
+FRAMES_PER_SECOND = 25
 
 
 @dataclass(frozen=True)
@@ -47,9 +50,17 @@ class Speech:
 
 @torch.no_grad()
 def generate(
-    model: HiggsAudio, prompt: Sequence, max_frames: int, sampling: Sampling = GREEDY, world: World = ALONE
+    model: HiggsAudio,
+    prompt: Sequence,
+    max_frames: int,
+    sampling: Sampling = GREEDY,
+    world: World = ALONE,
+    interrupted: Callable[[], bool] = lambda: False,
 ) -> Speech:
-    """Continue a prompt until end of speech or `max_frames` frames (25 per second). Every rank must call this."""
+    """Continue a prompt until end of speech or `max_frames` frames (25 per second). Every rank must call this.
+
+    `interrupted` is asked after every second of speech, by every rank at the same column, with the same answer.
+    """
     device = model.audio_lm_head.weight.device
     num_codebooks = model.config.num_codebooks
     max_columns = max_frames + num_codebooks + 1
@@ -69,6 +80,8 @@ def generate(
     book = torch.arange(num_codebooks, device=device)
     stopped = False
     while not stopped and len(columns) < max_columns:
+        if len(columns) % FRAMES_PER_SECOND == 0 and interrupted():
+            break
         position = torch.tensor([cache.length], device=device)
         logits = model.next_logits(no_text, column[None], position, cache).float()  # [K, V]
         cache.advance(1)

@@ -98,10 +98,17 @@ class Evaluation:
     world: World
     max_bad_fraction: float
 
-    def losses(self, model: nn.Module, section: LossSection) -> dict[str, float]:
-        """Losses over all held-out packs of all ranks, under the names of the metrics. Raises PipelineError."""
+    def losses(
+        self, model: nn.Module, section: LossSection, interrupted: Callable[[], bool] = lambda: False
+    ) -> dict[str, float]:
+        """Losses over all held-out packs of all ranks, under the names of the metrics; none if it was interrupted.
+
+        `interrupted` is asked before every pack, by every rank, with the same answer. Raises PipelineError.
+        """
         with untouched(model, self.world.device):
-            mine = self._own(model, self.world.device)
+            mine = self._own(model, self.world.device, interrupted)
+        if mine is None:
+            return {}
         shares: list[Part] = self.world.gather(mine)
         num_samples, num_bad = (sum(values) for values in zip(*((s.samples, s.bad) for s in shares), strict=True))
         if num_bad > self.max_bad_fraction * (num_samples + num_bad):
@@ -128,11 +135,13 @@ class Evaluation:
             "eval/bad_samples": num_bad,
         }
 
-    def _own(self, model: nn.Module, device: torch.device) -> Part:
+    def _own(self, model: nn.Module, device: torch.device, interrupted: Callable[[], bool]) -> Part | None:
         sums = torch.zeros(2 + NUM_CODEBOOKS, dtype=torch.float64, device=device)
         counts = torch.zeros(2 + NUM_CODEBOOKS, dtype=torch.long)
         num_samples = num_bad = 0
         for delivery, batch in self._together(ahead(self.deliveries(), device)):
+            if interrupted():
+                return None
             part: LossSums = model(batch)
             sums += torch.cat((part.text[None], part.contrastive[None], part.audio)).double()
             host = delivery.batch

@@ -1,4 +1,4 @@
-"""Starts one process per GPU from the `train` command, with torch's own launcher; under torchrun or Slurm it does nothing.
+"""Starts one process per GPU from the `train` command, with torch's own launcher; under torchrun or srun it only joins.
 
 The workers run `python -m train` with the same arguments. PYTHONSAFEPATH keeps a `train.py` in the current folder from
 being run in place of this package. When a worker fails, the launcher ends the others; what the first one said stands
@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from shards.errors import ConfigError, PipelineError
@@ -20,8 +21,38 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def is_worker() -> bool:
-    """Whether this process was started by torchrun or joins a Slurm job that set torch's variables."""
+    """Whether this process was started by torchrun, or joins a Slurm step (`slurm_ranks`)."""
     return "WORLD_SIZE" in os.environ and "RANK" in os.environ
+
+
+def slurm_ranks(environment: Mapping[str, str]) -> dict[str, str]:
+    """torch's variables for a task of a Slurm step with several tasks, one per GPU; {} elsewhere.
+
+    Only srun sets SLURM_STEP_*; a batch script that runs `train` itself is not a task of a step. What is set already, as by
+    torchrun, is kept.
+    """
+    size = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
+    if size < 2 or "RANK" in environment:
+        return {}
+    number = int(environment.get("SLURM_JOB_ID", "0"))
+    found = {
+        "RANK": environment["SLURM_PROCID"],
+        "LOCAL_RANK": environment["SLURM_LOCALID"],
+        "LOCAL_WORLD_SIZE": environment.get("SLURM_STEP_TASKS_PER_NODE", str(size)).split("(")[0].split(",")[0],
+        "WORLD_SIZE": str(size),
+        "MASTER_ADDR": first_host(environment["SLURM_STEP_NODELIST"]),
+        "MASTER_PORT": str(20000 + number % 20000),  # jobs that share a node must not meet
+    }
+    return {name: value for name, value in found.items() if name not in environment}
+
+
+def first_host(nodes: str) -> str:
+    """The first name of a Slurm node list: "gpu[003-004,7],cpu1" -> "gpu003"."""
+    prefix, bracket, rest = nodes.split(",")[0].partition("[")
+    if not bracket:
+        return prefix
+    numbers, _, suffix = (rest if "]" in rest else nodes.partition("[")[2]).partition("]")
+    return prefix + numbers.split(",")[0].split("-")[0] + suffix.split(",")[0]
 
 
 def die_with_launcher() -> None:

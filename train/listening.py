@@ -12,6 +12,7 @@ GPUs need as long for it as one. Training is left as it was, to the last bit.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,14 +49,16 @@ class Listening:
     folder: Path
     world: World
 
-    def speak(self, step: int, model: HiggsAudio) -> dict[str, float]:
-        """Write step-N.wav for every sample; returns metrics. Every rank must call this."""
+    def speak(self, step: int, model: HiggsAudio, interrupted: Callable[[], bool]) -> dict[str, float]:
+        """Write step-N.wav for every sample; returns metrics, none if it was interrupted. Every rank must call this."""
         lengths, ended = [], []
         with untouched(model, self.world.device), torch.compiler.set_stance("force_eager"):
             for sample in self.samples:
                 target_frames = sample.target_codes.shape[1]
                 longest = round(LONGEST * target_frames) + SPARE_FRAMES
-                speech = generate(model, self.builder.prompt(sample), longest, SAMPLING, self.world)
+                speech = generate(model, self.builder.prompt(sample), longest, SAMPLING, self.world, interrupted)
+                if interrupted():
+                    return {}
                 self._write(sample, f"step-{step:06d}.wav", speech.codes)
                 lengths.append(speech.codes.shape[1] / max(1, target_frames))
                 ended.append(speech.stopped)

@@ -7,6 +7,7 @@ arithmetic: the plan says which packs make a step, ranks share them, and losses 
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,11 +152,15 @@ def run(
     clock = StepClock(model, world)
     watch = Watch(world.gather(held_out_history(run_dir, step))[0], section.patience, tells=world.is_first)
     values: dict[str, float] = {}
+
+    def interrupted() -> bool:
+        return signals.asked(world)
+
     if step == 0:
-        look(0, model, config, None, listening, metrics)  # the base model, to compare with
+        look(0, model, config, None, listening, metrics, interrupted)  # the base model, to compare with
     model.train()
     first_step, stopped = step, False
-    while step < total_steps and not (stopped := signals.asked(world)) and not watch.has_lost_patience:
+    while step < total_steps and not (stopped := interrupted()) and not watch.has_lost_patience:
         with clock.waiting():
             given = next(feed)
         learning_rate = learning_rate_at(step, total_steps, section)
@@ -175,7 +180,7 @@ def run(
             values = {"epoch": given.epoch, **result.values(world), "metrics/learning_rate": learning_rate}
             values |= {**clock.values(), **feed.values()}
             if looks:
-                values |= look(step, model, config, evaluation, listening, metrics)
+                values |= look(step, model, config, evaluation, listening, metrics, interrupted)
                 clock.restart()  # throughput is that of training
             if metrics:
                 metrics.write(step, values)
@@ -238,11 +243,17 @@ def look(
     evaluation: Evaluation | None,
     listening: Listening | None,
     metrics: Metrics | None,
+    interrupted: Callable[[], bool],
 ) -> dict[str, float]:
-    """Held-out losses and the listening set; every rank must call this. Returns metrics."""
-    values = evaluation.losses(model, config.loss) if evaluation else {}
+    """Held-out losses and the listening set; every rank must call this. Returns metrics.
+
+    A signal ends it early: who sends one kills half a minute later, and the checkpoint must be written before.
+    """
+    values = evaluation.losses(model, config.loss, interrupted) if evaluation else {}
     if listening:
-        values |= listening.speak(step, model)
+        values |= listening.speak(step, model, interrupted)
+    if interrupted():
+        log.info("step %d: held-out losses or speech were broken off by the signal", step)
     if listening and metrics:
         metrics.hear(step, listening.waves(step))
     return values

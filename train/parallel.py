@@ -110,8 +110,10 @@ def join(device: str, timeout: timedelta = LONG_TIMEOUT) -> World:
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     if kind == "cuda" and not torch.cuda.is_available():
         raise ConfigError('train.device = "cuda": torch finds no CUDA device here; use "auto" or "cpu"')
-    where = torch.device(kind, int(os.environ.get("LOCAL_RANK", "0"))) if kind == "cuda" else torch.device("cpu")
+    where = torch.device("cpu")
     if kind == "cuda":
+        # Slurm may show every task its own GPU only, which then is number 0.
+        where = torch.device(kind, int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         torch.cuda.set_device(where)
     launched = "WORLD_SIZE" in os.environ
     if not launched and kind == "cpu":
