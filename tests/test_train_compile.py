@@ -10,10 +10,13 @@ import torch
 
 from shards.config import SequenceSection
 from shards.sequence import SequenceBuilder
+from train.attention import Documents
 from train.build import prepare_blocks
 from train.config import LoraSection, LossSection
+from train.data import FILLER
 from train.lora import add_lora, lora_parameters
 from train.loss import LossCounts, step_losses
+from train.model import Heard
 from train.packing import pack
 from train.weights import load_model
 
@@ -53,6 +56,37 @@ def test_compiled_gradients_equal_eager_ones(model_dir, batches, recompute):
         torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-5 * scale, msg=name)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert 1 <= graphs <= 2, f"{graphs} graphs for 4 layers and 3 pack sizes"
+
+
+def test_every_situation_of_a_run_has_its_graph(model_dir, batches):
+    torch._dynamo.reset()
+    model = load_model(model_dir, torch.float32)
+    add_lora(model, LoraSection(rank=4), "base", seed=0)
+    prepare_blocks(model.model.layers, False, "eager")
+    packs = [batches[0], batches[2], pack([FILLER], [0], [])]  # several documents, one, none
+    for recompute in (False, True):
+        for layer in model.model.layers:
+            layer.recomputes = recompute
+        for batch in packs:
+            step_losses(model.train()(batch), LossCounts.of([batch]), LossSection(), ramp=1.0).total.backward()
+    with torch.no_grad():
+        for batch in packs:
+            model.eval()(batch)
+
+
+def test_the_first_layer_is_no_case_of_its_own_beside_a_projection_that_learns(model_dir, batches):
+    model = load_model(model_dir, torch.float32)
+    add_lora(model, LoraSection(rank=4), "base", seed=0)
+    embeddings = torch.zeros(1, model.config.hidden_size, requires_grad=True)
+    found = []
+    model.model.layers[0].register_forward_pre_hook(lambda _, given: found.extend(given[:2]))
+    batch = batches[0]
+    documents = Documents(batch.to_padded, batch.from_padded)
+    heard = Heard(torch.zeros(1, dtype=torch.long), embeddings)
+    model.model.train()(batch.text_ids, batch.codes, batch.positions, documents, heard).sum().backward()
+    assert [rows.requires_grad for rows in found] == [True, True]
+    assert embeddings.grad is not None
+    assert embeddings.grad.abs().max() > 0
 
 
 def test_recomputed_gradients_equal_kept_ones(model_dir, batches):

@@ -21,6 +21,10 @@ from train.model import DecoderLayer, HiggsAudio
 from train.parallel import World, shard
 from train.weights import empty_model, load_model, load_shards
 
+# Of a layer, all layers together; torch stops a run that needs more (8 by itself). Learning and looking, adapter on and off,
+# kept and recomputed are graphs of their own, and so are packs of several documents, of one, and of none: about a dozen.
+MOST_GRAPHS = 32
+
 
 def build_model(
     base_dir: Path, config: TrainConfig, conditioning: Conditioning, world: World
@@ -57,6 +61,10 @@ def compile_backend(section: TrainSection, world: World) -> str | None:
 
 def prepare_blocks(layers: nn.ModuleList, recompute: bool, backend: str | None) -> None:
     """Recomputation and compilation, before sharding: gathers stay outside both."""
+    if backend:
+        import torch._dynamo
+
+        torch._dynamo.config.recompile_limit = MOST_GRAPHS
     for layer in layers:
         assert isinstance(layer, DecoderLayer)
         layer.recomputes = recompute

@@ -153,9 +153,10 @@ class Backbone(nn.Module):
         if heard is not None:
             text = text.index_copy(0, heard.rows, heard.embeddings.to(text.dtype))
         cos, sin = self._rotation(positions, text.dtype)
-        if self.training and torch.is_grad_enabled() and not text.requires_grad:
-            # The base is frozen, so the first layer's input would need no gradient and its graph would be another one.
-            text, audio = text.detach().requires_grad_(), audio.detach().requires_grad_()
+        if self.training and torch.is_grad_enabled():
+            # The base is frozen, so the first layer's input would need no gradient and its graph would be another one;
+            # with a Whisper projection that learns it would be half of it.
+            text, audio = (rows if rows.requires_grad else rows.detach().requires_grad_() for rows in (text, audio))
         for layer in self.layers:
             text, audio = layer(text, audio, cos, sin, attend)
         return self.norm(torch.cat((text, audio)))
