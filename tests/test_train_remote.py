@@ -7,6 +7,7 @@ import json
 import shutil
 import threading
 from collections import Counter
+from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
 
 import fsspec
@@ -139,6 +140,27 @@ def test_a_copy_that_is_not_the_original_is_not_taken(published, builder, tmp_pa
         keys(f"file://{published}", builder, section(tmp_path), count=60)
     (cache,) = (tmp_path / "cache").iterdir()
     assert not list(cache.rglob("*000003*"))
+
+
+def test_a_connection_that_breaks_off_is_tried_again_and_told(published, builder, tmp_path, http_server, monkeypatch):
+    url = http_server(published)
+    sent = Counter()
+    whole = SimpleHTTPRequestHandler.copyfile
+
+    def break_off(self, source, outputfile):
+        sent[self.path] += 1
+        if self.path.endswith(".tar") and sent[self.path] <= broken:
+            outputfile.write(source.read(1000))
+            self.close_connection = True
+        else:
+            whole(self, source, outputfile)
+
+    monkeypatch.setattr(SimpleHTTPRequestHandler, "copyfile", break_off)
+    broken = 1
+    assert keys(url, builder, section(tmp_path)) == keys(published, builder, section(tmp_path))
+    broken = 99
+    with pytest.raises(PipelineError, match=r"\.tar: ClientPayloadError: .*\(3 attempts\); check the network"):
+        keys(url, builder, section(tmp_path, cache_dir=str(tmp_path / "other")))
 
 
 def test_a_missing_shard_and_a_missing_data_set_are_told(published, builder, tmp_path, http_server):
