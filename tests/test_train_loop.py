@@ -336,6 +336,22 @@ def test_best_points_at_the_lowest_held_out_loss_and_is_kept(tmp_path):
     assert best_checkpoint(run) == run / "checkpoints" / "checkpoint-4"
 
 
+def test_later_checkpoints_than_the_start_are_set_aside(dataset, settings, tmp_path):
+    """A run that goes back may not take what it left behind for its newest, and remove what it writes as old."""
+    run = tmp_path / "run"
+    evaluated = ["train.validation_fraction=0.3", "train.eval_every=2", "train.packs_per_step=1"]
+    train(settings(*evaluated, "train.keep_checkpoints=9"), dataset, run, RunOptions())
+    assert (run / "best").readlink() == Path("checkpoints/checkpoint-6")
+    back = RunOptions(resume=str(run / "checkpoints" / "checkpoint-2"))
+    last = train(settings(*evaluated, "train.max_steps=3", "train.keep_checkpoints=1"), dataset, run, back)
+    assert last == run / "checkpoints" / "checkpoint-3"
+    names = {path.name for path in (run / "checkpoints").iterdir()}
+    assert names == {"checkpoint-3", "aside-checkpoint-4", "aside-checkpoint-6"}
+    assert (run / "best").readlink() == Path("checkpoints/checkpoint-3")
+    assert "later than step 2, from which this run goes on" in (run / "logs" / "training.log").read_text()
+    assert train(settings(*evaluated, "train.max_steps=3"), dataset, run, RunOptions()) == last
+
+
 def test_a_run_without_patience_left_stops_and_keeps_its_best(dataset, settings, tmp_path):
     """A learning rate that destroys the model: held-out losses rise from the first evaluation on."""
     run = tmp_path / "run"

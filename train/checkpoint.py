@@ -162,7 +162,7 @@ class Checkpoints:
         write_bytes(partial / "config.toml", self._config_toml.encode())
         _sync_tree(partial)
         write_json(partial / "COMPLETE", digests(partial))
-        shutil.rmtree(folder, ignore_errors=True)  # left by a run that was asked to start over
+        shutil.rmtree(folder, ignore_errors=True)  # the rest of one whose removal was interrupted
         partial.replace(folder)
         sync_folder(folder.parent)
         mark_best(self._run_dir, folder, metrics)
@@ -248,7 +248,28 @@ def digests(folder: Path) -> dict[str, str]:
 def complete_checkpoints(run_dir: Path) -> list[Path]:
     """Complete checkpoint folders, oldest first."""
     folders = [path.parent for path in (run_dir / "checkpoints").glob("checkpoint-*/COMPLETE")]
-    return sorted(folders, key=lambda folder: int(folder.name.removeprefix("checkpoint-")))
+    return sorted(folders, key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("checkpoint-"))
+
+
+def set_aside(run_dir: Path, step: int) -> None:
+    """Rename checkpoints of later steps than the one a run goes on from: damaged ones, or those it was told to leave.
+
+    Under their own name they would count as the newest, and the ones this run writes would be removed as old.
+    """
+    later = [folder for folder in complete_checkpoints(run_dir) if step_of(folder) > step]
+    for folder in later:
+        aside = folder.with_name(f"aside-{folder.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+        log.warning("%s: later than step %d, from which this run goes on; renamed to %s", folder, step, aside.name)
+    if best_checkpoint(run_dir) in later:
+        (run_dir / "best").unlink()
+        for folder in complete_checkpoints(run_dir):
+            mark_best(run_dir, folder, msgspec.json.decode((folder / "metrics.json").read_bytes()))
 
 
 def best_checkpoint(run_dir: Path) -> Path | None:

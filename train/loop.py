@@ -229,6 +229,7 @@ def prepare(
 
 def begin_run(config: TrainConfig, run_dir: Path, step: int, wandb_run: Any) -> Metrics:
     """What the first rank leaves in the run directory before it trains."""
+    checkpoint.set_aside(run_dir, step)
     write_bytes(run_dir / "config.toml", to_toml(config).encode())
     write_json(run_dir / "environment.json", environment())
     if wandb_run:
