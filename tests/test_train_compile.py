@@ -16,7 +16,7 @@ from train.config import LoraSection, LossSection
 from train.data import FILLER
 from train.lora import add_lora, lora_parameters
 from train.loss import LossCounts, step_losses
-from train.model import Heard
+from train.model import DecoderLayer, Heard
 from train.packing import pack
 from train.weights import load_model
 
@@ -66,6 +66,7 @@ def test_every_situation_of_a_run_has_its_graph(model_dir, batches):
     packs = [batches[0], batches[2], pack([FILLER], [0], [])]  # several documents, one, none
     for recompute in (False, True):
         for layer in model.model.layers:
+            assert isinstance(layer, DecoderLayer)
             layer.recomputes = recompute
         for batch in packs:
             step_losses(model.train()(batch), LossCounts.of([batch]), LossSection(), ramp=1.0).total.backward()

@@ -27,7 +27,7 @@ from train.config import TrainConfig
 from train.heaviest import PackCosts, PackSource
 from train.lora import lora_parameters
 from train.loss import LossCounts, step_losses
-from train.model import HiggsAudio
+from train.model import DecoderLayer, HiggsAudio
 from train.packing import PackedBatch
 from train.parallel import World, sync_gradients
 
@@ -78,7 +78,8 @@ def settle_budget(
     enough = found.budget if wanted is None else found.budget == wanted
     if not enough and section.activation_checkpointing == "auto":
         for layer in model.model.layers:
-            layer.recomputes = True  # pyright: ignore[reportArgumentType]
+            assert isinstance(layer, DecoderLayer)
+            layer.recomputes = True
         kept, recomputes = found, True
         found = largest_budget(probe, idle, room, first, most)
         if found.budget > kept.budget:
