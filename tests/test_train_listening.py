@@ -196,3 +196,20 @@ def test_speech_is_broken_off_within_a_second_of_it(model_dir, tokenizer, make_s
     speech = generate(model, prompt, 200, interrupted=lambda: next(asked))
     assert not speech.stopped
     assert 25 <= speech.codes.shape[1] <= 50
+
+
+@pytest.mark.slow
+def test_trackers_get_the_sound(dataset, settings, tmp_path):
+    """Weights & Biases without a network, and TensorBoard."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = tmp_path / "run"
+    tracked = ["train.listening_samples=1", "train.max_steps=1", "wandb.mode=offline", "train.tensorboard=true"]
+    train(settings(*tracked), dataset, run, RunOptions())
+    (folder,) = (run / "listening").iterdir()
+    spoken = {path.read_bytes() for path in folder.glob("step-*.wav")}
+    assert {path.read_bytes() for path in run.rglob("wandb/offline-run-*/files/media/audio/listening/*.wav")} == spoken
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"audio": 0})
+    events.Reload()
+    assert [heard.step for heard in events.Audio(f"listening/{folder.name}")] == [0, 1]
