@@ -336,6 +336,21 @@ def test_best_points_at_the_lowest_held_out_loss_and_is_kept(tmp_path):
     assert best_checkpoint(run) == run / "checkpoints" / "checkpoint-4"
 
 
+def test_weight_decay_can_be_changed_when_a_run_goes_on(dataset, settings, tmp_path, monkeypatch):
+    from train import loop
+
+    train(settings("train.max_steps=2"), dataset, tmp_path / "run", RunOptions())
+    found = []
+
+    def spy(model, optimizer, *given, **named):
+        found.extend(group["weight_decay"] for group in optimizer.param_groups)
+        return train_step(model, optimizer, *given, **named)
+
+    monkeypatch.setattr(loop, "train_step", spy)
+    train(settings("train.max_steps=3", "train.weight_decay=0.5"), dataset, tmp_path / "run", RunOptions())
+    assert found == [0.5]
+
+
 def test_later_checkpoints_than_the_start_are_set_aside(dataset, settings, tmp_path):
     """A run that goes back may not take what it left behind for its newest, and remove what it writes as old."""
     run = tmp_path / "run"

@@ -189,6 +189,7 @@ def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, id
 
     Raises CheckpointError when the checkpoint belongs to another run, naming both values, or cannot be read.
     """
+    settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     _check_identity(folder, read_identity(folder), identity)
     state = {
         "model": get_model_state_dict(model, options=ONLY_TRAINABLE),
@@ -205,6 +206,8 @@ def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, id
         for name, parameter in lora_parameters(model):
             parameter.copy_(state["model"][name])
     set_optimizer_state_dict(model, optimizer, state["optimizer"], options=ONLY_TRAINABLE)
+    for group, asked in zip(optimizer.param_groups, settings, strict=True):
+        group.update(asked)  # weight decay as it is asked for now: settings come with the saved moments
     return int(state["step"])
 
 
