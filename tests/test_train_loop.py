@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -349,6 +350,21 @@ def test_weight_decay_can_be_changed_when_a_run_goes_on(dataset, settings, tmp_p
     monkeypatch.setattr(loop, "train_step", spy)
     train(settings("train.max_steps=3", "train.weight_decay=0.5"), dataset, tmp_path / "run", RunOptions())
     assert found == [0.5]
+
+
+def test_a_folder_that_cannot_be_made_loses_one_checkpoint_and_not_the_run(dataset, settings, tmp_path, monkeypatch):
+    make = Path.mkdir
+
+    def full(path: Path, *given, **named) -> None:
+        if path.name == ".checkpoint-2.tmp":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        make(path, *given, **named)
+
+    monkeypatch.setattr(Path, "mkdir", full)
+    run = tmp_path / "run"
+    train(settings(), dataset, run, RunOptions())
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"checkpoint-4", "checkpoint-6"}
+    assert "checkpoint-2: not saved: [Errno 28] No space left" in (run / "logs" / "training.log").read_text()
 
 
 def test_later_checkpoints_than_the_start_are_set_aside(dataset, settings, tmp_path):

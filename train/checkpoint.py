@@ -95,18 +95,19 @@ class Checkpoints:
 
         The checkpoint before it is finished first. One that could not be written is told, and training goes on.
         """
-        self.finish()
         folder = self._run_dir / "checkpoints" / f"checkpoint-{step}"
+        self.finish()
         partial = folder.with_name(f".{folder.name}.tmp")
+        fault = make_empty(partial) if self._world.is_first else None
+        if any(self._world.gather(fault)):  # afterwards the folder is there for every rank, or nobody writes
+            self._pending = folder, failed(fault)
+            return folder
         adapter = adapter_tensors(model)
         state = {
             "model": get_model_state_dict(model, options=ONLY_TRAINABLE),
             "optimizer": get_optimizer_state_dict(model, optimizer, options=ONLY_TRAINABLE),
             "step": step,
         }
-        if self._world.is_first:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True, exist_ok=True)
         written = self._write_state(state, partial / "state")
 
         def finish() -> None:
@@ -146,7 +147,6 @@ class Checkpoints:
     def _write_state(self, state: dict[str, Any], folder: Path) -> Future[Any]:
         """Copies first, writes later. Distributed states are staged by torch's own asynchronous writer."""
         if self._group is not None:
-            dist.barrier(group=self._group)  # the folder is there
             return dcp.async_save(state, checkpoint_id=folder, process_group=self._group)  # pyright: ignore
         copied = _copied(state)
 
@@ -169,6 +169,26 @@ class Checkpoints:
         for old in complete_checkpoints(self._run_dir)[: -self._keep]:
             if old != best_checkpoint(self._run_dir):
                 shutil.rmtree(old)
+
+
+def make_empty(folder: Path) -> OSError | None:
+    """What kept an empty folder from being made, if anything."""
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return error
+    return None
+
+
+def failed(fault: OSError | None) -> Future[None]:
+    """A write that was never begun, with the fault of the rank that has one."""
+    future: Future[None] = Future()
+    if fault:
+        future.set_exception(fault)
+    else:
+        future.set_result(None)
+    return future
 
 
 def reason(error: BaseException) -> str:
