@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -365,6 +366,37 @@ def test_a_folder_that_cannot_be_made_loses_one_checkpoint_and_not_the_run(datas
     train(settings(), dataset, run, RunOptions())
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"checkpoint-4", "checkpoint-6"}
     assert "checkpoint-2: not saved: [Errno 28] No space left" in (run / "logs" / "training.log").read_text()
+
+
+def test_a_signal_at_a_checkpoint_writes_it_once_and_one_at_the_start_promises_none(
+    dataset, settings, tmp_path, monkeypatch
+):
+    from train import checkpoint, loop
+
+    def stopping(model, optimizer, batches, section, step, *given, **named):
+        if step + 1 == stop_at:
+            signal.raise_signal(signal.SIGTERM)
+        return train_step(model, optimizer, batches, section, step, *given, **named)
+
+    written = []
+    complete = checkpoint.Checkpoints._complete
+    monkeypatch.setattr(
+        checkpoint.Checkpoints,
+        "_complete",
+        lambda self, partial, folder, metrics: (written.append(folder.name), complete(self, partial, folder, metrics)),
+    )
+    monkeypatch.setattr(loop, "train_step", stopping)
+    stop_at = 2
+    with pytest.raises(PipelineError, match=r"after step 2; .*checkpoint-2 is saved, the same command goes on from it"):
+        train(settings(), dataset, tmp_path / "run", RunOptions())
+    assert written == ["checkpoint-2"]
+
+    build_model = loop.build_model
+    monkeypatch.setattr(
+        loop, "build_model", lambda *given: (signal.raise_signal(signal.SIGTERM), build_model(*given))[1]
+    )
+    with pytest.raises(PipelineError, match="after step 0; the same command begins anew"):
+        train(settings(), dataset, tmp_path / "other", RunOptions())
 
 
 def test_later_checkpoints_than_the_start_are_set_aside(dataset, settings, tmp_path):

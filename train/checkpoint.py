@@ -96,6 +96,8 @@ class Checkpoints:
         The checkpoint before it is finished first. One that could not be written is told, and training goes on.
         """
         folder = self._run_dir / "checkpoints" / f"checkpoint-{step}"
+        if self._pending and self._pending[0] == folder:  # a run that stops right after it was begun
+            return folder
         self.finish()
         partial = folder.with_name(f".{folder.name}.tmp")
         fault = make_empty(partial) if self._world.is_first else None

@@ -204,7 +204,8 @@ def run(
             "stopped early: no lower held-out audio loss in %d evaluations; see %s", section.patience, run_dir / "best"
         )
     if stopped:
-        raise Stopped(f"stopped by a signal after step {step}; {last} is saved, the same command goes on from it")
+        kept = f"{last} is saved, the same command goes on from it" if last else "the same command begins anew"
+        raise Stopped(f"stopped by a signal after step {step}; {kept}")
     return last
 
 
