@@ -101,7 +101,7 @@ def test_target_codes_are_worth_learning(road: Path):
 
 @pytest.mark.slow
 def test_merged_model_equals_base_with_adapter_and_loads_in_transformers(road: Path, tiny_dir, tokenizer):
-    from train.checkpoint import complete_checkpoints
+    from train.checkpoint_folders import complete_checkpoints
     from train.lora import load_adapter
 
     transformers = pytest.importorskip("transformers", minversion="5.3", reason="the native class came with 5.3")

@@ -324,7 +324,7 @@ def test_what_a_person_would_warn_of_is_told_once(caplog):
 
 
 def test_best_points_at_the_lowest_held_out_loss_and_is_kept(tmp_path):
-    from train.checkpoint import best_checkpoint, mark_best
+    from train.checkpoint_folders import best_checkpoint, mark_best
 
     run = tmp_path / "run"
     for step, loss in ((2, 5.0), (4, 4.0), (6, 4.5)):

@@ -15,7 +15,7 @@ from shards.errors import ConfigError
 from shards.reader import SampleReader
 from shards.sequence import SequenceBuilder
 from train.best_fit import PlanSettings
-from train.checkpoint import complete_checkpoints, read_identity
+from train.checkpoint_folders import complete_checkpoints, read_identity
 from train.config import TrainConfig
 from train.heaviest import PackCosts, PlannedPacks
 from train.loop import RunOptions, train

@@ -300,7 +300,7 @@ def test_a_checkpoint_with_a_tower_is_heard_by_itself(tmp_path, tiny_dir, sample
     from shards.config import read_config
     from shards.whisper_tower import WhisperSizes
     from tools.tiny import tiny_config, write_model, write_tokenizer
-    from train.checkpoint import complete_checkpoints
+    from train.checkpoint_folders import complete_checkpoints
     from train.config import TrainConfig
     from train.loop import RunOptions, train
 

@@ -56,7 +56,7 @@ def list_command(run: Path, as_json: bool) -> None:
     """The complete checkpoints of RUN, oldest first."""
     with explained():
         from shards.errors import CheckpointError
-        from train.checkpoint import complete_checkpoints
+        from train.checkpoint_folders import complete_checkpoints
 
         folders = complete_checkpoints(run)
         if not folders:
@@ -149,7 +149,7 @@ def merge_checkpoint(run: Path, out: Path, layout: Layout = "native") -> int:
 def find_checkpoint(run: Path) -> Path:
     """The newest complete checkpoint of a run folder, or the checkpoint folder itself."""
     from shards.errors import CheckpointError
-    from train.checkpoint import complete_checkpoints
+    from train.checkpoint_folders import complete_checkpoints
 
     if (run / "COMPLETE").is_file():
         return run

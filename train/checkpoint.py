@@ -17,7 +17,6 @@ else: plan and dropout are functions of it, so neither loader nor random state i
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import shutil
@@ -28,7 +27,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -42,35 +40,14 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from shards.errors import CheckpointError
-from shards.manifest import read_record
 from shards.writer import sync_folder, write_bytes, write_json
+from train.checkpoint_folders import Identity, best_checkpoint, check_identity, complete_checkpoints, digests, mark_best
 from train.lora import lora_parameters, save_adapter
 from train.parallel import World
 
 log = logging.getLogger("train")
-JUDGED_BY = "eval/audio_loss"
 ONLY_TRAINABLE = StateDictOptions(ignore_frozen_params=True)
 WHOLE_ON_CPU = StateDictOptions(ignore_frozen_params=True, full_state_dict=True, cpu_offload=True)
-
-
-class Identity(msgspec.Struct, frozen=True, kw_only=True):
-    """What must be equal for a run to go on: another value means another run."""
-
-    dataset_digest: str
-    model_base: str
-    lora: dict[str, Any]
-    seed: int
-    batch_tokens: int
-    packs_per_step: int
-    max_supervised_tokens: int
-    max_references: int
-    shuffle_window: int
-    order: str
-    plan_version: int
-    loader: str
-    validation_fraction: float
-    layout: str
-    conditioning: str = "codes"
 
 
 class Checkpoints:
@@ -201,18 +178,13 @@ def reason(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def read_identity(folder: Path) -> Identity:
-    """What a checkpoint's run is made of. Raises ShardError when the file is not readable."""
-    return read_record(folder / "identity.json", Identity)
-
-
 def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, identity: Identity, world: World) -> int:
     """Load weights and optimizer; returns the number of finished steps. Every rank must call this.
 
     Raises CheckpointError when the checkpoint belongs to another run, naming both values, or cannot be read.
     """
     settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-    _check_identity(folder, read_identity(folder), identity)
+    check_identity(folder, identity)
     state = {
         "model": get_model_state_dict(model, options=ONLY_TRAINABLE),
         "optimizer": get_optimizer_state_dict(model, optimizer, options=ONLY_TRAINABLE),
@@ -231,91 +203,6 @@ def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, id
     for group, asked in zip(optimizer.param_groups, settings, strict=True):
         group.update(asked)  # weight decay as it is asked for now: settings come with the saved moments
     return int(state["step"])
-
-
-def newest_sound(run_dir: Path, world: World) -> Path | None:
-    """The newest checkpoint whose files are what COMPLETE says; damaged ones are told and passed over."""
-    found: Path | None = None
-    if world.is_first:
-        for folder in reversed(complete_checkpoints(run_dir)):
-            faults = damage(folder)
-            if not faults:
-                found = folder
-                break
-            log.warning("%s: passed over: %s; going on from the one before it", folder, faults[0])
-    return world.gather(found)[0]
-
-
-def damage(folder: Path) -> list[str]:
-    """What differs from COMPLETE; nothing for a sound checkpoint."""
-    try:
-        wanted = msgspec.json.decode((folder / "COMPLETE").read_bytes(), type=dict[str, str])
-    except (OSError, msgspec.DecodeError) as error:
-        return [f"COMPLETE is unreadable: {error}"]
-    found = digests(folder)
-    return [
-        f"{name} {'is missing' if name not in found else 'is not what was written'}"
-        for name in wanted
-        if wanted[name] != found.get(name)
-    ]
-
-
-def digests(folder: Path) -> dict[str, str]:
-    """sha256 of every file of a checkpoint but COMPLETE, by path inside it."""
-    sums = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != "COMPLETE":
-            with path.open("rb") as file:
-                sums[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
-    return sums
-
-
-def complete_checkpoints(run_dir: Path) -> list[Path]:
-    """Complete checkpoint folders, oldest first."""
-    folders = [path.parent for path in (run_dir / "checkpoints").glob("checkpoint-*/COMPLETE")]
-    return sorted(folders, key=step_of)
-
-
-def step_of(folder: Path) -> int:
-    return int(folder.name.removeprefix("checkpoint-"))
-
-
-def set_aside(run_dir: Path, step: int) -> None:
-    """Rename checkpoints of later steps than the one a run goes on from: damaged ones, or those it was told to leave.
-
-    Under their own name they would count as the newest, and the ones this run writes would be removed as old.
-    """
-    later = [folder for folder in complete_checkpoints(run_dir) if step_of(folder) > step]
-    for folder in later:
-        aside = folder.with_name(f"aside-{folder.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        folder.rename(aside)
-        log.warning("%s: later than step %d, from which this run goes on; renamed to %s", folder, step, aside.name)
-    if best_checkpoint(run_dir) in later:
-        (run_dir / "best").unlink()
-        for folder in complete_checkpoints(run_dir):
-            mark_best(run_dir, folder, msgspec.json.decode((folder / "metrics.json").read_bytes()))
-
-
-def best_checkpoint(run_dir: Path) -> Path | None:
-    """Where RUN/best points, if anywhere."""
-    link = run_dir / "best"
-    return run_dir / link.readlink() if link.is_symlink() else None
-
-
-def mark_best(run_dir: Path, folder: Path, metrics: dict[str, float]) -> None:
-    """Let RUN/best point at `folder` if its held-out audio loss is the lowest of all checkpoints that had one."""
-    best = best_checkpoint(run_dir)
-    if JUDGED_BY not in metrics:
-        return
-    if best is not None and best.is_dir():
-        lowest = msgspec.json.decode((best / "metrics.json").read_bytes()).get(JUDGED_BY, float("inf"))
-        if metrics[JUDGED_BY] >= lowest:
-            return
-    link = run_dir / ".best.tmp"
-    link.unlink(missing_ok=True)
-    link.symlink_to(folder.relative_to(run_dir))
-    link.replace(run_dir / "best")
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -338,15 +225,6 @@ def _single_process() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
         yield
-
-
-def _check_identity(folder: Path, saved: Identity, now: Identity) -> None:
-    before, after = msgspec.to_builtins(saved), msgspec.to_builtins(now)
-    differing = [f"{name} was {before[name]!r}, is {after[name]!r}" for name in before if before[name] != after[name]]
-    if differing:
-        raise CheckpointError(
-            f"{folder}: belongs to another run: {'; '.join(differing)}; restore those settings or give a new RUN folder"
-        )
 
 
 def _sync_tree(folder: Path) -> None:

@@ -22,7 +22,7 @@ from shards.errors import CheckpointError, PipelineError
 from shards.manifest import Fingerprints
 from shards.sequence import SequenceBuilder
 from shards.writer import write_bytes, write_json
-from train import checkpoint, preflight
+from train import checkpoint, checkpoint_folders, preflight
 from train.build import build_model
 from train.conditioning import decide_conditioning
 from train.config import TrainConfig, TrainSection
@@ -216,7 +216,7 @@ def wanted_budget(section: TrainSection, start_from: Path | None) -> int | None:
     """Tokens per pack as asked for; "auto" in a run that goes on is what it was before. None: to be found."""
     if section.batch_tokens != "auto":
         return section.batch_tokens
-    return checkpoint.read_identity(start_from).batch_tokens if start_from else None
+    return checkpoint_folders.read_identity(start_from).batch_tokens if start_from else None
 
 
 def prepare(
@@ -230,7 +230,7 @@ def prepare(
 
 def begin_run(config: TrainConfig, run_dir: Path, step: int, wandb_run: Any) -> Metrics:
     """What the first rank leaves in the run directory before it trains."""
-    checkpoint.set_aside(run_dir, step)
+    checkpoint_folders.set_aside(run_dir, step)
     write_bytes(run_dir / "config.toml", to_toml(config).encode())
     write_json(run_dir / "environment.json", environment())
     if wandb_run:
@@ -265,19 +265,19 @@ def find_start(run_dir: Path, resume: str, world: World) -> Path | None:
     """The checkpoint to go on from, if any. Every rank must call this."""
     if resume not in ("auto", "never"):
         folder = Path(resume)
-        faults = checkpoint.damage(folder)
+        faults = checkpoint_folders.damage(folder)
         if faults:
             raise CheckpointError(f"--resume {folder}: not a complete checkpoint folder: {faults[0]}")
         return folder
-    if resume == "never" and checkpoint.complete_checkpoints(run_dir):
+    if resume == "never" and checkpoint_folders.complete_checkpoints(run_dir):
         raise CheckpointError(f"{run_dir}: holds checkpoints of another run; give a new RUN folder or --resume auto")
-    return checkpoint.newest_sound(run_dir, world)
+    return checkpoint_folders.newest_sound(run_dir, world)
 
 
-def make_identity(config: TrainConfig, dataset_digest: str) -> checkpoint.Identity:
+def make_identity(config: TrainConfig, dataset_digest: str) -> checkpoint_folders.Identity:
     batch_tokens = config.train.batch_tokens
     assert batch_tokens != "auto", "settled before"
-    return checkpoint.Identity(
+    return checkpoint_folders.Identity(
         dataset_digest=dataset_digest,
         model_base=config.model.base,
         lora=msgspec.to_builtins(config.lora),
