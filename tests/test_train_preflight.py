@@ -166,8 +166,9 @@ def test_an_adapter_that_is_not_neutral_and_one_that_stays_so(model, make_batch)
     fails(model, batch, "adapter at start")
 
 
-def test_dora_starts_neutral(model_dir, make_batch):
-    model = load_model(model_dir, torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dora_starts_neutral(model_dir, make_batch, dtype):
+    model = load_model(model_dir, dtype)
     add_lora(model, LoraSection(rank=4, alpha=4, use_dora=True), "base", seed=0)
     check_before_training(model, make_batch(), LossSection())
 

@@ -62,8 +62,14 @@ def add_lora(
         assert model.audio_encoder_proj is not None
         model.audio_encoder_proj.requires_grad_(True)
         config.modules_to_save = [PROJECTION]
-    for _, parameter in lora_parameters(model):
+    for name, parameter in lora_parameters(model):
         parameter.data = parameter.data.float()
+        if ".lora_magnitude_vector." in name and not parameter.is_meta:
+            # DoRA's lengths: peft has rounded them as the base's weights are, so rows would start at up to 0.4 % off.
+            weight = model.get_parameter(f"{name.split('.lora_')[0]}.base_layer.weight")
+            exact = torch.linalg.vector_norm(weight.float(), dim=1)
+            # Where they are rounded again (sharded in bf16) they must be what peft's forward then divides them by.
+            parameter.data = torch.where(exact.to(weight.dtype) == parameter.data, exact, parameter.data)
     for name, start in lora_start(model, seed):
         parameter = model.get_parameter(name)
         if not parameter.is_meta:
