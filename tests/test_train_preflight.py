@@ -166,6 +166,20 @@ def test_an_adapter_that_is_not_neutral_and_one_that_stays_so(model, make_batch)
     fails(model, batch, "adapter at start")
 
 
+def test_a_first_step_too_small_for_bf16_is_no_fault(model_dir, make_batch, caplog):
+    model = load_model(model_dir, torch.bfloat16)
+    add_lora(model, LoraSection(rank=4, alpha=4), "base", seed=0)
+    batch = make_batch()
+    start = check_before_training(model, batch, LossSection())
+    for name, parameter in lora_parameters(model):
+        if ".lora_B." in name:
+            parameter.data += 3e-8  # the first step of 3000 to a learning rate of 1e-4
+    with caplog.at_level("INFO", "train"):
+        check_after_first_step(model, batch, start)
+    assert "preflight warn adapter after step 1" in caplog.messages[-1]
+    assert "its weights have moved" in caplog.messages[-1]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dora_starts_neutral(model_dir, make_batch, dtype):
     model = load_model(model_dir, dtype)
