@@ -13,17 +13,21 @@ import torch
 from safetensors.torch import load_file
 
 from preprocess.features import WhisperEncoder, stored_mel
+from shards.artifacts import whisper_fingerprint
 from shards.config import FeaturesSection, SequenceSection
 from shards.errors import ConfigError, ShardError
 from shards.manifest import open_dataset
 from shards.sample import MelFacts, Sample, compress, write_npy
 from shards.sequence import WHISPER, SequenceBuilder
+from shards.writer import write_json
 from tools.model_folder import merged_state
 from train.conditioning import decide_conditioning, fit_to_shards
-from train.config import LoraSection
+from train.config import LoraSection, LossSection, TrainSection
 from train.generate import generate
 from train.lora import add_lora, load_adapter, lora_parameters, save_adapter, trainable_table
 from train.packing import pack
+from train.parallel import ALONE
+from train.sources import PlannedSource
 from train.weights import load_model
 
 HEARS = SequenceSection(conditioning="whisper+codes")
@@ -204,6 +208,26 @@ def test_what_does_not_fit_is_refused(features, decided, model_dir, make_dataset
     model = load_model(model_dir, torch.float32, conditioning=decided)
     with pytest.raises(ConfigError, match=r"lora.targets: audio_encoder_proj\.linear is not in the base model"):
         add_lora(model, section, "b", 0, decided)
+
+
+def test_held_out_shards_may_hold_mels_where_the_others_hold_states(
+    whisper, decided, model_dir, make_dataset, samples, tokenizer, tmp_path
+):
+    encoder = WhisperEncoder(whisper, "cpu")
+    folder = make_dataset(tmp_path / "states", [with_states(sample, encoder) for sample in samples])
+    dataset, _ = open_dataset(folder)
+    assert decided.tower_dir
+    marked = msgspec.structs.replace(dataset.fingerprints, whisper=whisper_fingerprint(decided.tower_dir))
+    write_json(folder / "dataset.json", msgspec.structs.replace(dataset, fingerprints=marked))
+    held_out = make_dataset(tmp_path / "mels", samples)
+    section = TrainSection(batch_tokens=700, packs_per_step=1, validation_data=str(held_out))
+    source = PlannedSource(str(folder), section)
+    model = load_model(model_dir, torch.float32, conditioning=source.check(marked, decided))
+    source.prepare(SequenceBuilder(tokenizer, HEARS))
+    model(source.trial(3))
+    evaluation = source.evaluation(ALONE)
+    assert evaluation
+    assert evaluation.losses(model, LossSection())["eval/samples"] == 3
 
 
 @pytest.mark.slow

@@ -56,9 +56,10 @@ class PlannedSource:
     def check(self, expected: Fingerprints, conditioning: Conditioning) -> Conditioning:
         """Refuse shards that were not made for this model; settle what the reference enters as."""
         check_fingerprints(self.dataset, expected)
-        if self._validation:
-            self._validation.check(expected, conditioning)
-        return fit_to_shards(conditioning, self.dataset, self.index)
+        settled = fit_to_shards(conditioning, self.dataset, self.index)
+        if self._validation and self._validation.check(expected, conditioning).runs_tower:
+            return conditioning  # held-out shards hold mels, whatever those trained on hold: the tower is needed
+        return settled
 
     def packs(self, builder: SequenceBuilder) -> PackSource:
         """Packs to measure memory with, before anything is planned."""
