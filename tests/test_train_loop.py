@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from shards.config import SequenceSection, read_config
-from shards.errors import PipelineError
+from shards.errors import CheckpointError, PipelineError
 from shards.sequence import SequenceBuilder
 from train.config import LossSection, TrainConfig
 from train.loop import RunOptions, train
@@ -397,6 +397,20 @@ def test_a_signal_at_a_checkpoint_writes_it_once_and_one_at_the_start_promises_n
     )
     with pytest.raises(PipelineError, match="after step 0; the same command begins anew"):
         train(settings(), dataset, tmp_path / "other", RunOptions())
+
+
+def test_a_damaged_checkpoint_is_not_merged(dataset, settings, tmp_path):
+    from tools.checkpoints import merge_checkpoint
+
+    last = train(settings("train.max_steps=2"), dataset, tmp_path / "run", RunOptions())
+    assert last
+    weights = last / "adapter" / "adapter_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-100] ^= 0x40
+    weights.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"damaged: adapter/adapter_model\.safetensors is not what was written"):
+        merge_checkpoint(tmp_path / "run", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
 
 
 def test_later_checkpoints_than_the_start_are_set_aside(dataset, settings, tmp_path):

@@ -111,7 +111,9 @@ def merge_checkpoint(run: Path, out: Path, layout: Layout = "native") -> int:
 
     from shards.artifacts import codec_fingerprint, resolve
     from shards.config import read_config
+    from shards.errors import CheckpointError
     from tools.model_folder import Voice, check_empty, merged_state, write_model_folder
+    from train.checkpoint_folders import damage
     from train.conditioning import decide_conditioning
     from train.lora import load_adapter
     from train.weights import load_model, stored_dtype
@@ -119,6 +121,9 @@ def merge_checkpoint(run: Path, out: Path, layout: Layout = "native") -> int:
     # 1. The checkpoint, and the base it was trained on.
     folder = find_checkpoint(run)
     check_empty(out)
+    faults = damage(folder)
+    if faults:
+        raise CheckpointError(f"{folder}: damaged: {faults[0]}; give a sound checkpoint's folder (`checkpoints list`)")
     config = read_config(CheckpointConfig, only_sections(folder / "config.toml"))
     base_dir = resolve(config.model.base, config.model.revision, "model.base")
     codec_dir = resolve(config.model.codec, config.model.codec_revision, "model.codec")
