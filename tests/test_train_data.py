@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import logging
+import multiprocessing
+import multiprocessing.context
 
 import pytest
 import torch
@@ -49,6 +51,14 @@ def keys_of(deliveries, count: int) -> list[list[str]]:
 def feed_of(source: PlannedSource, limits: Limits | None = None) -> Feed:
     deliveries = source.deliveries(0, Share())
     return Feed(deliveries, SECTION.packs_per_step, 0, ALONE, limits or source.limits())
+
+
+def test_loader_processes_start_whatever_the_default_way_is(dataset, builder, monkeypatch):
+    """Python 3.14 starts processes with forkserver."""
+    forkserver = multiprocessing.get_context("forkserver")
+    monkeypatch.setattr(multiprocessing.context._default_context, "_actual_context", forkserver)
+    source = open_source(dataset, builder)
+    assert len(keys_of(source.deliveries(0, Share(num_workers=1)), 2)) == 2
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")

@@ -218,6 +218,8 @@ def run_pipeline(pipeline: DataPipeline, num_workers: int) -> Iterator[Delivery]
         pipeline,  # pyright: ignore[reportArgumentType] - an IterableDataset in all but its annotation
         batch_size=None,
         num_workers=num_workers,
+        # Stages are closures, which other ways to start a process cannot send; Python 3.14 has another way by default.
+        multiprocessing_context="fork" if num_workers else None,
         prefetch_factor=4 if num_workers else None,
         collate_fn=_unchanged,
         pin_memory=torch.cuda.is_available(),
