@@ -399,6 +399,16 @@ def test_a_signal_at_a_checkpoint_writes_it_once_and_one_at_the_start_promises_n
         train(settings(), dataset, tmp_path / "other", RunOptions())
 
 
+def test_an_adapter_is_spoken_with_the_layout_it_was_trained_with(dataset, settings, tiny_dir, tmp_path):
+    from tools.speak import SpeakConfig, load_speaker
+
+    last = train(settings("train.max_steps=1", "sequence.layout=as_written"), dataset, tmp_path / "run", RunOptions())
+    assert last
+    asked = read_config(SpeakConfig, tiny_dir / "pipeline.toml")
+    assert asked.sequence.layout == "clone"
+    assert load_speaker(tiny_dir / "model", last / "adapter", asked, "cpu").builder.layout == "as_written"
+
+
 def test_a_damaged_checkpoint_is_not_merged(dataset, settings, tmp_path):
     from tools.checkpoints import merge_checkpoint
 

@@ -1,8 +1,8 @@
 """`speak MODEL`: a reference voice and a text in, a wav file out.
 
 MODEL is a merged folder (`checkpoints merge`), or a base model with `--adapter`. The prompt is built by the same
-sequence builder as in training, with the settings the merged folder remembers (`higgs_voice.json`). Nothing is spoken
-with a codec other than the one the model was trained with.
+sequence builder as in training, with the settings that the merged folder (`higgs_voice.json`) or the adapter's checkpoint
+(`config.toml`) remembers. A merged folder is not spoken with a codec other than the one it was trained with.
 """
 
 from __future__ import annotations
@@ -154,6 +154,9 @@ def load_speaker(model_dir: Path, adapter: Path | None, config: SpeakConfig, dev
     from train.weights import load_model
 
     voice = read_voice(model_dir)
+    if adapter and (adapter.parent / "config.toml").is_file():  # of the checkpoint that the adapter lies in
+        trained = read_config(SpeakConfig, adapter.parent / "config.toml")
+        config = msgspec.structs.replace(config, sequence=trained.sequence, features=trained.features)
     base = resolve(str(model_dir), config.model.revision if str(model_dir) == config.model.base else "", "MODEL")
     if not (base / "config.json").is_file():
         raise CheckpointError(f"{model_dir}: no model here; give the OUT folder of `checkpoints merge` or a base model")
