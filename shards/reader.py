@@ -35,8 +35,8 @@ class SampleReader:
 
     def read_raw(self, row: Any) -> dict[str, Any]:
         """One index row -> {"__key__": key, suffix: bytes}, the shape WebDataset gives. Raises ShardError."""
-        data = os.pread(self._descriptor(int(row["shard"])), int(row["num_bytes"]), int(row["offset"]))
         where = f"{shard_path(self._dataset_dir, int(row['shard']), '.tar')} at byte {int(row['offset'])}"
+        data = self._bytes(int(row["shard"]), int(row["num_bytes"]), int(row["offset"]), where)
         if len(data) != row["num_bytes"]:
             raise ShardError(
                 f"{where}: {len(data)} bytes left, the index says {row['num_bytes']}; the tar is cut short"
@@ -52,6 +52,17 @@ class SampleReader:
     def read_all(self, index: np.ndarray) -> Iterator[Sample]:
         for row in index:
             yield self.read(row)
+
+    def _bytes(self, shard: int, num_bytes: int, offset: int, where: str) -> bytes:
+        """Opened anew once: a network file system forgets descriptors when a server restarts (ESTALE)."""
+        try:
+            return os.pread(self._descriptor(shard), num_bytes, offset)
+        except OSError:
+            os.close(self._descriptors.pop(shard))
+        try:
+            return os.pread(self._descriptor(shard), num_bytes, offset)
+        except OSError as error:
+            raise ShardError(f"{where}: cannot be read: {error.strerror}; look at the disk or its mount") from None
 
     def _descriptor(self, shard: int) -> int:
         if self._pid != os.getpid():  # after a fork: the parent's table is not ours

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import logging
 import multiprocessing
 import multiprocessing.context
+import os
 
+import numpy as np
 import pytest
 import torch
 from damage import flip_payload
 
 from shards.config import SequenceSection
-from shards.errors import PipelineError
+from shards.errors import PipelineError, ShardError
+from shards.reader import SampleReader
 from shards.sequence import SequenceBuilder
 from train.config import LossSection, TrainSection
-from train.data import FILLER, Delivery, Share
+from train.data import FILLER, Delivery, Share, dead_loader
 from train.feed import TOLD, Feed, Limits
 from train.loss import LossCounts, step_losses
 from train.packing import pack
@@ -202,3 +206,48 @@ def test_the_command_tells_too_few_packs_with_numbers(dataset, run_command, tiny
         in result.stderr
     )
     assert "Traceback" not in result.stderr
+
+
+def test_a_killed_loader_process_is_told_with_what_to_do(dataset, builder):
+    deliveries = open_source(dataset, builder).deliveries(0, Share(num_workers=1))
+    next(deliveries)
+    with pytest.raises(PipelineError, match=r"a loader process has ended \(.*lower train.num_workers"):
+        kill_and_read_on(deliveries)
+
+
+def kill_and_read_on(deliveries) -> None:
+    """torch tells it from a signal handler, wherever the process is, or from the queue."""
+    try:
+        for process in multiprocessing.active_children():
+            process.kill()
+            process.join()
+        for _ in range(100):
+            next(deliveries)
+    except RuntimeError as error:
+        raise dead_loader(error) or error from None
+
+
+def test_other_errors_are_not_taken_for_a_dead_loader():
+    assert dead_loader(RuntimeError("Caught KeyError in DataLoader worker process 0.")) is None
+    assert dead_loader(RuntimeError()) is None
+
+
+def test_a_file_system_that_forgot_its_descriptors_is_asked_again(dataset, monkeypatch):
+    """ESTALE after a server's restart. Two errors in a row are damage of that one sample, not the end of the run."""
+    index = np.load(dataset / "index.npy")
+    reader = SampleReader(dataset)
+    whole = reader.read_raw(index[3])
+    answers = [OSError(errno.ESTALE, "Stale file handle")]
+    pread = os.pread
+
+    def forgetful(descriptor: int, length: int, offset: int) -> bytes:
+        if answers:
+            raise answers.pop()
+        return pread(descriptor, length, offset)
+
+    monkeypatch.setattr("os.pread", forgetful)
+    assert reader.read_raw(index[3]) == whole
+    answers += [OSError(errno.EIO, "Input/output error")] * 2
+    with pytest.raises(ShardError, match=r"shard-000000.tar at byte \d+: cannot be read: Input/output error"):
+        reader.read_raw(index[3])
+    assert reader.read_raw(index[3]) == whole

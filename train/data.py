@@ -225,10 +225,24 @@ def run_pipeline(pipeline: DataPipeline, num_workers: int) -> Iterator[Delivery]
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else it would draw from the model's random numbers
     )
-    for delivery in loader:
-        if isinstance(delivery, PipelineError):
-            raise delivery
-        yield delivery
+    try:
+        for delivery in loader:
+            if isinstance(delivery, PipelineError):
+                raise delivery
+            yield delivery
+    except RuntimeError as error:
+        raise dead_loader(error) or error from None
+
+
+def dead_loader(error: RuntimeError) -> PipelineError | None:
+    """What to tell when torch says that a loader process is gone: it does so wherever the process happens to be."""
+    said = str(error).splitlines()[0] if str(error) else ""
+    if not said.startswith("DataLoader worker"):
+        return None
+    return PipelineError(
+        f"a loader process has ended ({said}); mostly memory ran out (`dmesg` knows): lower train.num_workers, or "
+        "train.shuffle_buffer of a stream; start the same command again to go on from the last checkpoint"
+    )
 
 
 def _unchanged(batch: Any) -> Any:

@@ -26,7 +26,7 @@ from train import checkpoint, checkpoint_folders, preflight
 from train.build import build_model
 from train.conditioning import decide_conditioning
 from train.config import TrainConfig, TrainSection
-from train.data import Share
+from train.data import Share, dead_loader
 from train.feed import Feed
 from train.held_out import Evaluation
 from train.listening import Listening, open_listening
@@ -72,6 +72,12 @@ def train(config: TrainConfig, shards: str | Path, run_dir: Path, options: RunOp
             f"({str(error).splitlines()[0][:160]}); halve it and double train.packs_per_step, which trains nearly the same, "
             'or set train.activation_checkpointing = "full"'
         ) from None
+    except RuntimeError as error:
+        told = dead_loader(error)
+        if told is None:
+            raise
+        let_go(error)
+        raise told from None
     finally:
         leave()
 
