@@ -8,9 +8,12 @@ import json
 import tarfile
 from collections import Counter
 from pathlib import Path
+from typing import cast
 
 import fsspec
+import msgspec
 import pytest
+import torch
 from webdataset.writer import TarWriter
 
 from shards.config import SequenceSection
@@ -19,6 +22,8 @@ from shards.sample import pack_sample
 from shards.sequence import NUM_MARKER_COLUMNS, SequenceBuilder
 from train.config import TrainSection
 from train.data import Delivery, Share
+from train.feed import Feed, Limits
+from train.parallel import ALONE, World
 from train.stream import StreamedSamples, StreamedSource, shard_urls
 
 SETTINGS = {"loader": "stream", "max_steps": 10, "batch_tokens": 700, "packs_per_step": 2, "shuffle_buffer": 8}
@@ -93,6 +98,33 @@ def test_ranks_share_the_shards_of_every_pass(foreign):
         assert [len(part) for part in parts] == [8, 8, 8]
         assert len(frozenset.union(*parts)) == 24
     assert len({parts[0] for parts in passes}) > 1
+
+
+def test_passes_are_the_epochs_of_a_stream(foreign, builder):
+    """24 samples in packs of several: no second pass begins within the first samples, and several are over in the end."""
+    feed = Feed(open_stream(foreign, builder).deliveries(0, Share()), 2, 0, ALONE, Limits(0.0))
+    steps = [next(feed) for _ in range(40)]
+    assert steps[0].epoch == 0
+    assert sum(step.num_samples for step in steps if step.epoch == 0) <= 24
+    assert steps[-1].epoch >= 2
+
+
+def test_ranks_pass_at_their_own_pace(foreign, builder):
+    class Two:
+        """Another rank that is three passes ahead."""
+
+        device, rank, size, is_first = torch.device("cpu"), 0, 2, True
+
+        def gather(self, mine):
+            return [mine, msgspec.structs.replace(mine, epoch=mine.epoch + 3)]
+
+        def sum(self, values):
+            return values
+
+    deliveries = open_stream(foreign, builder).deliveries(0, Share(0, 2))
+    assert next(Feed(deliveries, 2, 0, cast(World, Two()), Limits(0.0))).epoch == 3
+    with pytest.raises(PipelineError, match="rank 0 is at step 0 of epoch 0, rank 1 at step 0 of epoch 3"):
+        next(Feed(deliveries, 2, 0, cast(World, Two()), Limits(0.0, epoch_samples=24)))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

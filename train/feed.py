@@ -32,7 +32,7 @@ log = logging.getLogger("train")
 class StepBatches:
     """One rank's packs of a step."""
 
-    epoch: int
+    epoch: int  # of a stream: passes that any reader has begun before this one
     batches: list[PackedBatch]  # on the device
     counts: LossCounts  # of the packs of all ranks, counted on the CPU
     num_samples: int
@@ -55,7 +55,7 @@ class Limits:
     """How much damage is borne, and what the ranks compare when an epoch begins."""
 
     max_bad_fraction: float
-    epoch_samples: int | None = None  # None: not known (a stream); then it is the samples seen so far
+    epoch_samples: int | None = None  # None: a stream, where ranks pass at their own pace; then the samples seen so far
     epoch_facts: Callable[[int], dict[str, str]] | None = None
 
 
@@ -107,11 +107,11 @@ class Feed:
             samples=sum(len(delivery.batch.keys) for delivery in deliveries),
             problem=problem,
         )
-        self._share(mine)
+        epoch = self._share(mine)
         self._step += 1
         counts = LossCounts.of([delivery.batch for delivery in deliveries], self._world)
         counts = replace(counts, audio=counts.audio.to(self._world.device, non_blocking=True))
-        return StepBatches(mine.epoch, [batch for _, batch in found], counts, mine.samples)
+        return StepBatches(epoch, [batch for _, batch in found], counts, mine.samples)
 
     def values(self) -> dict[str, float]:
         """What was left out so far, for the metrics."""
@@ -121,19 +121,19 @@ class Feed:
             "metrics/filler_packs": self.num_fillers,
         }
 
-    def _share(self, mine: Report) -> None:
-        """Exchange reports; raise on all ranks where one must stop."""
+    def _share(self, mine: Report) -> int:
+        """Exchange reports and return the epoch; raise on all ranks where one must stop."""
         reports: list[Report] = self._world.gather(mine)
-        several = len(reports) > 1
+        several, is_stream = len(reports) > 1, self._limits.epoch_samples is None
         for rank, report in enumerate(reports):
             if report.problem:
                 raise PipelineError(f"rank {rank}: {report.problem}" if several else report.problem)
-            if (report.step, report.epoch) != (reports[0].step, reports[0].epoch):
+            if report.step != reports[0].step or (report.epoch != reports[0].epoch and not is_stream):
                 raise PipelineError(
                     f"the ranks do not do the same: rank 0 is at step {reports[0].step} of epoch {reports[0].epoch}, rank "
                     f"{rank} at step {report.step} of epoch {report.epoch}; this is a fault of the program"
                 )
-        if mine.epoch != self._epoch:
+        if mine.epoch != self._epoch and not is_stream:
             self._epoch, self._bad_in_epoch = mine.epoch, 0
             if several and self._limits.epoch_facts:
                 self._world.require_equal(self._limits.epoch_facts(mine.epoch))
@@ -150,6 +150,7 @@ class Feed:
                 f"{self._limits.max_bad_fraction:g}; the log names them and `inspect-shards verify` looks at every byte; "
                 "mend the shards or raise the limit"
             )
+        return max(report.epoch for report in reports)
 
     def _tell(self, line: str) -> None:
         if self._told < TOLD:

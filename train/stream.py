@@ -175,7 +175,7 @@ class StreamedSamples(torch.utils.data.IterableDataset):
             for raw in read_shards(own):
                 reason = reason or raw.get("__reason__", "")
                 num_sound += "__reason__" not in raw
-                yield raw
+                yield {**raw, "__epoch__": number}
             if not num_sound:  # else the loop would go round for ever
                 raise ShardError(f"no sample in {len(own)} shards, the first {own[0]}{': ' + reason if reason else ''}")
 
@@ -252,7 +252,7 @@ def pack_online(section: TrainSection):
                 if item.sequence is None:
                     aside.append(Fault(item.shard, item.key, item.reason))
                     if len(aside) >= OPEN_PACKS:  # a shard of damage only must be heard of too
-                        yield with_faults(deliver([], 0), aside)
+                        yield with_faults(deliver([], item.epoch), aside)
                     continue
                 length = len(item.sequence)
                 columns = int((item.sequence.next_codes != IGNORE).any(axis=0).sum())
@@ -262,7 +262,7 @@ def pack_online(section: TrainSection):
                     )
                     continue
                 for group in packs.add(item, length, columns):
-                    yield with_faults(deliver(group, 0), aside)
+                    yield with_faults(deliver(group, max(item.epoch for item in group)), aside)
         except PipelineError as error:
             yield error
 
