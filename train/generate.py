@@ -104,6 +104,8 @@ def draw(logits: Tensor, recent: Tensor, sampling: Sampling, generator: torch.Ge
     """logits [K, V] and the recent columns [W, K] -> one code per codebook [K]."""
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
+    logits = logits.clone()
+    logits[:, STREAM_BOS] = float("-inf")  # it starts an audio and is forced there; drawn later it would cut the speech
     codes = _multinomial(_filter(logits / sampling.temperature, sampling), generator)
     if sampling.ras_window > 0:
         # Markers do not count as repetition: the staircases are made of them.
