@@ -109,7 +109,9 @@ def run(
     if wanted:
         prepare(source, builder, wanted, run_dir, world)
     tracked = world.is_first and not options.dry_run  # asked now: a missing key must not wait for the model
-    wandb_run = start_wandb(run_dir, config.wandb, msgspec.to_builtins(config)) if tracked else None
+    wandb_run = None
+    if tracked:
+        wandb_run = start_wandb(run_dir, config.wandb, msgspec.to_builtins(config), resumes=start_from is not None)
 
     # 4. The frozen base with LoRA on this rank's device, and its optimizer.
     torch.manual_seed(section.seed)

@@ -126,16 +126,30 @@ def start_tensorboard(run_dir: Path, resumed_step: int) -> Any:
     return SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_step + 1)
 
 
-def start_wandb(run_dir: Path, section: WandbSection, config: dict[str, Any]) -> Any:
-    """A Weights & Biases run, or None. Called before the model loads. Raises ConfigError when it cannot start."""
+def start_wandb(run_dir: Path, section: WandbSection, config: dict[str, Any], resumes: bool) -> Any:
+    """A Weights & Biases run, or None. Called before the model loads. Raises ConfigError when it cannot start.
+
+    A run that `resumes` goes on with its curves there: its id stands in RUN/wandb/run-id.txt. Steps that it repeats are
+    the same to the last bit, and W&B keeps the first. Offline every start is a folder of its own, as `wandb sync` wants.
+    """
     if section.mode == "off":
         return None
     import wandb
 
+    id_path = run_dir / "wandb" / "run-id.txt"
+    is_online = section.mode == "online"
+    known: dict[str, Any] = {}
+    if is_online and resumes and id_path.is_file():
+        known = {"id": id_path.read_text(encoding="utf-8").strip(), "resume": "allow"}
     try:
-        return wandb.init(project=section.project, mode=section.mode, dir=run_dir, name=run_dir.name, config=config)
+        wandb_run = wandb.init(
+            project=section.project, mode=section.mode, dir=run_dir, name=run_dir.name, config=config, **known
+        )
     except Exception as error:  # wandb raises many kinds; all mean "not logged in" or "not reachable" here
         raise ConfigError(
             f"wandb.mode = {section.mode!r}: {str(error).strip().splitlines()[0]}; "
             "set WANDB_API_KEY, or use --no-wandb, or wandb.mode = 'offline'"
         ) from error
+    if is_online:
+        write_bytes(id_path, f"{wandb_run.id}\n".encode())
+    return wandb_run
