@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import errno
 import json
+import multiprocessing
+import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
+import msgspec
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from shards.config import SequenceSection, read_config
 from shards.errors import CheckpointError, PipelineError
 from shards.sequence import SequenceBuilder
-from train.config import LossSection, TrainConfig
+from shards.writer import write_json
+from train import loop
+from train.checkpoint_folders import check_identity, read_identity
+from train.config import LossSection, TrainConfig, WandbSection
 from train.loop import RunOptions, train
 from train.lora import add_lora, load_adapter, lora_parameters
 from train.loss import LossCounts
+from train.metrics import start_wandb
 from train.optim import learning_rate_at, make_optimizer
 from train.packing import pack
 from train.step import train_step
@@ -92,9 +101,25 @@ def test_a_checkpoint_of_another_run_is_refused_with_both_values(dataset, settin
         train(settings(), dataset, tmp_path / "run", RunOptions(resume="never"))
 
 
-def test_shards_of_another_codec_are_refused(dataset, settings, tmp_path, tiny_dir):
-    import shutil
+def test_other_weights_under_the_same_path_are_refused(dataset, settings, tmp_path, tiny_dir):
+    """A base that was merged or downloaded again between two starts; one written before weights were noted goes on."""
+    base = shutil.copytree(tiny_dir / "model", tmp_path / "model")
+    config, run = settings(f"model.base={base}", "train.max_steps=2"), tmp_path / "run"
+    last = train(config, dataset, run, RunOptions())
+    weights = load_file(base / "model.safetensors")
+    weights["model.layers.0.mlp.down_proj.weight"] += 0.01
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(PipelineError, match=r"another run: model_weights was '[0-9a-f]{64}', is '[0-9a-f]{64}'"):
+        train(config, dataset, run, RunOptions())
 
+    assert last is not None
+    identity = read_identity(last)
+    check_identity(last, identity)
+    write_json(last / "identity.json", {**msgspec.to_builtins(identity), "model_weights": ""})
+    check_identity(last, identity)
+
+
+def test_shards_of_another_codec_are_refused(dataset, settings, tmp_path, tiny_dir):
     other = shutil.copytree(tiny_dir / "codec", tmp_path / "codec")
     (other / "config.json").write_text((other / "config.json").read_text() + "\n")
     with pytest.raises(PipelineError, match=r"do not fit the model: codec: shards were made with"):
@@ -304,6 +329,46 @@ def test_a_missing_wandb_key_is_told_before_the_model_loads(dataset, tiny_dir, r
     assert "set WANDB_API_KEY, or use --no-wandb" in result.stderr
     assert "LoRA trains" not in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_run_that_goes_on_keeps_its_curves_at_wandb(tmp_path, monkeypatch):
+    """No server here: what wandb.init is asked for. Offline every start is a run of its own."""
+    import wandb
+
+    asked = []
+
+    def init(**options):
+        asked.append(options)
+        return SimpleNamespace(id=options.get("id", f"new{len(asked)}"))
+
+    monkeypatch.setattr(wandb, "init", init)
+    online = WandbSection(mode="online")
+    for resumes in (False, True, True, False, True):
+        start_wandb(tmp_path, online, {}, resumes=resumes)
+    assert [(options.get("id"), options.get("resume")) for options in asked] == [
+        *[(None, None), ("new1", "allow"), ("new1", "allow")],
+        *[(None, None), ("new4", "allow")],
+    ]
+    start_wandb(tmp_path, WandbSection(mode="offline"), {}, resumes=True)
+    assert "id" not in asked[-1]
+
+
+def test_a_loader_process_that_dies_within_a_step_ends_the_run_with_a_line(dataset, settings, tmp_path, monkeypatch):
+    """torch raises from the handler of SIGCHLD, here in the middle of the second step."""
+    real = loop.train_step
+    steps = []
+
+    def deadly(*arguments):
+        steps.append(arguments)
+        if len(steps) == 2:
+            for process in multiprocessing.active_children():
+                process.kill()
+                process.join()
+        return real(*arguments)
+
+    monkeypatch.setattr(loop, "train_step", deadly)
+    with pytest.raises(PipelineError, match=r"a loader process has ended .*lower train.num_workers"):
+        train(settings("train.num_workers=2"), dataset, tmp_path / "run", RunOptions())
 
 
 def test_what_a_person_would_warn_of_is_told_once(caplog):

@@ -116,6 +116,7 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
 
     dataset_digest: str
     model_base: str
+    model_weights: str = ""  # their fingerprint; "" in checkpoints written before it was kept
     lora: dict[str, Any]
     seed: int
     batch_tokens: int
@@ -139,7 +140,9 @@ def read_identity(folder: Path) -> Identity:
 def check_identity(folder: Path, now: Identity) -> None:
     """Raises CheckpointError naming both values where a checkpoint's run is another one than this."""
     before, after = msgspec.to_builtins(read_identity(folder)), msgspec.to_builtins(now)
-    differing = [f"{name} was {before[name]!r}, is {after[name]!r}" for name in before if before[name] != after[name]]
+    differing = [
+        f"{name} was {before[name]!r}, is {after[name]!r}" for name in before if before[name] not in ("", after[name])
+    ]
     if differing:
         raise CheckpointError(
             f"{folder}: belongs to another run: {'; '.join(differing)}; restore those settings or give a new RUN folder"

@@ -16,7 +16,14 @@ import msgspec
 import torch
 from torch import nn
 
-from shards.artifacts import codec_fingerprint, load_tokenizer, mel_fingerprint, resolve, tokenizer_fingerprint
+from shards.artifacts import (
+    codec_fingerprint,
+    load_tokenizer,
+    mel_fingerprint,
+    resolve,
+    tokenizer_fingerprint,
+    weights_fingerprint,
+)
 from shards.config import to_toml
 from shards.errors import CheckpointError, PipelineError
 from shards.manifest import Fingerprints
@@ -144,10 +151,10 @@ def run(
         return None
 
     # 7. Resume, or begin.
-    identity = make_identity(config, source.digest)
+    identity = make_identity(config, source.digest, weights_fingerprint(base_dir))
     config_toml = to_toml(config)
     step = checkpoint.restore(start_from, model, optimizer, identity, world) if start_from else 0
-    world.require_equal({"the first step": str(step)})
+    world.require_equal({"the first step": str(step), "the base model": identity.model_weights})
     metrics = begin_run(config, run_dir, step, wandb_run) if world.is_first else None
     to_hear = source.to_hear(section.listening_samples) if world.is_first and section.listening_samples else []
     listening = open_listening(to_hear, builder, codec_dir, run_dir, world)
@@ -282,12 +289,13 @@ def find_start(run_dir: Path, resume: str, world: World) -> Path | None:
     return checkpoint_folders.newest_sound(run_dir, world)
 
 
-def make_identity(config: TrainConfig, dataset_digest: str) -> checkpoint_folders.Identity:
+def make_identity(config: TrainConfig, dataset_digest: str, model_weights: str) -> checkpoint_folders.Identity:
     batch_tokens = config.train.batch_tokens
     assert batch_tokens != "auto", "settled before"
     return checkpoint_folders.Identity(
         dataset_digest=dataset_digest,
         model_base=config.model.base,
+        model_weights=model_weights,
         lora=msgspec.to_builtins(config.lora),
         seed=config.train.seed,
         batch_tokens=batch_tokens,
