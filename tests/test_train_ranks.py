@@ -5,22 +5,20 @@ Real processes by the real `train --gpus N` on CPU. Packs are made by the plan, 
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.torch import load_file
+from train_process import STEPS, Started, environment, history, same_history, train_command
 
+from train.checkpoint_folders import damage
 from train.launch import first_host, slurm_ranks
-
-STEPS = 5
 
 
 @pytest.fixture(scope="module")
@@ -31,31 +29,21 @@ def dataset(tmp_path_factory, make_dataset, make_sample) -> Path:
 
 
 @pytest.fixture(scope="module")
-def train_command(dataset, tiny_dir):
+def command_of(dataset, tiny_dir):
     """A function (run, gpus, settings...) -> the real command as a list."""
-
-    def command(run: Path, gpus: int, *settings: str) -> list[str]:
-        quick = ["train.device=cpu", "train.batch_tokens=800", "train.packs_per_step=4", f"train.max_steps={STEPS}"]
-        quick += ["train.log_every=1", "train.num_workers=0", "lora.rank=4", "train.learning_rate=1e-3"]
-        quick += ["train.listening_samples=0"]
-        options = [part for setting in [*quick, *settings] for part in ("--set", setting)]
-        code = "import sys; sys.argv[0] = 'train'; from train.cli import main; main()"
-        given = [dataset, run, "--config", tiny_dir / "pipeline.toml", "--gpus", gpus, *options]
-        return [sys.executable, "-c", code, *map(str, given)]
-
-    return command
+    return lambda run, gpus, *settings: train_command(dataset, run, tiny_dir, gpus, *settings)
 
 
 @pytest.fixture(scope="module")
-def train_run(train_command, tmp_path_factory, repository):
+def train_run(command_of, tmp_path_factory, repository):
     """A function (name, gpus, settings...) -> run folder, after the real command."""
 
     def start(name: str, gpus: int, *settings: str, run: Path | None = None) -> Path:
         folder = run or tmp_path_factory.mktemp("runs") / name
         result = subprocess.run(
-            train_command(folder, gpus, *settings),
+            command_of(folder, gpus, *settings),
             cwd=repository,
-            env={**os.environ, "PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1"},
+            env=environment(repository),
             capture_output=True,
             text=True,
         )
@@ -63,12 +51,6 @@ def train_run(train_command, tmp_path_factory, repository):
         return folder
 
     return start
-
-
-def history(run: Path) -> list[tuple[float, float]]:
-    """(loss, gradient norm) of every step."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [(line["loss/total_loss"], line["metrics/grad_norm"]) for line in lines]
 
 
 def adapter(run: Path) -> dict:
@@ -105,8 +87,7 @@ def alone(train_run) -> Path:
 def test_neither_ranks_nor_accumulation_nor_options_change_a_step(alone, train_run, gpus, settings):
     """Four packs make a step: one rank accumulates four, two ranks two each, four ranks one each."""
     run = train_run("run", gpus, *settings)
-    assert len(history(run)) == STEPS
-    np.testing.assert_allclose(history(run), history(alone), rtol=0, atol=1e-5)
+    same_history(run, history(alone))
     one, other = adapter(alone), adapter(run)
     assert one.keys() == other.keys()
     for name in one:
@@ -125,8 +106,8 @@ def test_the_saved_adapter_has_two_tensors_per_target_whatever_the_ranks(alone, 
 
 
 @pytest.mark.slow
-def test_a_mistake_that_all_ranks_see_is_told_once(train_command, repository, tmp_path):
-    process = Started(train_command(tmp_path / "run", 2, "train.batch_tokens=50"), repository)
+def test_a_mistake_that_all_ranks_see_is_told_once(command_of, repository, tmp_path):
+    process = Started(command_of(tmp_path / "run", 2, "train.batch_tokens=50"), repository)
     status, messages = process.end(limit_s=60)
     assert status == 1
     assert "Traceback" not in messages
@@ -137,14 +118,29 @@ def test_a_mistake_that_all_ranks_see_is_told_once(train_command, repository, tm
 
 
 @pytest.mark.slow
-def test_a_file_named_train_in_the_current_folder_is_not_run_instead(train_command, repository, tmp_path):
+def test_a_loss_that_is_not_finite_ends_all_ranks_and_keeps_the_checkpoint_begun_before_it(
+    command_of, repository, tmp_path
+):
+    run = tmp_path / "run"
+    harmful = ["train.learning_rate=1e30", "train.warmup_steps=0", "train.save_every=1"]
+    process = Started([*command_of(run, 2, *harmful), "--skip-preflight"], repository)
+    status, messages = process.end(limit_s=120)
+    assert status == 1
+    assert "error: step 2: loss nan, gradient norm nan: not finite, stopped before the update; samples 0" in messages
+    assert "Traceback" not in messages
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["checkpoint-1"]
+    assert damage(run / "checkpoints" / "checkpoint-1") == []
+
+
+@pytest.mark.slow
+def test_a_file_named_train_in_the_current_folder_is_not_run_instead(command_of, repository, tmp_path):
     (tmp_path / "train.py").write_text("raise SystemExit('the wrong train')")
-    command = train_command(tmp_path / "run", 2, "train.max_steps=1")
+    command = command_of(tmp_path / "run", 2, "train.max_steps=1")
     command[2] = f"import sys; sys.path[:] = [p for p in sys.path if p not in ('', {str(tmp_path)!r})]; {command[2]}"
     done = subprocess.run(
         command,
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1"},
+        env=environment(repository),
         capture_output=True,
         text=True,
     )
@@ -162,21 +158,21 @@ SLURM = {
 
 
 @pytest.mark.slow
-def test_tasks_of_a_slurm_step_join_each_other(alone, train_command, repository, tmp_path):
+def test_tasks_of_a_slurm_step_join_each_other(alone, command_of, repository, tmp_path):
     """What `srun --ntasks 2 train SHARDS RUN` starts: two tasks that know each other by Slurm's variables only."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])  # for the test: ports made from job numbers may be taken here
     processes = []
     for rank in "01":
-        command = [part for part in train_command(tmp_path / "run", 0) if part not in ("--gpus", "0")]
-        env = {**os.environ, **SLURM, "SLURM_PROCID": rank, "SLURM_LOCALID": rank, "MASTER_PORT": port}
-        env |= {"PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1"}
+        command = [part for part in command_of(tmp_path / "run", 0) if part not in ("--gpus", "0")]
+        task = {**SLURM, "SLURM_PROCID": rank, "SLURM_LOCALID": rank, "MASTER_PORT": port}
+        env = {**environment(repository), **task}
         processes.append(subprocess.Popen(command, cwd=repository, env=env, stderr=subprocess.PIPE, text=True))
     ended = [(process.communicate(timeout=240)[1], process.returncode) for process in processes]
     assert [status for _, status in ended] == [0, 0], ended
     assert "2 ranks on cpu" in ended[0][0]
-    np.testing.assert_allclose(history(tmp_path / "run"), history(alone), rtol=0, atol=1e-5)
+    same_history(tmp_path / "run", history(alone))
 
 
 def test_slurms_variables_become_torchs():
@@ -206,66 +202,18 @@ def uninterrupted(train_run) -> list[tuple[float, float]]:
     return history(train_run("uninterrupted", 1, *LONG))
 
 
-class Started:
-    """`train` as a process group of its own, to be interrupted."""
-
-    def __init__(self, command: list[str], cwd: Path) -> None:
-        self.process = subprocess.Popen(
-            command,
-            cwd=cwd,
-            env={**os.environ, "PYTHONPATH": str(cwd), "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-
-    def wait_for(self, text: str) -> str:
-        """Read its messages until `text` appears."""
-        assert self.process.stderr
-        seen = ""
-        for line in self.process.stderr:
-            seen += line
-            if text in line:
-                return seen
-        raise AssertionError(f"{text!r} never came: {seen}")
-
-    def end(self, limit_s: float) -> tuple[int, str]:
-        """(status, remaining messages); a process that hangs beyond the limit is a failure."""
-        try:
-            _, messages = self.process.communicate(timeout=limit_s)
-        except subprocess.TimeoutExpired:
-            self.kill_all()
-            raise AssertionError(f"still running {limit_s} s later") from None
-        return self.process.returncode, messages
-
-    def kill_all(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
-    def workers(self) -> list[int]:
-        """Process ids of the ranks, in no order."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return [int(child) for child in children if "-m\0train" in Path(f"/proc/{child}/cmdline").read_text()]
-
-
 @pytest.fixture
-def start(train_command, repository):
+def start(command_of, repository):
     started: list[Started] = []
 
     def begin(run: Path, gpus: int, *settings: str) -> Started:
-        started.append(Started(train_command(run, gpus, *settings), repository))
+        started.append(Started(command_of(run, gpus, *settings), repository))
         return started[-1]
 
     yield begin
     for process in started:
         if process.process.poll() is None:
             process.kill_all()
-
-
-def same_as_uninterrupted(run: Path, uninterrupted) -> None:
-    found = history(run)
-    assert len(found) == len(uninterrupted), "every step exactly once"
-    np.testing.assert_allclose(found, uninterrupted, rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -277,7 +225,7 @@ def test_killed_outright_and_continued_with_other_numbers_of_ranks(start, train_
         process.wait_for(f"step {step}/14")
         process.kill_all()
     train_run("again", 4, *LONG, run=run)
-    same_as_uninterrupted(run, uninterrupted)
+    same_history(run, uninterrupted)
 
 
 @pytest.mark.slow
@@ -293,7 +241,7 @@ def test_one_rank_killed_ends_the_others_and_the_run_continues(start, train_run,
     assert "failed first (killed by signal 9); the others were ended" in messages
     assert "Traceback" not in messages
     train_run("again", 2, *LONG, run=run)
-    same_as_uninterrupted(run, uninterrupted)
+    same_history(run, uninterrupted)
 
 
 @pytest.mark.slow
@@ -310,18 +258,18 @@ def test_a_signal_saves_and_the_same_command_goes_on(start, train_run, uninterru
     assert "the same command goes on" in messages
     assert "Traceback" not in messages
     train_run("again", gpus, *LONG, run=run)
-    same_as_uninterrupted(run, uninterrupted)
+    same_history(run, uninterrupted)
 
 
 @pytest.mark.slow
-def test_a_damaged_newest_checkpoint_is_passed_over(train_run, train_command, uninterrupted, tmp_path, repository):
+def test_a_damaged_newest_checkpoint_is_passed_over(train_run, command_of, uninterrupted, tmp_path, repository):
     run = train_run("run", 1, *LONG, "train.max_steps=6")
     newest = run / "checkpoints" / "checkpoint-6"
     state = next((newest / "state").glob("*.distcp"))
     data = bytearray(state.read_bytes())
     data[len(data) // 2] ^= 1
     state.write_bytes(data)
-    process = Started(train_command(run, 1, *LONG), repository)
+    process = Started(command_of(run, 1, *LONG), repository)
     messages = process.wait_for("resumed from")
     assert f"{newest}: passed over: state/{state.name} is not what was written" in messages
     assert "checkpoint-4" in messages.splitlines()[-1]
@@ -332,7 +280,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(train_run, train_command, un
 
 
 @pytest.mark.slow
-def test_a_full_disk_keeps_the_last_good_checkpoint_and_training_goes_on(train_command, repository, tmp_path):
+def test_a_full_disk_keeps_the_last_good_checkpoint_and_training_goes_on(command_of, repository, tmp_path):
     """Files larger than 200 kB cannot be written from the third step on: a real fault of the operating system."""
     run = tmp_path / "run"
     limited = (
@@ -343,7 +291,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint_and_training_goes_on(train_c
         "    return old(self, step, *a)\n"
         "c.Checkpoints.save = save\n"
     )
-    command = train_command(run, 1, *LONG, "train.max_steps=8", "train.keep_checkpoints=9")
+    command = command_of(run, 1, *LONG, "train.max_steps=8", "train.keep_checkpoints=9")
     command[2] = limited + command[2].replace("; ", "\n")
     process = Started(command, repository)
     status, messages = process.end(limit_s=120)

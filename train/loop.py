@@ -6,11 +6,9 @@ arithmetic: the plan says which packs make a step, ranks share them, and losses 
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import torch
@@ -25,10 +23,9 @@ from shards.artifacts import (
     weights_fingerprint,
 )
 from shards.config import to_toml
-from shards.errors import CheckpointError, PipelineError
+from shards.errors import PipelineError
 from shards.manifest import Fingerprints
 from shards.sequence import SequenceBuilder
-from shards.writer import write_bytes, write_json
 from train import checkpoint, checkpoint_folders, preflight
 from train.build import build_model
 from train.conditioning import decide_conditioning
@@ -43,7 +40,7 @@ from train.metrics import Metrics, console_line, held_out_history, log, open_log
 from train.model import HiggsAudio
 from train.optim import learning_rate_at, make_optimizer
 from train.parallel import World, join, leave, let_go, shorten_timeout
-from train.plan import PLAN_VERSION
+from train.run_folder import begin_run, find_start, make_identity, require_one_folder
 from train.signals import Stopped, StopSignal
 from train.sources import PlannedSource
 from train.step import StepClock, train_step
@@ -80,7 +77,7 @@ def train(config: TrainConfig, shards: str | Path, run_dir: Path, options: RunOp
             'or set train.activation_checkpointing = "full"'
         ) from None
     except RuntimeError as error:
-        told = dead_loader(error)
+        told = dead_loader(error) or world.lost(error)
         if told is None:
             raise
         let_go(error)
@@ -107,6 +104,7 @@ def run(
     # 2. The run directory, and where to start from.
     section = config.train
     open_log(run_dir, world.rank)
+    require_one_folder(run_dir, world)
     start_from = find_start(run_dir, options.resume, world)
     log.info("layout %s, %s", config.sequence.layout, conditioning)
     log.info("%s", world)
@@ -243,16 +241,6 @@ def prepare(
     source.describe()
 
 
-def begin_run(config: TrainConfig, run_dir: Path, step: int, wandb_run: Any) -> Metrics:
-    """What the first rank leaves in the run directory before it trains."""
-    checkpoint_folders.set_aside(run_dir, step)
-    write_bytes(run_dir / "config.toml", to_toml(config).encode())
-    write_json(run_dir / "environment.json", environment())
-    if wandb_run:
-        wandb_run.config.update(msgspec.to_builtins(config), allow_val_change=True)  # what was "auto" is known now
-    return Metrics(run_dir, step, wandb_run, config.train.tensorboard)
-
-
 def look(
     step: int,
     model: HiggsAudio,
@@ -276,42 +264,6 @@ def look(
     return values
 
 
-def find_start(run_dir: Path, resume: str, world: World) -> Path | None:
-    """The checkpoint to go on from, if any. Every rank must call this."""
-    if resume not in ("auto", "never"):
-        folder = Path(resume)
-        faults = checkpoint_folders.damage(folder)
-        if faults:
-            raise CheckpointError(f"--resume {folder}: not a complete checkpoint folder: {faults[0]}")
-        return folder
-    if resume == "never" and checkpoint_folders.complete_checkpoints(run_dir):
-        raise CheckpointError(f"{run_dir}: holds checkpoints of another run; give a new RUN folder or --resume auto")
-    return checkpoint_folders.newest_sound(run_dir, world)
-
-
-def make_identity(config: TrainConfig, dataset_digest: str, model_weights: str) -> checkpoint_folders.Identity:
-    batch_tokens = config.train.batch_tokens
-    assert batch_tokens != "auto", "settled before"
-    return checkpoint_folders.Identity(
-        dataset_digest=dataset_digest,
-        model_base=config.model.base,
-        model_weights=model_weights,
-        lora=msgspec.to_builtins(config.lora),
-        seed=config.train.seed,
-        batch_tokens=batch_tokens,
-        packs_per_step=config.train.packs_per_step,
-        max_supervised_tokens=config.train.max_supervised_tokens,
-        max_references=config.train.max_references,
-        shuffle_window=config.train.shuffle_window,
-        order=config.train.order,
-        plan_version=PLAN_VERSION,
-        loader=config.train.loader,
-        validation_fraction=config.train.validation_fraction,
-        layout=config.sequence.layout,
-        conditioning=config.sequence.conditioning,
-    )
-
-
 def describe_model(model: nn.Module) -> None:
     table = trainable_table(model)
     total = sum(count for _, count in table.values())
@@ -319,17 +271,3 @@ def describe_model(model: nn.Module) -> None:
     log.info("LoRA trains %s parameters; %s stay frozen", f"{total:,}", f"{frozen:,}")
     for suffix, (modules, count) in table.items():
         log.info("  %-22s %3d modules %12s parameters", suffix, modules, f"{count:,}")
-
-
-def environment() -> dict[str, str]:
-    import peft
-    import transformers
-
-    return {
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "transformers": transformers.__version__,
-        "peft": peft.__version__,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
-        "host": platform.node(),
-    }

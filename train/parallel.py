@@ -89,6 +89,11 @@ class World:
                     "same configuration"
                 )
 
+    def lost(self, error: RuntimeError) -> PipelineError | None:
+        """What an error means that came out of training: those of a sharded model's own collectives; None for any other."""
+        is_collective = isinstance(error, dist.DistError) or "gloo" in str(error)
+        return self._lost(error) if self.is_distributed and is_collective else None
+
     def _lost(self, error: RuntimeError) -> PipelineError:
         """gloo has one kind of error, for a closed connection and for a timeout."""
         return PipelineError(
