@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import multiprocessing
 import shutil
 import signal
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -439,9 +441,10 @@ def test_a_signal_at_a_checkpoint_writes_it_once_and_one_at_the_start_promises_n
     from train import checkpoint, loop
 
     def stopping(model, optimizer, batches, section, step, *given, **named):
+        result = train_step(model, optimizer, batches, section, step, *given, **named)
         if step + 1 == stop_at:
             signal.raise_signal(signal.SIGTERM)
-        return train_step(model, optimizer, batches, section, step, *given, **named)
+        return result
 
     written = []
     complete = checkpoint.Checkpoints._complete
@@ -462,6 +465,65 @@ def test_a_signal_at_a_checkpoint_writes_it_once_and_one_at_the_start_promises_n
     )
     with pytest.raises(PipelineError, match="after step 0; the same command begins anew"):
         train(settings(), dataset, tmp_path / "other", RunOptions())
+
+
+def test_a_signal_between_two_packs_breaks_the_step_off_and_the_run_that_goes_on_takes_it_whole(
+    dataset, settings, tmp_path, monkeypatch
+):
+    """Steps of many packs may take longer than the 30 seconds that launchers wait."""
+    from train import loop
+    from train.model import HiggsAudio
+
+    train(settings(), dataset, tmp_path / "whole", RunOptions())
+    forward, packs = HiggsAudio.forward, []
+
+    def in_step_three(model, optimizer, batches, section, step, *given, **named):
+        if step == 2:
+            assert len(batches) == 2
+            patch.setattr(HiggsAudio, "forward", stopping)
+        return train_step(model, optimizer, batches, section, step, *given, **named)
+
+    def stopping(self, batch, per_target=False):
+        packs.append(batch.keys)
+        signal.raise_signal(signal.SIGTERM)
+        return forward(self, batch, per_target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_step", in_step_three)
+        with pytest.raises(PipelineError, match=r"after step 2; .*checkpoint-2 is saved"):
+            train(settings(), dataset, tmp_path / "cut", RunOptions())
+    assert len(packs) == 1
+    train(settings(), dataset, tmp_path / "cut", RunOptions())
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
+def test_a_fault_right_after_a_checkpoint_was_begun_does_not_cost_it(dataset, settings, tmp_path, monkeypatch):
+    """The checkpoint of step 4 is still being written when step 5 is not finite: the run goes on from 4 all the same."""
+    from train import checkpoint, loop
+
+    complete = checkpoint.Checkpoints._complete
+
+    def slowly(self, *given):
+        time.sleep(1.0)
+        complete(self, *given)
+
+    def poisoned(model, optimizer, batches, section, step, *given, **named):
+        if step == 4:
+            with torch.no_grad():
+                lora_parameters(model)[0][1][0, 0] = float("nan")
+        return train_step(model, optimizer, batches, section, step, *given, **named)
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.Checkpoints, "_complete", slowly)
+        patch.setattr(loop, "train_step", poisoned)
+        with pytest.raises(PipelineError, match=r"step 5: loss nan.*stopped before the update; samples 0000"):
+            train(settings(), dataset, run, RunOptions())
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["checkpoint-2", "checkpoint-4"]
+    assert (run / "checkpoints" / "checkpoint-4" / "COMPLETE").is_file()
+    train(settings(), dataset, run, RunOptions())
+    assert list(losses(run)) == [1, 2, 3, 4, 5, 6]
+    assert all(map(math.isfinite, losses(run).values()))
 
 
 def test_an_adapter_is_spoken_with_the_layout_it_was_trained_with(dataset, settings, tiny_dir, tmp_path):

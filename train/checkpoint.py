@@ -22,7 +22,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ from train.parallel import World
 
 log = logging.getLogger("train")
 ONLY_TRAINABLE = StateDictOptions(ignore_frozen_params=True)
+ENDS_WITHIN_S = 20.0  # torch's launcher kills ranks 30 s after it asked them to end
 WHOLE_ON_CPU = StateDictOptions(ignore_frozen_params=True, full_state_dict=True, cpu_offload=True)
 
 
@@ -120,8 +121,14 @@ class Checkpoints:
         else:
             log.info("saved %s", folder)
 
-    def close(self) -> None:
-        self._thread.shutdown()
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """After a fault other ranks may be gone, so nobody is asked: this rank's own writing comes to its end, if it can."""
+        if self._pending:
+            wait([self._pending[1]], timeout=ENDS_WITHIN_S)
+        self._thread.shutdown(wait=False)
 
     def _write_state(self, state: dict[str, Any], folder: Path) -> Future[Any]:
         """Copies first, writes later. Distributed states are staged by torch's own asynchronous writer."""

@@ -169,47 +169,52 @@ def run(
     def interrupted() -> bool:
         return signals.asked(world)
 
-    if step == 0:
-        look(0, model, config, None, listening, metrics, interrupted)  # the base model, to compare with
-    model.train()
-    first_step, stopped = step, False
-    while step < total_steps and not (stopped := interrupted()) and not watch.has_lost_patience:
-        with clock.waiting():
-            given = next(feed)
-        learning_rate = learning_rate_at(step, total_steps, section)
-        result = train_step(
-            *(model, optimizer, given.batches, config.loss, step, learning_rate, section.max_grad_norm),
-            *(given.counts, world, section.seed),
-        )
-        clock.count(given.batches)
-        step += 1
-        if trial is not None and start_terms is not None:
-            preflight.check_after_first_step(model, trial, start_terms)
-            trial = None
-        if not values:
-            shorten_timeout()  # from the second step on nobody loads or compiles
-        looks = (evaluation or listening) and (step % section.eval_every == 0 or step == total_steps)
-        if step % section.log_every == 0 or step in (1, total_steps) or looks:
-            values = {"epoch": given.epoch, **result.values(world), "metrics/learning_rate": learning_rate}
-            values |= {**clock.values(), **feed.values()}
-            if looks:
-                values |= look(step, model, config, evaluation, listening, metrics, interrupted)
-                clock.restart()  # throughput is that of training
-            if metrics:
-                metrics.write(step, values)
-            log.info(console_line(step, total_steps, values))
-            watch.look(step, values)
-        if not looks:
-            values = {name: value for name, value in values.items() if not name.startswith("eval/")}  # of an older step
-        if step % section.save_every == 0 and step < total_steps:
-            saver.save(step, model, optimizer, values)
+    with saver:  # whatever ends the steps, a checkpoint that is being written is written to its end
+        if step == 0:
+            look(0, model, config, None, listening, metrics, interrupted)  # the base model, to compare with
+        model.train()
+        first_step, stopped = step, False
+        while step < total_steps and not (stopped := interrupted()) and not watch.has_lost_patience:
+            with clock.waiting():
+                given = next(feed)
+            learning_rate = learning_rate_at(step, total_steps, section)
+            result = train_step(
+                *(model, optimizer, given.batches, config.loss, step, learning_rate, section.max_grad_norm),
+                *(given.counts, world, section.seed, interrupted),
+            )
+            if result is None:  # broken off between two packs; the run that goes on takes this step from its beginning
+                stopped = True
+                break
+            clock.count(given.batches)
+            step += 1
+            if trial is not None and start_terms is not None:
+                preflight.check_after_first_step(model, trial, start_terms)
+                trial = None
+            if not values:
+                shorten_timeout()  # from the second step on nobody loads or compiles
+            looks = (evaluation or listening) and (step % section.eval_every == 0 or step == total_steps)
+            if step % section.log_every == 0 or step in (1, total_steps) or looks:
+                values = {"epoch": given.epoch, **result.values(world), "metrics/learning_rate": learning_rate}
+                values |= {**clock.values(), **feed.values()}
+                if looks:
+                    values |= look(step, model, config, evaluation, listening, metrics, interrupted)
+                    clock.restart()  # throughput is that of training
+                if metrics:
+                    metrics.write(step, values)
+                log.info(console_line(step, total_steps, values))
+                watch.look(step, values)
+            if not looks:
+                values = {
+                    name: value for name, value in values.items() if not name.startswith("eval/")
+                }  # an older step's
+            if step % section.save_every == 0 and step < total_steps:
+                saver.save(step, model, optimizer, values)
 
-    # 9. Done, or asked to stop: the last checkpoint must succeed.
-    last = start_from
-    if step > first_step:
-        last = saver.save(step, model, optimizer, values)
-        saver.finish(must_succeed=True)
-    saver.close()
+        # 9. Done, or asked to stop: the last checkpoint must succeed.
+        last = start_from
+        if step > first_step:
+            last = saver.save(step, model, optimizer, values)
+            saver.finish(must_succeed=True)
     if metrics:
         metrics.close()
     if watch.has_lost_patience:

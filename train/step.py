@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -58,10 +59,12 @@ def train_step(
     counts: LossCounts | None = None,
     world: World = ALONE,
     seed: int = 0,
-) -> StepResult:
+    interrupted: Callable[[], bool] = lambda: False,
+) -> StepResult | None:
     """Gradients of all packs of the step, clip, update. `counts`: targets of all ranks, where the feed counted them.
 
-    Raises PipelineError when a number is not finite.
+    `interrupted` is asked between two packs, by every rank, with the same answer: a step of many packs may take longer than
+    who sends a signal waits. Then nothing is updated and None is returned. Raises PipelineError when a number is not finite.
 
     Dropout is a function of (seed, step, rank): a resumed run draws what the uninterrupted one would have drawn.
     """
@@ -70,6 +73,9 @@ def train_step(
     torch.manual_seed(hash((seed, step, world.rank)) & 0x7FFF_FFFF_FFFF_FFFF)
     parts = []
     for number, batch in enumerate(batches, start=1):
+        if number > 1 and interrupted():
+            optimizer.zero_grad(set_to_none=True)
+            return None
         sync_gradients(model, number == len(batches))
         losses = step_losses(model(batch), counts, section, ramp)
         losses.total.backward()
