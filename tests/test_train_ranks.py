@@ -5,6 +5,8 @@ Real processes by the real `train --gpus N` on CPU. Packs are made by the plan, 
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import random
 import signal
@@ -17,6 +19,8 @@ import pytest
 from safetensors.torch import load_file
 from train_process import STEPS, Started, environment, history, same_history, train_command
 
+from shards.config import SequenceSection
+from shards.sequence import SequenceBuilder
 from train.checkpoint_folders import damage
 from train.launch import first_host, slurm_ranks
 
@@ -57,6 +61,14 @@ def adapter(run: Path) -> dict:
     return load_file(run / "checkpoints" / f"checkpoint-{STEPS}" / "adapter" / "adapter_model.safetensors")
 
 
+def same_adapter(found: Path, expected: Path) -> None:
+    one, other = adapter(expected), adapter(found)
+    assert one.keys() == other.keys()
+    for name in one:
+        # AdamW divides by the root of tiny second moments; summation order shows there first.
+        np.testing.assert_allclose(one[name].numpy(), other[name].numpy(), rtol=0, atol=1e-6, err_msg=name)
+
+
 @pytest.fixture(scope="module")
 def alone(train_run) -> Path:
     return train_run("alone", 1)
@@ -88,11 +100,60 @@ def test_neither_ranks_nor_accumulation_nor_options_change_a_step(alone, train_r
     """Four packs make a step: one rank accumulates four, two ranks two each, four ranks one each."""
     run = train_run("run", gpus, *settings)
     same_history(run, history(alone))
-    one, other = adapter(alone), adapter(run)
-    assert one.keys() == other.keys()
-    for name in one:
-        # AdamW divides by the root of tiny second moments; summation order shows there first.
-        np.testing.assert_allclose(one[name].numpy(), other[name].numpy(), rtol=0, atol=1e-6, err_msg=name)
+    same_adapter(run, alone)
+
+
+@pytest.fixture(scope="module")
+def equal_samples(tmp_path_factory, make_dataset, make_sample, tokenizer) -> tuple[Path, int]:
+    """Sixteen samples of one length, so that any number of packs can hold exactly all of them; and that length.
+
+    Their targets are of different lengths, so that packs and ranks have unequal numbers of things to learn.
+    """
+    rng = np.random.default_rng(2)
+    samples = []
+    for target_frames in rng.integers(4, 17, 16).tolist():
+        sample = make_sample(0, 20 - target_frames, target_frames)  # of one seed, so of the same texts
+        codes = rng.integers(0, 1024, (8, 20)).astype(np.uint16)
+        reference, target = codes[:, target_frames:], codes[:, :target_frames]
+        samples.append(dataclasses.replace(sample, reference_codes=reference, target_codes=target))
+    builder = SequenceBuilder(tokenizer, SequenceSection())
+    (length,) = {len(builder.training(sample)) for sample in samples}
+    return make_dataset(tmp_path_factory.mktemp("equal"), samples), length
+
+
+@pytest.fixture(scope="module")
+def run_of_packs(equal_samples, tiny_dir, repository, tmp_path_factory):
+    """A function (ranks, packs per rank) -> a run of five steps of the same sixteen samples."""
+    dataset, length = equal_samples
+
+    def start(ranks: int, packs: int) -> Path:
+        run = tmp_path_factory.mktemp("packs") / f"{ranks}-ranks-{packs}-packs"
+        settings = [f"train.packs_per_step={ranks * packs}", f"train.batch_tokens={16 // (ranks * packs) * length}"]
+        settings += ["loss.contrastive_loss_weight=0"]  # its negatives are those of a pack, by design
+        # The default rate: at ten times that, the sign-like first steps of AdamW take single weights whose gradient is near
+        # nothing 3e-6 apart, by the order of summation alone.
+        settings += ["train.learning_rate=1e-4"]
+        command = train_command(dataset, run, tiny_dir, ranks, *settings)
+        subprocess.run(command, cwd=repository, env=environment(repository), check=True)
+        plan = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+        assert plan["metrics/filler_packs"] == 0, "a pack without samples would say nothing about accumulation"
+        return run
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def one_pack(run_of_packs) -> Path:
+    return run_of_packs(1, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "packs"), [(1, 2), (1, 4), (2, 1), (2, 4), (4, 2)])
+def test_a_step_is_the_same_however_its_samples_are_accumulated(one_pack, run_of_packs, ranks, packs):
+    """Sixteen samples as one pack, and as up to eight packs on one, two and four ranks."""
+    run = run_of_packs(ranks, packs)
+    same_history(run, history(one_pack))
+    same_adapter(run, one_pack)
 
 
 @pytest.mark.slow
