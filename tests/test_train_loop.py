@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import math
 import multiprocessing
@@ -31,7 +32,7 @@ from train.loss import LossCounts
 from train.metrics import start_wandb
 from train.optim import learning_rate_at, make_optimizer
 from train.packing import pack
-from train.step import train_step
+from train.step import heap_at_rest, train_step
 from train.weights import load_model
 
 
@@ -149,6 +150,21 @@ def test_a_step_does_not_depend_on_how_it_is_cut_into_packs(ready, tiny_dir, set
     one = train_step(model, optimizer, [pack(sequences, [1, 1, 2, 3], list("abcd"))], section, 0, 0.0, 1.0)
     for name in ("total", "text", "codebooks", "grad_norm"):
         torch.testing.assert_close(getattr(two, name), getattr(one, name), rtol=1e-5, atol=1e-6)
+
+
+def test_the_collector_does_not_look_at_what_was_there_before_the_first_step():
+    before = gc.get_freeze_count()
+    inside = []
+
+    def fail() -> None:
+        with heap_at_rest():
+            inside.append(gc.get_freeze_count())
+            raise PipelineError("a step failed")
+
+    with pytest.raises(PipelineError):
+        fail()
+    assert inside[0] > before + 10_000
+    assert gc.get_freeze_count() == 0, "given back after a fault too"
 
 
 def test_only_lora_moves(ready):

@@ -12,17 +12,18 @@ import random
 import signal
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.torch import load_file
-from train_process import STEPS, Started, environment, history, same_history, train_command
+from train_process import STEPS, TRAIN, Started, environment, history, same_history, train_command
 
 from shards.config import SequenceSection
 from shards.sequence import SequenceBuilder
 from train.checkpoint_folders import damage
-from train.launch import first_host, slurm_ranks
+from train.launch import allocator_settings, first_host, slurm_ranks
 
 
 @pytest.fixture(scope="module")
@@ -251,6 +252,19 @@ def test_slurms_variables_become_torchs():
     assert slurm_ranks({**task, "MASTER_ADDR": "10.0.0.1"}).get("MASTER_ADDR") is None, "what the user says stays"
     names = {"gpu[003-004,7],cpu1": "gpu003", "node1": "node1", "a,b": "a", "n[7,9]": "n7", "r[1-2]n": "r1n"}
     assert {nodes: first_host(nodes) for nodes in names} == names
+
+
+def test_the_allocator_is_told_to_grow_its_blocks_unless_the_user_has_settings(repository):
+    assert allocator_settings({}) == {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    assert allocator_settings({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}) == {}
+    told = (
+        "import os, sys, train.launch\n"
+        "train.launch.is_worker = lambda: print(os.environ['PYTORCH_ALLOC_CONF'], 'torch' in sys.modules) or exit(0)\n"
+        f"{TRAIN}"
+    )
+    arguments = ["RUN", "RUN", "--set", "train.loader=stream", "--set", "train.max_steps=1"]
+    done = subprocess.run([sys.executable, "-c", told, *arguments], capture_output=True, text=True, cwd=repository)
+    assert done.stdout == "expandable_segments:True False\n", done.stderr
 
 
 # --- interruptions --------------------------------------------------------------------------------------------------

@@ -43,9 +43,17 @@ def main(
     from shards.config import read_config
     from shards.errors import PipelineError
     from train.config import TrainConfig
-    from train.launch import WorkerFailed, die_with_launcher, is_worker, launch, num_processes, slurm_ranks
+    from train.launch import (
+        WorkerFailed,
+        allocator_settings,
+        die_with_launcher,
+        is_worker,
+        launch,
+        num_processes,
+        slurm_ranks,
+    )
 
-    os.environ.update(slurm_ranks(os.environ))
+    os.environ.update({**slurm_ranks(os.environ), **allocator_settings(os.environ)})  # before torch is imported
     try:
         config = read_config(TrainConfig, config_path, [*overrides, *flag_overrides(**flags)])
         if config.train.loader == "plan" and "://" not in shards:

@@ -46,6 +46,16 @@ def slurm_ranks(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in found.items() if name not in environment}
 
 
+def allocator_settings(environment: Mapping[str, str]) -> dict[str, str]:
+    """For torch's CUDA allocator, before it starts; {} where the user has settings of his own.
+
+    No two packs have tensors of the same sizes. Blocks that can grow are reused for all of them; without, gaps between
+    blocks fill a GPU that had room for the heaviest pack when that was measured.
+    """
+    known = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"}
+    return {} if known & environment.keys() else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+
+
 def first_host(nodes: str) -> str:
     """The first name of a Slurm node list: "gpu[003-004,7],cpu1" -> "gpu003"."""
     prefix, bracket, rest = nodes.split(",")[0].partition("[")

@@ -43,7 +43,7 @@ from train.parallel import World, join, leave, let_go, shorten_timeout
 from train.run_folder import begin_run, find_start, make_identity, require_one_folder
 from train.signals import Stopped, StopSignal
 from train.sources import PlannedSource
-from train.step import StepClock, train_step
+from train.step import StepClock, heap_at_rest, train_step
 from train.stream import StreamedSource
 from train.watch import Watch
 
@@ -169,7 +169,7 @@ def run(
     def interrupted() -> bool:
         return signals.asked(world)
 
-    with saver:  # whatever ends the steps, a checkpoint that is being written is written to its end
+    with saver, heap_at_rest():  # whatever ends the steps, a checkpoint that is being written is written to its end
         if step == 0:
             look(0, model, config, None, listening, metrics, interrupted)  # the base model, to compare with
         model.train()
