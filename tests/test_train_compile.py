@@ -10,7 +10,6 @@ import torch
 
 from shards.config import SequenceSection
 from shards.sequence import SequenceBuilder
-from train.attention import Documents
 from train.build import prepare_blocks
 from train.config import LoraSection, LossSection
 from train.data import FILLER
@@ -82,9 +81,8 @@ def test_the_first_layer_is_no_case_of_its_own_beside_a_projection_that_learns(m
     found = []
     model.model.layers[0].register_forward_pre_hook(lambda _, given: found.extend(given[:2]))
     batch = batches[0]
-    documents = Documents(batch.to_padded, batch.from_padded)
     heard = Heard(torch.zeros(1, dtype=torch.long), embeddings)
-    model.model.train()(batch.text_ids, batch.codes, batch.positions, documents, heard).sum().backward()
+    model.model.train()(batch.text_ids, batch.codes, batch.positions, batch.documents.padded(), heard).sum().backward()
     assert [rows.requires_grad for rows in found] == [True, True]
     assert embeddings.grad is not None
     assert embeddings.grad.abs().max() > 0

@@ -1,23 +1,35 @@
 """How rows of a pack see each other: documents side by side, and the rotary positions inside them.
 
-In: q, k, v of all rows, text first. Out: what each row has gathered from the rows before it in its own document. On every
-device this is PyTorch's own attention over right-padded documents: behind a causal mask padding needs no other. The price
-is the padding, in attention alone: every document is as long there as the longest of its pack.
+In: q, k, v of all rows, text first. Out: what each row has gathered from the rows before it in its own document. Two ways
+lead there: "varlen", PyTorch's FlashAttention kernel for documents of any lengths one behind another, on CUDA in bf16; and
+"padded", its plain attention over right-padded documents, everywhere else. Behind a causal mask padding needs no other
+mask; the price is that every document is as long there as the longest of its pack. Before the first kind is used, both
+must agree on this very device.
 
 Letters: R rows of a pack, D documents, M longest document, P = D * M places, H query heads, G key-value heads, E head size.
 """
 
 from __future__ import annotations
 
+import inspect
+import logging
 import math
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 
 from shards.errors import CheckpointError
 from train.model_config import ModelConfig
+
+log = logging.getLogger("train")
+Kind = Literal["padded", "varlen"]
+CAUSAL = (-1, 0)  # of varlen_attn: everything before, nothing after
+# torch 2.11 takes fewer key-value heads without a word, later ones ask to be told.
+GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+AGREE_WITHIN = 0.02  # of the largest value: three digits of bf16, in which both kernels round in other places
 
 
 class Attend(Protocol):
@@ -29,14 +41,48 @@ class Attend(Protocol):
 class Documents(NamedTuple):
     """Where each row stands in the documents of a pack. Documents never see each other; inside one, order is causal."""
 
+    order: Tensor  # [R] int64 row at each position, document behind document
+    place: Tensor  # [R] int64 position of each row: the inverse of `order`
+    bounds: Tensor  # [D + 1] int32 first position of each document, and the end
+    longest: int
+
+    def attend(self, kind: Kind) -> Attend:
+        return VariableDocuments(*self) if kind == "varlen" else self.padded()
+
+    def padded(self) -> PaddedDocuments:
+        """The same as a grid; made where the tensors are, without a synchronisation."""
+        device = self.order.device
+        starts = self.bounds[:-1, None] + torch.arange(self.longest, device=device)  # [D, M]
+        to_padded = self.order[starts.clamp(max=len(self.order) - 1)]
+        document = torch.searchsorted(self.bounds, self.place.int(), right=True) - 1  # [R] of each row
+        return PaddedDocuments(to_padded, document * self.longest + self.place - self.bounds[document])
+
+
+class VariableDocuments(NamedTuple):
+    """Documents one behind another: no row is computed twice. The fields are those of `Documents`."""
+
+    order: Tensor
+    place: Tensor
+    bounds: Tensor
+    longest: int
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [R, H, E], k and v [R, G, E] -> [R, H, E]."""
+        q, k, v = (Permute.apply(x, self.order, self.place) for x in (q, k, v))  # pyright: ignore
+        out = varlen_attn(
+            *(q, k, v, self.bounds, self.bounds, self.longest, self.longest), window_size=CAUSAL, **GROUPED
+        )
+        return Permute.apply(out, self.place, self.order)  # pyright: ignore
+
+
+class PaddedDocuments(NamedTuple):
+    """Documents as a grid."""
+
     to_padded: Tensor  # [D, M] int64 row of each position; positions behind a document's end name any row
     from_padded: Tensor  # [R] int64 place of each row in the flattened [D * M]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [R, H, E], k and v [R, G, E] -> [R, H, E].
-
-        Right-padded documents under a causal mask need no other mask: padding stands behind every real position.
-        """
+        """q [R, H, E], k and v [R, G, E] -> [R, H, E]."""
         num_documents, longest = self.to_padded.shape
         index = self.to_padded.reshape(-1)
 
@@ -47,6 +93,57 @@ class Documents(NamedTuple):
         out = F.scaled_dot_product_attention(pad(q), pad(k), pad(v), is_causal=True, enable_gqa=True)
         out = out.transpose(1, 2).reshape(num_documents * longest, -1)
         return Collect.apply(out, self.from_padded).view_as(q)  # pyright: ignore
+
+
+def choose_attention(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Kind:
+    """ "varlen" where its kernel runs and agrees with the padded way, values and gradients; else "padded"."""
+    if device.type != "cuda" or dtype is not torch.bfloat16:
+        return "padded"
+    try:
+        apart = disagreement(config, device, dtype)
+    except (RuntimeError, ValueError, TypeError) as error:  # an older card, or another build of torch
+        log.warning(
+            "attention: documents are padded, since varlen_attn does not run here: %s", str(error).splitlines()[0]
+        )
+        return "padded"
+    if not apart <= AGREE_WITHIN:
+        log.warning("attention: documents are padded, since varlen_attn is %.2g apart from it here", apart)
+        return "padded"
+    return "varlen"
+
+
+def disagreement(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> float:
+    """How far the two ways are apart on three random documents, relative to the largest value or gradient."""
+    lengths = torch.tensor([1, 70, 300])
+    num_rows = int(lengths.sum())
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(num_rows, generator=generator)
+    bounds = F.pad(lengths.cumsum(0), (1, 0)).int()
+    documents = Documents(order.to(device), order.argsort().to(device), bounds.to(device), 300)
+    heads = config.num_heads, config.num_key_value_heads, config.num_key_value_heads
+    given = [torch.randn(num_rows, n, config.head_dim, generator=generator).to(device, dtype) for n in heads]
+    weight = torch.randn(num_rows, config.num_heads, config.head_dim, generator=generator).to(device, dtype)
+
+    def results(kind: Kind) -> list[Tensor]:
+        inputs = [x.clone().requires_grad_() for x in given]
+        out = documents.attend(kind)(0, *inputs)
+        return [out.detach(), *torch.autograd.grad(out, inputs, weight)]
+
+    pairs = zip(results("padded"), results("varlen"), strict=True)
+    return max(((one - other).abs().max() / one.abs().max()).item() for one, other in pairs)
+
+
+class Permute(torch.autograd.Function):
+    """x [R, ...] -> x[index]; backward reads through the inverse, where autograd's own would add atomically."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore
+        return grad.index_select(0, ctx.saved_tensors[0]), None, None
 
 
 class Gather(torch.autograd.Function):

@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from shards.errors import ConfigError
+from train.attention import choose_attention
 from train.conditioning import Conditioning
 from train.config import TrainConfig, TrainSection
 from train.lora import add_lora, lora_parameters, lora_start
@@ -40,6 +41,7 @@ def build_model(
         model = empty_model(base_dir, conditioning).to(dtype)
     else:
         model = load_model(base_dir, dtype, world.device, conditioning=conditioning)
+    model.attention = choose_attention(model.config, world.device, dtype)
     lora_config = add_lora(model, config.lora, config.model.base, section.seed, conditioning)
     prepare_blocks(model.model.layers, section.activation_checkpointing == "full", compile_backend(section, world))
     shard(model, model.model.layers, world, bf16, shards_base)

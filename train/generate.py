@@ -68,7 +68,7 @@ def generate(
     generator = torch.Generator(device).manual_seed(sampling.seed)
 
     batch = pack([prompt], [0], ["prompt"]).to(device)
-    cache.order = batch.to_padded[0]
+    cache.order = batch.documents.order
     model.next_logits(batch.text_ids, batch.codes, batch.positions, cache, batch.whisper)
     cache.advance(len(prompt))
 

@@ -1,7 +1,7 @@
 """The heaviest pack that a budget can meet: what `train.memory` measures steps with.
 
 In: the data and a pack budget. Out: one real pack. Packs of one budget differ in memory by their learned columns, whose
-logits are made, and by their number of documents, since attention pads documents to the longest. So packs are planned with
+logits are made, and where attention pads documents to the longest, by their number. So packs are planned with
 the run's own settings over the first samples of the set, weighed roughly, and the heaviest is read. The price: a later pack
 may be a little heavier still; that is what the margin `train.memory_share` is for.
 """
@@ -16,6 +16,7 @@ import numpy as np
 
 from shards.reader import SampleReader
 from shards.sequence import IGNORE, NUM_MARKER_COLUMNS, Sequence, SequenceBuilder
+from train.attention import Kind
 from train.best_fit import PlanSettings
 from train.data import read_pack
 from train.model_config import ModelConfig
@@ -37,10 +38,12 @@ class PackCosts(NamedTuple):
     target: float  # a learned audio column
 
     @staticmethod
-    def of(config: ModelConfig) -> PackCosts:
+    def of(config: ModelConfig, attention: Kind) -> PackCosts:
         rows = config.num_layers * (6 * config.hidden_size + 3 * config.intermediate_size)
-        attention = config.num_layers * 2 * (config.num_heads + config.num_key_value_heads) * config.head_dim
-        return PackCosts(2 * rows, 2 * attention, 10 * config.num_codebooks * config.codebook_vocab)
+        places = config.num_layers * 2 * (config.num_heads + config.num_key_value_heads) * config.head_dim
+        if attention == "varlen":  # documents have as many places as tokens
+            rows, places = rows + places, 0
+        return PackCosts(2 * rows, 2 * places, 10 * config.num_codebooks * config.codebook_vocab)
 
     def of_pack(self, lengths: np.ndarray, targets: np.ndarray) -> float:
         """Of samples with these tokens and learned columns, both [s] int64."""

@@ -166,7 +166,7 @@ class Probe:
         trainable = [parameter for _, parameter in lora_parameters(model)]
         self._to_come = MOMENTS_BYTES * sum(own_numel(p) for p in trainable)
         self._to_come += GRADIENT_BYTES * sum(p.numel() for p in trainable)
-        self._costs = PackCosts.of(model.config)
+        self._costs = PackCosts.of(model.config, model.attention)
         self._needs_warming = {False, True} if compile_backend(config.train, world) else set[bool]()
 
     def __call__(self, batch_tokens: int) -> int:

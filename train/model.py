@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from shards.whisper_tower import WhisperTower
-from train.attention import Attend, Documents, rope_frequencies, rotate
+from train.attention import Attend, Kind, rope_frequencies, rotate
 from train.loss import LossSums, LossTerms, audio_losses, contrastive_loss_sum, text_losses
 from train.model_config import ModelConfig
 from train.packing import PackedBatch, WhisperRows
@@ -179,6 +179,7 @@ class HiggsAudio(nn.Module):
     def __init__(self, config: ModelConfig, runs_tower: bool = True) -> None:
         super().__init__()
         self.config = config
+        self.attention: Kind = "padded"  # of packs; generation has a cache instead
         self.model = Backbone(config)
         self.audio_lm_head = nn.Linear(config.hidden_size, config.num_codebooks * config.codebook_vocab, bias=False)
         self.text_lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -198,8 +199,8 @@ class HiggsAudio(nn.Module):
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """Normed hidden states [R, d] of a pack, text rows first."""
-        documents = Documents(batch.to_padded, batch.from_padded)
-        return self.model(batch.text_ids, batch.codes, batch.positions, documents, self.hear(batch.whisper))
+        attend = batch.documents.attend(self.attention)
+        return self.model(batch.text_ids, batch.codes, batch.positions, attend, self.hear(batch.whisper))
 
     def hear(self, whisper: WhisperRows | None) -> Heard | None:
         """The embeddings of a pack's Whisper rows. The tower is frozen; gradients stop at the projection."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from shards.errors import ShardError
 from shards.mel import num_positions
 from shards.sequence import AUDIO_OUT, IGNORE, WHISPER, Heard, Sequence
+from train.attention import Documents
 
 
 class WhisperRows(NamedTuple):
@@ -36,8 +37,7 @@ class PackedBatch:
     text_ids: Tensor  # [Nt] int64
     codes: Tensor  # [Na, K] int64, markers included
     positions: Tensor  # [R] int64, position inside the document
-    to_padded: Tensor  # [D, M] int64, row at each position of each document
-    from_padded: Tensor  # [R] int64, place of each row in the flattened [D * M]
+    documents: Documents  # which rows belong together, and in which order
     text_rows: Tensor  # [n] int64 rows that must predict a text token
     text_targets: Tensor  # [n] int64
     audio_rows: Tensor  # [m] int64 audio rows (without Nt) that must predict codes
@@ -69,6 +69,8 @@ class PackedBatch:
         for name, value in changed.items():
             if isinstance(value, Tensor) and name != "targets_per_codebook":  # counted on the CPU, and stays there
                 changed[name] = change(value)
+        order, place, bounds, longest = self.documents
+        changed["documents"] = Documents(change(order), change(place), change(bounds), longest)
         if self.whisper is not None:
             changed["whisper"] = WhisperRows(*(change(tensor) for tensor in self.whisper))
         return PackedBatch(**changed)
@@ -88,14 +90,10 @@ def pack(sequences: list[Sequence], speakers: list[int], keys: list[str]) -> Pac
 
     starts = np.cumsum(lengths) - lengths
     position = np.arange(len(ids)) - np.repeat(starts, lengths)
-    document = np.repeat(np.arange(len(sequences)), lengths)
-    longest = int(lengths.max())
-    to_padded = np.zeros((len(sequences), longest), np.int64)
-    to_padded[document, position] = row_of
-    positions = np.empty(len(ids), np.int64)
-    from_padded = np.empty(len(ids), np.int64)
+    positions, place = np.empty(len(ids), np.int64), np.empty(len(ids), np.int64)
     positions[row_of] = position
-    from_padded[row_of] = document * longest + position
+    place[row_of] = np.arange(len(ids))
+    bounds = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
 
     next_token = np.concatenate([sequence.next_token for sequence in sequences])
     says_text = np.flatnonzero(next_token != IGNORE)
@@ -106,8 +104,9 @@ def pack(sequences: list[Sequence], speakers: list[int], keys: list[str]) -> Pac
         text_ids=_int64(ids[~is_audio]),
         codes=_int64(np.concatenate([sequence.codes for sequence in sequences], axis=1).T),
         positions=torch.from_numpy(positions),
-        to_padded=torch.from_numpy(to_padded),
-        from_padded=torch.from_numpy(from_padded),
+        documents=Documents(
+            _int64(row_of), torch.from_numpy(place), torch.from_numpy(bounds), longest=int(lengths.max())
+        ),
         text_rows=_int64(row_of[says_text]),
         text_targets=_int64(next_token[says_text]),
         audio_rows=_int64(says_codes),

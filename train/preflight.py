@@ -136,8 +136,8 @@ def check_shift(batch: PackedBatch) -> Verdict:
     wanted = batch.audio_targets != IGNORE
     following = batch.codes[(batch.audio_rows + 1).clamp(max=len(batch.codes) - 1)]
     wrong_codes = int(((following != batch.audio_targets) & wanted).sum())
-    places = (batch.from_padded[batch.text_rows] + 1).clamp(max=batch.to_padded.numel() - 1)
-    next_row = batch.to_padded.flatten()[places]
+    documents = batch.documents
+    next_row = documents.order[(documents.place[batch.text_rows] + 1).clamp(max=len(documents.order) - 1)]
     wrong_text = int((batch.text_ids[next_row.clamp(max=len(batch.text_ids) - 1)] != batch.text_targets).sum())
     found = f"{wrong_codes} of {int(wanted.sum())} codes and {wrong_text} of {len(batch.text_targets)} tokens are not the next"
     return Verdict("shift", wrong_codes + wrong_text == 0, found)
