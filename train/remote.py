@@ -137,7 +137,10 @@ class RemoteShards:
         here: list[tuple[float, int, Path]] = []
         total = num_bytes
         for path in (self.folder / "shards").glob("*/shard-*.tar"):
-            status = path.stat()
+            try:
+                status = path.stat()
+            except FileNotFoundError:  # removed a moment ago, by a person
+                continue
             total += status.st_size
             if int(path.stem.removeprefix("shard-")) not in wanted:
                 here.append((status.st_mtime, status.st_size, path))
