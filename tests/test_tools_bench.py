@@ -33,7 +33,8 @@ def test_bench_train_stores_every_figure(run_command, tmp_path):
     figures = json.loads(out.read_text())
     assert set(figures["sides"]) == {"ours", "padded batches of 2", "padded batches of 4"}
     for side in figures["sides"].values():
-        assert {"samples_per_s", "tokens_per_s", "useful_share", "peak_gb"} == set(side)
+        assert {"samples_per_s", "tokens_per_s", "useful_share", "peak_gb", "matmul_share"} == set(side)
+        assert 0 < side["matmul_share"] < 1
     assert figures["sides"]["ours"]["useful_share"] == 1.0
     assert figures["sides"]["padded batches of 4"]["useful_share"] < 1.0
     assert figures["gain_over_best_padded"] > 0

@@ -1,4 +1,4 @@
-"""Two ways to attend within documents. The kernel of one runs on CUDA only, so here stands in for it what torch's documentation
+"""The ways to attend within documents. The kernel of one runs on CUDA only, so here stands in for it what torch's documentation
 says that it computes, registered for the CPU under the same operator: everything around the kernel is real. The kernel
 itself is compared by tests/test_gpu.py, and on the user's device before it is used.
 """
@@ -127,15 +127,23 @@ def losses_and_gradients(model_dir, batches, kind: attention.Kind, backend: str 
     return torch.stack(losses), {name: parameter.grad for name, parameter in lora_parameters(model)}
 
 
-@pytest.mark.parametrize(
-    ("backend", "recompute"), [(None, False), (None, True), ("aot_eager", False), ("aot_eager", True)]
-)
-def test_a_model_learns_the_same_either_way(model_dir, batches, kernel, backend, recompute):
+WAYS = [
+    ("separate", None, False),
+    ("separate", None, True),
+    ("varlen", None, False),
+    ("varlen", None, True),
+    ("varlen", "aot_eager", False),
+    ("varlen", "aot_eager", True),
+]
+
+
+@pytest.mark.parametrize(("kind", "backend", "recompute"), WAYS)
+def test_a_model_learns_the_same_either_way(model_dir, batches, kernel, kind, backend, recompute):
     """Also as one compiled graph for all layers and pack sizes, and recomputed."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     expected = losses_and_gradients(model_dir, batches, "padded")
-    found = losses_and_gradients(model_dir, batches, "varlen", backend, recompute)
+    found = losses_and_gradients(model_dir, batches, kind, backend, recompute)
     torch.testing.assert_close(found[0], expected[0], rtol=0, atol=1e-5 * expected[0].abs().max().item())
     for name, gradient in expected[1].items():
         assert gradient is not None
@@ -151,8 +159,9 @@ def test_the_kernel_is_used_only_where_it_runs_and_agrees(model_dir, monkeypatch
     config = load_model(model_dir, torch.float32).config
     cuda = torch.device("cuda")
     monkeypatch.setattr(attention.log, "propagate", True)
-    assert choose_attention(config, torch.device("cpu"), torch.bfloat16) == "padded"
-    assert choose_attention(config, cuda, torch.float32) == "padded", "it computes in 16 bits only"
+    assert choose_attention(config, torch.device("cpu"), torch.bfloat16, is_compiled=False) == "separate"
+    assert choose_attention(config, torch.device("cpu"), torch.bfloat16, is_compiled=True) == "padded"
+    assert choose_attention(config, cuda, torch.float32, is_compiled=True) == "padded", "it computes in 16 bits only"
 
     def fails(*_: object) -> float:
         raise RuntimeError("FlashAttention only supports Ampere GPUs or newer.\nmore")
@@ -166,7 +175,7 @@ def test_the_kernel_is_used_only_where_it_runs_and_agrees(model_dir, monkeypatch
         caplog.clear()
         monkeypatch.setattr(attention, "disagreement", measure)
         with caplog.at_level(logging.WARNING, logger="train"):
-            assert choose_attention(config, cuda, torch.bfloat16) == kind
+            assert choose_attention(config, cuda, torch.bfloat16, is_compiled=True) == kind
         assert (told in caplog.text) if told else not caplog.text
 
 

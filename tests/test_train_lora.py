@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from peft.tuners.lora import Linear
 from safetensors.torch import load_file
 
 from shards.config import SequenceSection
@@ -14,7 +15,7 @@ from shards.errors import ConfigError
 from shards.sequence import SequenceBuilder
 from tools.model_folder import merged_state
 from train.config import LoraSection
-from train.lora import MODES, add_lora, load_adapter, lora_parameters, save_adapter, trainable_table
+from train.lora import MODES, AddingLinear, add_lora, load_adapter, lora_parameters, save_adapter, trainable_table
 from train.packing import pack
 from train.weights import load_model
 
@@ -48,6 +49,49 @@ def test_modes_adapt_what_they_say(model_dir, mode, text_head):
         expected["text_lm_head"] = (1, rank * (HIDDEN + 128256))
     assert trainable_table(model) == expected
     assert all(parameter.dtype == torch.float32 for _, parameter in lora_parameters(model))
+
+
+@pytest.mark.parametrize("options", [{}, {"dropout": 0.3}, {"use_rslora": True}, {"use_dora": True}])
+def test_the_update_is_added_as_peft_adds_it(model_dir, options):
+    """Values and gradients of every adapted layer, by our way of adding and by peft's; and without the adapter."""
+    model, _ = with_lora(model_dir, LoraSection(rank=4, alpha=12, **options), scale=0.05)
+    layers = [module for module in model.modules() if isinstance(module, Linear)]
+    assert len(layers) == 4 * 10 + 1
+    assert {type(layer) for layer in layers} == {AddingLinear}
+
+    def results(layer: Linear, x: torch.Tensor) -> list[torch.Tensor]:
+        torch.manual_seed(1)  # of dropout
+        x = x.clone().requires_grad_()
+        out = layer(x)
+        wanted = [x, *(parameter for parameter in layer.parameters() if parameter.requires_grad)]
+        return [out, *torch.autograd.grad(out, wanted, torch.linspace(-1, 1, out.numel()).view_as(out))]
+
+    for layer in layers:
+        base = layer.get_base_layer()
+        assert isinstance(base, torch.nn.Linear)
+        x = torch.randn(7, base.in_features, generator=torch.Generator().manual_seed(base.in_features))
+        ours = results(layer, x)
+        layer.enable_adapters(False)
+        assert torch.equal(layer(x), base(x))
+        layer.enable_adapters(True)
+        layer.requires_grad_(True).base_layer.requires_grad_(False)
+        layer.__class__ = Linear  # pyright: ignore
+        for found, expected in zip(ours, results(layer, x), strict=True):
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+        assert (ours[0] - base(x)).abs().max() > 1e-2, "an adapter without effect would prove nothing"
+
+
+def test_fp32_weights_on_a_base_in_bf16_are_added_in_fp32_by_peft(model_dir):
+    model = load_model(model_dir, torch.bfloat16)
+    add_lora(model, LoraSection(rank=4), "base", seed=0)
+    layer = model.audio_lm_head
+    assert isinstance(layer, AddingLinear)
+    layer.get_parameter("lora_B.default.weight").data.normal_(generator=torch.Generator().manual_seed(0))
+    x = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(1)).bfloat16()
+    ours = layer(x)
+    layer.__class__ = Linear  # pyright: ignore
+    assert ours.dtype == torch.bfloat16
+    assert torch.equal(ours, layer(x))
 
 
 def test_modes_are_the_agreed_ones():

@@ -34,20 +34,24 @@ def preprocess_command(
 @click.option(
     "--size", default="auto", type=click.Choice(["auto", "small", "middle", "full"]), help="auto: full on a GPU."
 )
-@click.option("--samples", default=16, help="Seeded samples; every side sees all of them.")
-@click.option("--batch-tokens", default=4096, help="Of our packs.")
+@click.option("--samples", type=int, help="Seeded samples; every side sees all of them. Default 16, 432 on a GPU.")
+@click.option("--batch-tokens", type=int, help="Of our packs. Default 4096, 16384 on a GPU.")
 @click.option("--rank", default=16, help="Of LoRA, for every side.")
 @click.option("--threads", default=1, help="CPU threads, for every side.")
 @click.option("--rounds", default=3, help="Every side is run this often, in turn; medians are told.")
-def train_command(out: Path, size: str, samples: int, batch_tokens: int, rank: int, threads: int, rounds: int) -> None:
+def train_command(
+    out: Path, size: str, samples: int | None, batch_tokens: int | None, rank: int, threads: int, rounds: int
+) -> None:
     """Stage two: our step against transformers' class with peft and padded batches."""
     import torch
 
     from tools.bench_train import Settings, bench
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    size = ("full" if device == "cuda" else "middle") if size == "auto" else size
-    bench(Settings(size, samples, batch_tokens, rank, threads, rounds, device), out)
+    on_gpu = torch.cuda.is_available()
+    size = ("full" if on_gpu else "middle") if size == "auto" else size
+    samples = samples or (432 if on_gpu else 16)
+    batch_tokens = batch_tokens or (16384 if on_gpu else 4096)
+    bench(Settings(size, samples, batch_tokens, rank, threads, rounds, "cuda" if on_gpu else "cpu"), out)
 
 
 @main.command("data", context_settings={"show_default": True})

@@ -23,6 +23,7 @@ import numpy as np
 
 SIDES = ("ours", "padded batches of 2", "padded batches of 4")
 TEXT, REFERENCE, TARGET = (40, 220), (60, 260), (60, 260)  # positions of one sample; the audio ones with their markers
+WARM_UP = {"cpu": 1, "cuda": 3}  # steps before time is taken; on a GPU the first ones compile
 LEARNED_TEXT = 0.2  # of the text positions, right before the target: a layout that writes the text first
 
 
@@ -81,31 +82,52 @@ def run_side(side: str, settings: Settings) -> dict[str, float]:
 
 
 def measure(side: str, settings: Settings) -> dict[str, float]:
-    """Steps over all samples once, after one that is not timed."""
+    """Steps over all samples once, after some that are not timed."""
     import torch
+
+    from train.flops import matmul_rate
 
     torch.set_num_threads(settings.threads)
     sequences = make_sequences(settings)
     prepare = prepare_ours if side == "ours" else prepare_padded
     size = 0 if side == "ours" else int(side.split()[-1])
     steps, num_positions = prepare(sequences, settings, size)
-    for step in steps[:1]:
+    on_gpu = settings.device == "cuda"
+    for step in steps[: WARM_UP[settings.device]]:
         step()
     synchronise(settings)
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
     for step in steps:
         step()
     synchronise(settings)
     seconds = time.perf_counter() - started
     num_tokens = sum(len(sequence) for sequence in sequences)
-    on_gpu = settings.device == "cuda"
     peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
         "samples_per_s": len(sequences) / seconds,
         "tokens_per_s": num_tokens / seconds,
         "useful_share": num_tokens / num_positions,
         "peak_gb": peak / 1e9,
+        "matmul_share": useful_operations(sequences, settings) / seconds / matmul_rate(torch.device(settings.device)),
     }
+
+
+def useful_operations(sequences: list[Any], settings: Settings) -> float:
+    """What the mathematics asks for, whoever does it: padding and logits that nobody learns are not counted."""
+    import torch
+
+    from train.config import LoraSection
+    from train.flops import lora_sizes_of, step_flops
+    from train.lora import add_lora
+    from train.model import HiggsAudio
+    from train.packing import pack
+
+    with torch.device("meta"):
+        model = HiggsAudio(model_config(settings))
+    add_lora(model, LoraSection(rank=settings.rank), "bench", seed=0)
+    return step_flops(model.config, lora_sizes_of(model), [pack([sequence], [0], ["k"]) for sequence in sequences])
 
 
 def make_sequences(settings: Settings) -> list[Any]:
@@ -131,23 +153,30 @@ def make_sequences(settings: Settings) -> list[Any]:
 
 
 def prepare_ours(sequences: list[Any], settings: Settings, _: int) -> tuple[list[Callable[[], Any]], int]:
-    """One step per pack, and the number of positions that are computed."""
+    """One step per pack, and the number of positions that are computed. As `train.build` does it, with random weights."""
     import torch
 
+    from train.attention import choose_attention
     from train.best_fit import PlanSettings, best_fit
     from train.build import prepare_blocks
     from train.config import LoraSection, LossSection, TrainSection
     from train.lora import add_lora, lora_parameters
+    from train.loss import LossCounts
     from train.model import HiggsAudio
     from train.optim import make_optimizer
     from train.packing import pack
+    from train.parallel import join, shard
     from train.step import train_step
 
+    world = join(settings.device)
+    on_gpu = settings.device == "cuda"
     with torch.device("meta"):
         model = HiggsAudio(model_config(settings))
     fill_randomly(model, settings)
+    model.attention = choose_attention(model.config, world.device, model.audio_lm_head.weight.dtype, on_gpu)
     add_lora(model, LoraSection(rank=settings.rank, alpha=2 * settings.rank), "bench", seed=0)
-    prepare_blocks(model.model.layers, recompute=False, backend="inductor" if settings.device == "cuda" else None)
+    prepare_blocks(model.model.layers, recompute=False, backend="inductor" if on_gpu else None)
+    shard(model, model.model.layers, world, bf16=on_gpu, shard_base=False)  # LoRA computes in bf16 by this
     optimizer = make_optimizer([parameter for _, parameter in lora_parameters(model)], TrainSection())
     lengths = np.array([len(sequence) for sequence in sequences])
     plan = PlanSettings(seed=0, batch_tokens=settings.batch_tokens, packs_per_step=1)
@@ -158,8 +187,11 @@ def prepare_ours(sequences: list[Any], settings: Settings, _: int) -> tuple[list
     ]
     model.train()
     section = LossSection()
-    steps = [lambda b=b: train_step(model, optimizer, [b], section, 0, 1e-4, 1.0) for b in batches]
-    return steps, int(lengths.sum())
+
+    def step(batch: Any) -> None:
+        train_step(model, optimizer, [batch], section, 0, 1e-4, 1.0, LossCounts.of([batch], world), world)
+
+    return [lambda b=b: step(b) for b in batches], int(lengths.sum())
 
 
 def prepare_padded(sequences: list[Any], settings: Settings, size: int) -> tuple[list[Callable[[], Any]], int]:
@@ -269,7 +301,7 @@ def print_table(figures: dict[str, Any], out: Path) -> None:
     settings = figures["settings"]
     title = f"bench train: {settings['size']} size, rank {settings['rank']}, {settings['threads']} threads, {settings['device']}"
     table = Table(title=f"{title}; {figures['machine']}")
-    for heading in ("side", "samples/s", "tokens/s", "useful positions", "peak memory", "gain"):
+    for heading in ("side", "samples/s", "tokens/s", "useful positions", "of matmul rate", "peak memory", "gain"):
         table.add_column(heading)
     ours = figures["sides"]["ours"]["samples_per_s"]
     for side, values in figures["sides"].items():
@@ -278,10 +310,11 @@ def print_table(figures: dict[str, Any], out: Path) -> None:
             f"{values['samples_per_s']:.2f}",
             f"{values['tokens_per_s']:.0f}",
             f"{values['useful_share']:.0%}",
+            f"{values['matmul_share']:.0%}",
             f"{values['peak_gb']:.2f} GB",
             "" if side == "ours" else f"ours is {ours / values['samples_per_s']:.2f} x",
         )
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 110).print(table)
     Console(stderr=True).print(f"written to {out}", highlight=False)
 
 

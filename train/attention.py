@@ -1,10 +1,10 @@
 """How rows of a pack see each other: documents side by side, and the rotary positions inside them.
 
-In: q, k, v of all rows, text first. Out: what each row has gathered from the rows before it in its own document. Two ways
-lead there: "varlen", PyTorch's FlashAttention kernel for documents of any lengths one behind another, on CUDA in bf16; and
-"padded", its plain attention over right-padded documents, everywhere else. Behind a causal mask padding needs no other
-mask; the price is that every document is as long there as the longest of its pack. Before the first kind is used, both
-must agree on this very device.
+In: q, k, v of all rows, text first. Out: what each row has gathered from the rows before it in its own document. Three
+ways lead there: "varlen", PyTorch's FlashAttention kernel for documents of any lengths, on CUDA in bf16; "separate", one
+call for each document, on CPUs; and "padded", right-padded documents as one batch, where neither can be had. Behind a
+causal mask padding needs no other mask; the price is that every document is as long as the longest of its pack. Before
+"varlen" is used, it must agree with "padded" on this very device.
 
 Letters: R rows of a pack, D documents, M longest document, P = D * M places, H query heads, G key-value heads, E head size.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
+from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
@@ -25,10 +26,11 @@ from shards.errors import CheckpointError
 from train.model_config import ModelConfig
 
 log = logging.getLogger("train")
-Kind = Literal["padded", "varlen"]
+Kind = Literal["padded", "separate", "varlen"]
 CAUSAL = (-1, 0)  # of varlen_attn: everything before, nothing after
 # torch 2.11 takes fewer key-value heads without a word, later ones ask to be told.
 GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+CHUNK = 128  # queries; 64 to 128 take 0.70-0.75 of the time of all at once (documents of 300-640, one core, NOTES.md)
 AGREE_WITHIN = 0.02  # of the largest value: three digits of bf16, in which both kernels round in other places
 
 
@@ -47,7 +49,13 @@ class Documents(NamedTuple):
     longest: int
 
     def attend(self, kind: Kind) -> Attend:
-        return VariableDocuments(*self) if kind == "varlen" else self.padded()
+        if kind == "varlen":
+            return VariableDocuments(*self)
+        return self.separate() if kind == "separate" else self.padded()
+
+    def separate(self) -> SeparateDocuments:
+        """The same with lengths as numbers, for tensors on the CPU."""
+        return SeparateDocuments(self.order, self.place, self.bounds.diff().tolist())
 
     def padded(self) -> PaddedDocuments:
         """The same as a grid; made where the tensors are, without a synchronisation."""
@@ -75,6 +83,37 @@ class VariableDocuments(NamedTuple):
         return Permute.apply(out, self.place, self.order)  # pyright: ignore
 
 
+class SeparateDocuments(NamedTuple):
+    """Documents one after another, each by itself: a CPU is busy with one, and no graph could be compiled of it."""
+
+    order: Tensor  # as in `Documents`
+    place: Tensor
+    lengths: list[int]
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [R, H, E], k and v [R, G, E] -> [R, H, E]."""
+        rows = (Permute.apply(x, self.order, self.place).split(self.lengths) for x in (q, k, v))  # pyright: ignore
+        outputs = [part for document in zip(*rows, strict=True) for part in attend_alone(*document)]
+        return Permute.apply(torch.cat(outputs), self.place, self.order)  # pyright: ignore
+
+
+def attend_alone(q: Tensor, k: Tensor, v: Tensor) -> Iterator[Tensor]:
+    """One document, q [n, H, E], k and v [n, G, E] -> [at most CHUNK, H, E] after [at most CHUNK, H, E].
+
+    PyTorch's CPU kernel looks at keys in blocks of 512, later ones too, so short chunks of queries meet fewer of them.
+    """
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, heads, n, E]
+    num_rows = q.shape[2]
+    for start in range(0, num_rows, CHUNK):
+        end = min(start + CHUNK, num_rows)
+        chunk, keys, values = q[:, :, start:end], k[:, :, :end], v[:, :, :end]
+        later = None
+        if start:
+            later = q.new_full((end - start, end), float("-inf")).triu(start + 1)
+        out = F.scaled_dot_product_attention(chunk, keys, values, later, is_causal=later is None, enable_gqa=True)
+        yield out[0].transpose(0, 1)
+
+
 class PaddedDocuments(NamedTuple):
     """Documents as a grid."""
 
@@ -95,8 +134,10 @@ class PaddedDocuments(NamedTuple):
         return Collect.apply(out, self.from_padded).view_as(q)  # pyright: ignore
 
 
-def choose_attention(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Kind:
-    """ "varlen" where its kernel runs and agrees with the padded way, values and gradients; else "padded"."""
+def choose_attention(config: ModelConfig, device: torch.device, dtype: torch.dtype, is_compiled: bool) -> Kind:
+    """The fastest way here: "varlen" where its kernel runs and agrees with the padded way, values and gradients."""
+    if device.type == "cpu" and not is_compiled:
+        return "separate"
     if device.type != "cuda" or dtype is not torch.bfloat16:
         return "padded"
     try:

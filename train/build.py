@@ -41,9 +41,10 @@ def build_model(
         model = empty_model(base_dir, conditioning).to(dtype)
     else:
         model = load_model(base_dir, dtype, world.device, conditioning=conditioning)
-    model.attention = choose_attention(model.config, world.device, dtype)
+    backend = compile_backend(section, world)
+    model.attention = choose_attention(model.config, world.device, dtype, is_compiled=backend is not None)
     lora_config = add_lora(model, config.lora, config.model.base, section.seed, conditioning)
-    prepare_blocks(model.model.layers, section.activation_checkpointing == "full", compile_backend(section, world))
+    prepare_blocks(model.model.layers, section.activation_checkpointing == "full", backend)
     shard(model, model.model.layers, world, bf16, shards_base)
     if shards_base:
         model.to_empty(device=world.device)

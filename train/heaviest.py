@@ -41,7 +41,7 @@ class PackCosts(NamedTuple):
     def of(config: ModelConfig, attention: Kind) -> PackCosts:
         rows = config.num_layers * (6 * config.hidden_size + 3 * config.intermediate_size)
         places = config.num_layers * 2 * (config.num_heads + config.num_key_value_heads) * config.head_dim
-        if attention == "varlen":  # documents have as many places as tokens
+        if attention != "padded":  # documents have as many places as tokens
             rows, places = rows + places, 0
         return PackCosts(2 * rows, 2 * places, 10 * config.num_codebooks * config.codebook_vocab)
 

@@ -16,9 +16,12 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import Linear
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -37,6 +40,25 @@ MODES = {
 }
 PROJECTION = "audio_encoder_proj.linear"
 PEFT_PREFIX = "base_model.model."
+
+
+class AddingLinear(Linear):
+    """peft's layer whose update is added by the product that makes it.
+
+    peft scales and adds outputs, `base(x) + B(A(x)) * scaling`: two more passes over them forward, one backward. All else,
+    and every case but the plain one, is peft's.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x [R, in] -> [R, out]."""
+        (name,) = self.active_adapters
+        down: Any = self.lora_A[name].weight  # [r, in]
+        up: Any = self.lora_B[name].weight  # [out, r]
+        is_plain = not (self.disable_adapters or self.merged or self.lora_variant)
+        if not is_plain or down.dtype != x.dtype:
+            return super().forward(x, *args, **kwargs)
+        rows = F.linear(self.lora_dropout[name](x), down)
+        return torch.addmm(self.base_layer(x), rows, up.T, alpha=self.scaling[name])
 
 
 def add_lora(
@@ -58,6 +80,9 @@ def add_lora(
         init_lora_weights=True,  # B = 0: the first step starts from the base model exactly
     )
     inject_adapter_in_model(config, model)
+    for layer in model.modules():
+        if type(layer) is Linear:
+            layer.__class__ = AddingLinear
     if starts_at_zero:
         assert model.audio_encoder_proj is not None
         model.audio_encoder_proj.requires_grad_(True)
