@@ -67,6 +67,9 @@ def test_run_directory_is_complete_and_loss_falls(dataset, settings, tmp_path):
     inside = {"adapter", "state", "identity.json", "metrics.json", "config.toml", "COMPLETE"}
     assert {path.name for path in last.iterdir()} == inside
     assert {path.name for path in run.iterdir()} >= {"config.toml", "environment.json", "logs", "metrics.jsonl"}
+    environment = json.loads((run / "environment.json").read_text())
+    assert {"command", "device", "torch", "transformers", "peft"} <= set(environment)
+    assert environment["ranks"] == 1
     values = json.loads((last / "metrics.json").read_text())
     names = ["loss/total_loss", "loss/text_loss", "loss/audio_loss", "loss/contrastive_loss"]
     names += [f"loss/codebook_{k}" for k in range(8)]

@@ -153,7 +153,7 @@ def run(
     config_toml = to_toml(config)
     step = checkpoint.restore(start_from, model, optimizer, identity, world) if start_from else 0
     world.require_equal({"the first step": str(step), "the base model": identity.model_weights})
-    metrics = begin_run(config, run_dir, step, wandb_run) if world.is_first else None
+    metrics = begin_run(config, run_dir, step, world, wandb_run) if world.is_first else None
     to_hear = source.to_hear(section.listening_samples) if world.is_first and section.listening_samples else []
     listening = open_listening(to_hear, builder, codec_dir, run_dir, world)
     saver = checkpoint.Checkpoints(run_dir, world, lora_config, identity, config_toml, section.keep_checkpoints)

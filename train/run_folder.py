@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import platform
 import secrets
+import shlex
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -94,25 +96,29 @@ def make_identity(config: TrainConfig, dataset_digest: str, model_weights: str) 
     )
 
 
-def begin_run(config: TrainConfig, run_dir: Path, step: int, wandb_run: Any) -> Metrics:
+def begin_run(config: TrainConfig, run_dir: Path, step: int, world: World, wandb_run: Any) -> Metrics:
     """What the first rank leaves in the run directory before it trains."""
     checkpoint_folders.set_aside(run_dir, step)
     write_bytes(run_dir / "config.toml", to_toml(config).encode())
-    write_json(run_dir / "environment.json", environment())
+    write_json(run_dir / "environment.json", environment(world))
     if wandb_run:
         wandb_run.config.update(msgspec.to_builtins(config), allow_val_change=True)  # what was "auto" is known now
     return Metrics(run_dir, step, wandb_run, config.train.tensorboard)
 
 
-def environment() -> dict[str, str]:
+def environment(world: World) -> dict[str, str | int]:
+    """What the run's figures depend on and its configuration does not say; of its latest start."""
     import peft
     import transformers
 
+    on_gpu = world.device.type == "cuda"
     return {
+        "command": shlex.join(sys.argv),
+        "ranks": world.size,
+        "device": torch.cuda.get_device_name(world.device) if on_gpu else platform.processor() or "cpu",
+        "host": platform.node(),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,
         "peft": peft.__version__,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
-        "host": platform.node(),
     }
