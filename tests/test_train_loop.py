@@ -97,6 +97,21 @@ def test_resumed_run_equals_the_uninterrupted_one(dataset, settings, tmp_path, n
     assert adapters[0] == adapters[1]
 
 
+def test_a_way_to_attend_can_be_asked_for_and_trains_the_same(dataset, settings, tmp_path, monkeypatch):
+    from train import build
+
+    chosen = []
+    choose = build.choose_attention
+    monkeypatch.setattr(
+        build, "choose_attention", lambda *given, **named: chosen.append(choose(*given, **named)) or chosen[-1]
+    )
+    for way in ("auto", "padded"):
+        train(settings(f"train.attention={way}"), dataset, tmp_path / way, RunOptions())
+    assert chosen == ["separate"]
+    one, other = losses(tmp_path / "auto"), losses(tmp_path / "padded")
+    np.testing.assert_allclose(list(one.values()), list(other.values()), rtol=0, atol=1e-5)
+
+
 def test_a_checkpoint_of_another_run_is_refused_with_both_values(dataset, settings, tmp_path):
     train(settings("train.max_steps=2"), dataset, tmp_path / "run", RunOptions())
     with pytest.raises(PipelineError, match=r"seed was 0, is 7.*new RUN folder"):

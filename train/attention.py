@@ -150,6 +150,7 @@ def choose_attention(config: ModelConfig, device: torch.device, dtype: torch.dty
     if not apart <= AGREE_WITHIN:
         log.warning("attention: documents are padded, since varlen_attn is %.2g apart from it here", apart)
         return "padded"
+    log.info("attention: varlen_attn, %.2g apart from padded documents here", apart)
     return "varlen"
 
 

@@ -42,7 +42,8 @@ def build_model(
     else:
         model = load_model(base_dir, dtype, world.device, conditioning=conditioning)
     backend = compile_backend(section, world)
-    model.attention = choose_attention(model.config, world.device, dtype, is_compiled=backend is not None)
+    if section.attention == "auto":
+        model.attention = choose_attention(model.config, world.device, dtype, is_compiled=backend is not None)
     lora_config = add_lora(model, config.lora, config.model.base, section.seed, conditioning)
     prepare_blocks(model.model.layers, section.activation_checkpointing == "full", backend)
     shard(model, model.model.layers, world, bf16, shards_base)

@@ -67,6 +67,7 @@ class TrainSection(msgspec.Struct, frozen=True, kw_only=True):
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # bf16 on CUDA, fp32 on CPU
     shard_base: bool = False
     activation_checkpointing: Literal["auto", "off", "full"] = "auto"  # only if packs would not fit otherwise
+    attention: Literal["auto", "padded"] = "auto"  # "auto": the fastest way here
     compile: Literal["auto", "on", "off", "aot_eager"] = "auto"  # on CUDA; "aot_eager": graphs without generated code
 
 
