@@ -1,5 +1,6 @@
 # make demo    the whole road on real Arabic clips with a tiny random model: about 2 minutes on two cores
 # make test    the test suite            make check   ruff, pyright, tests: what a commit asks for
+# make test-gpu                          what only a CUDA device can show
 # make test-boson                        the suite's fast part with boson-multimodal and transformers 4.46, held against
 #                                        the native environment: a second environment of 6 GB, then about 6 minutes
 # The commands are echoed so that they can be copied; `source .venv/bin/activate` makes them shorter.
@@ -13,7 +14,7 @@ PYTEST := pytest -n 2 --dist worksteal
 DEMO := out/demo
 REFERENCE := tests/data/arabic-mini/spk_00_36.flac
 
-.PHONY: setup demo test test-boson check lint fmt clean
+.PHONY: setup demo test test-gpu test-boson check lint fmt clean
 
 setup: $(INSTALLED)
 
@@ -44,6 +45,9 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(ONE_THREAD) $(BIN)/python -m $(PYTEST)
+
+test-gpu: $(INSTALLED)
+	$(BIN)/python -m pytest -m gpu tests/test_gpu.py
 
 check: lint test
 
