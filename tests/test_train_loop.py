@@ -7,6 +7,7 @@ import gc
 import json
 import math
 import multiprocessing
+import os
 import shutil
 import signal
 import time
@@ -499,6 +500,24 @@ def test_a_signal_at_a_checkpoint_writes_it_once_and_one_at_the_start_promises_n
     )
     with pytest.raises(PipelineError, match="after step 0; the same command begins anew"):
         train(settings(), dataset, tmp_path / "other", RunOptions())
+
+
+def test_a_second_ctrl_c_ends_at_once_and_loader_processes_do_not_listen(capfd):
+    from train.parallel import ALONE
+    from train.signals import SAVING, StopSignal
+
+    with StopSignal() as signals:
+        signal.raise_signal(signal.SIGINT)
+        assert signals.asked(ALONE)
+        child = os.fork()
+        if not child:
+            signal.raise_signal(signal.SIGINT)
+            os._exit(7)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert capfd.readouterr().err.encode() == SAVING, "told once"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_signal_between_two_packs_breaks_the_step_off_and_the_run_that_goes_on_takes_it_whole(

@@ -320,7 +320,9 @@ def test_one_rank_killed_ends_the_others_and_the_run_continues(start, train_run,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("gpus", "number"), [(1, signal.SIGTERM), (2, signal.SIGTERM), (2, signal.SIGUSR1)])
+@pytest.mark.parametrize(
+    ("gpus", "number"), [(1, signal.SIGTERM), (2, signal.SIGTERM), (2, signal.SIGUSR1), (1, signal.SIGINT)]
+)
 def test_a_signal_saves_and_the_same_command_goes_on(start, train_run, uninterrupted, tmp_path, gpus, number):
     """Sent to what the user started, at any step: the launcher passes it on to the ranks."""
     run = tmp_path / "run"

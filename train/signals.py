@@ -1,11 +1,13 @@
-"""SIGTERM and SIGUSR1: finish the step, save, stop. Slurm and torchrun send one before they kill.
+"""SIGTERM, SIGUSR1 and Ctrl-C: finish the pack, save, stop. Slurm and torchrun send one before they kill.
 
 Nothing is saved inside the handler: a save is a collective, and ranks are interrupted at different places. The handler
-only raises a flag; at the next step every rank learns whether any of them has it.
+only raises a flag; between packs every rank learns whether any of them has it. The price is that Ctrl-C does not end a
+run at once; a second one does.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType
@@ -15,6 +17,8 @@ import torch
 from shards.errors import PipelineError
 from train.parallel import World
 
+SAVING = b"Ctrl-C: the pack is finished and a checkpoint saved; Ctrl-C again stops at once\n"
+
 
 class Stopped(PipelineError):
     """Asked to stop, everything saved; the same command goes on."""
@@ -23,10 +27,11 @@ class Stopped(PipelineError):
 class StopSignal:
     """A context: handlers inside, the old ones outside."""
 
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
     def __init__(self) -> None:
         self._asked = False
+        self._process = os.getpid()
         self._old: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> StopSignal:
@@ -43,4 +48,10 @@ class StopSignal:
         return bool(world.sum(torch.tensor([int(self._asked)])).item())
 
     def _raise_flag(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            return  # a loader process, forked with this handler: a terminal sends Ctrl-C to it too
+        if number == signal.SIGINT and self._asked:
+            raise KeyboardInterrupt
+        if number == signal.SIGINT:
+            os.write(2, SAVING)  # a log's own buffer may be half written just now
         self._asked = True
