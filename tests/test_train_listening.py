@@ -6,7 +6,9 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -204,6 +206,25 @@ def test_speech_is_broken_off_within_a_second_of_it(model_dir, tokenizer, make_s
     speech = generate(model, prompt, 200, interrupted=lambda: next(asked))
     assert not speech.stopped
     assert 25 <= speech.codes.shape[1] <= 50
+
+
+def test_speaking_takes_nothing_from_the_throughput_told(dataset, settings, tmp_path, monkeypatch):
+    """Every look takes eleven days here; the steps between them do not."""
+    from train import loop, step
+
+    days = []
+    look = loop.look
+
+    def long_look(*given):
+        days.append(11)
+        return look(*given)
+
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + 86_400 * sum(days), perf_counter=time.perf_counter)
+    monkeypatch.setattr(step, "time", clock)
+    monkeypatch.setattr(loop, "look", long_look)
+    train(settings("train.listening_samples=1"), dataset, tmp_path / "run", RunOptions())
+    assert len(days) == 3, "before the first step, and after steps 2 and 4"
+    assert all(line["metrics/samples_per_second"] > 1e-3 for line in lines(tmp_path / "run"))
 
 
 @pytest.mark.slow

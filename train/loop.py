@@ -172,6 +172,7 @@ def run(
     with saver, heap_at_rest():  # whatever ends the steps, a checkpoint that is being written is written to its end
         if step == 0:
             look(0, model, config, None, listening, metrics, interrupted)  # the base model, to compare with
+            clock.restart()
         model.train()
         first_step, stopped = step, False
         while step < total_steps and not (stopped := interrupted()) and not watch.has_lost_patience:
