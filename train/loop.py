@@ -205,9 +205,7 @@ def run(
                 log.info(console_line(step, total_steps, values))
                 watch.look(step, values)
             if not looks:
-                values = {
-                    name: value for name, value in values.items() if not name.startswith("eval/")
-                }  # an older step's
+                values = {k: v for k, v in values.items() if not k.startswith("eval/")}  # those are an older step's
             if step % section.save_every == 0 and step < total_steps:
                 saver.save(step, model, optimizer, values)
 
