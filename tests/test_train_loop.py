@@ -504,7 +504,7 @@ def test_a_signal_at_a_checkpoint_writes_it_once_and_one_at_the_start_promises_n
 
 def test_a_second_ctrl_c_ends_at_once_and_loader_processes_do_not_listen(capfd):
     from train.parallel import ALONE
-    from train.signals import SAVING, StopSignal
+    from train.signals import AT_ONCE, SAVING, StopSignal
 
     with StopSignal() as signals:
         signal.raise_signal(signal.SIGINT)
@@ -516,7 +516,7 @@ def test_a_second_ctrl_c_ends_at_once_and_loader_processes_do_not_listen(capfd):
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-    assert capfd.readouterr().err.encode() == SAVING, "told once"
+    assert capfd.readouterr().err == f"{SAVING}{AT_ONCE}\n", "told once"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import os
 import random
+import resource
 import signal
 import socket
 import subprocess
@@ -319,23 +320,44 @@ def test_one_rank_killed_ends_the_others_and_the_run_continues(start, train_run,
     same_history(run, uninterrupted)
 
 
+SIGNALS = [(1, signal.SIGTERM), (1, signal.SIGINT), (2, signal.SIGTERM), (2, signal.SIGUSR1), (2, signal.SIGINT)]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("gpus", "number"), [(1, signal.SIGTERM), (2, signal.SIGTERM), (2, signal.SIGUSR1), (1, signal.SIGINT)]
-)
+@pytest.mark.parametrize(("gpus", "number"), SIGNALS)
 def test_a_signal_saves_and_the_same_command_goes_on(start, train_run, uninterrupted, tmp_path, gpus, number):
-    """Sent to what the user started, at any step: the launcher passes it on to the ranks."""
-    run = tmp_path / "run"
-    process = start(run, gpus, *LONG)
+    """At any step. A single process gets it with its loader processes, as from a terminal or Slurm; a launcher alone, which
+    sends it to the ranks and their loader processes."""
+    run, workers = tmp_path / "run", "train.num_workers=2"
+    process = start(run, gpus, *LONG, workers)
     process.wait_for(f"step {random.randint(2, 8)}/14")
-    process.process.send_signal(number)
+    if gpus == 1:
+        os.killpg(process.process.pid, number)
+    else:
+        process.process.send_signal(number)
     status, messages = process.end(limit_s=60)
     assert status == 143, messages
     assert "stopped by a signal after step" in messages
     assert "the same command goes on" in messages
     assert "Traceback" not in messages
-    train_run("again", gpus, *LONG, run=run)
+    assert messages.count("Ctrl-C: the pack is finished") == (number == signal.SIGINT)
+    train_run("again", gpus, *LONG, workers, run=run)
     same_history(run, uninterrupted)
+
+
+@pytest.mark.slow
+def test_a_launcher_that_was_stopped_before_its_ranks_could_save_says_so(command_of, repository, tmp_path):
+    """The last checkpoint meets a full disk: a script that starts the run again must not read a clean stop."""
+    run = tmp_path / "run"
+    process = Started(command_of(run, 2, *LONG, "train.save_every=99"), repository)
+    process.wait_for("step 3/14")
+    for rank in process.workers():
+        resource.prlimit(rank, resource.RLIMIT_FSIZE, (20_000, 20_000))
+    process.process.send_signal(signal.SIGTERM)
+    status, messages = process.end(limit_s=60)
+    assert status == 1, messages
+    assert "not saved" in messages
+    assert "error: stopped by SIGTERM, and nothing was saved then; what the ranks said above tells why" in messages
 
 
 @pytest.mark.slow

@@ -43,7 +43,7 @@ from shards.errors import CheckpointError
 from shards.writer import sync_folder, write_bytes, write_json
 from train.checkpoint_folders import Identity, best_checkpoint, check_identity, complete_checkpoints, digests, mark_best
 from train.lora import lora_parameters, save_adapter
-from train.parallel import World
+from train.parallel import SHORT_TIMEOUT, World
 
 log = logging.getLogger("train")
 ONLY_TRAINABLE = StateDictOptions(ignore_frozen_params=True)
@@ -66,7 +66,9 @@ class Checkpoints:
         self._thread = ThreadPoolExecutor(2, thread_name_prefix="checkpoint")  # one writes the state, one the rest
         self._pending: tuple[Path, Future[None]] | None = None
         # Collectives of two threads in one group would meet each other.
-        self._group: Any = dist.new_group(backend="gloo") if world.is_distributed else None
+        # Half an hour, as by default, is how long a process would stay whose neighbour has fallen silent.
+        is_shared = world.is_distributed
+        self._group: Any = dist.new_group(backend="gloo", timeout=SHORT_TIMEOUT) if is_shared else None
 
     def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, metrics: dict[str, float]) -> Path:
         """Begin to write checkpoint-`step` after `step` finished steps; every rank must call this.

@@ -10,8 +10,6 @@ from typing import Any, NoReturn
 
 import click
 
-STOPPED = 143  # 128 + SIGTERM, as shells report a process ended by it
-
 
 @click.command(context_settings={"show_default": True})
 @click.argument("shards")
@@ -44,6 +42,7 @@ def main(
     from shards.errors import PipelineError
     from train.config import TrainConfig
     from train.launch import (
+        STOPPED,
         WorkerFailed,
         allocator_settings,
         die_with_launcher,
@@ -51,6 +50,7 @@ def main(
         launch,
         num_processes,
         slurm_ranks,
+        tell_launcher,
     )
 
     os.environ.update({**slurm_ranks(os.environ), **allocator_settings(os.environ)})  # before torch is imported
@@ -77,18 +77,21 @@ def main(
         sys.exit(1)
     except PipelineError as error:
         tell(error)
+    tell_launcher()
     if checkpoint and os.environ.get("RANK", "0") == "0":
         click.echo(f"done: {checkpoint}; next: checkpoints merge {run} OUT", err=True)
 
 
 def tell(error: Exception) -> NoReturn:
     """One line, and the exit status. A fault that all ranks share is told by the first; the others wait for it to do so."""
+    from train.launch import STOPPED, tell_launcher
     from train.signals import Stopped
 
     rank = os.environ.get("RANK", "0")
     if rank != "0":
         time.sleep(3)  # the launcher ends this process meanwhile, if rank 0 has failed too
     if isinstance(error, Stopped):
+        tell_launcher()
         if rank == "0":
             click.echo(str(error), err=True)
         sys.exit(STOPPED)

@@ -14,6 +14,9 @@ process border would arrive as a page of traceback.
 from __future__ import annotations
 
 import itertools
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -224,6 +227,7 @@ def run_pipeline(pipeline: DataPipeline, num_workers: int) -> Iterator[Delivery]
         collate_fn=_unchanged,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else it would draw from the model's random numbers
+        worker_init_fn=only_the_parent_ends if num_workers else None,
     )
     try:
         for delivery in loader:
@@ -232,6 +236,24 @@ def run_pipeline(pipeline: DataPipeline, num_workers: int) -> Iterator[Delivery]
             yield delivery
     except RuntimeError as error:
         raise dead_loader(error) or error from None
+
+
+def only_the_parent_ends(_: int) -> None:
+    """In a loader process: SIGTERM of anybody but its rank is not for it.
+
+    torch's launcher signals a rank's whole process group and Slurm every process of a step. The rank wants to save then, and
+    cannot once a loader process is gone. To ignore the signal would not do: a DataLoader ends its own processes with it.
+    """
+    if not hasattr(signal, "sigwaitinfo"):  # macOS
+        return
+
+    def wait_for_parent() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=wait_for_parent, daemon=True).start()
 
 
 def dead_loader(error: RuntimeError) -> PipelineError | None:

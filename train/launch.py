@@ -10,14 +10,18 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from shards.errors import ConfigError, PipelineError
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+STOPPED = 143  # 128 + SIGTERM, as shells report a process ended by it
+WELL_ENDED = "HIGGS_VOICE_WELL_ENDED"  # names a file that the first rank makes
 
 
 def is_worker() -> bool:
@@ -108,14 +112,28 @@ def launch(num_workers: int, arguments: list[str]) -> None:
         # Slurm's --signal=USR1 reaches the launcher too, and would end it; so it is passed on to the ranks, who save.
         signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
     )
+    folder = tempfile.mkdtemp(prefix="train-")
+    os.environ[WELL_ENDED] = str(Path(folder) / "well-ended")
     try:
         elastic_launch(config, sys.executable)("-m", "train", *arguments)
-    except SignalException as error:  # the launcher passed it on and waited for the ranks to save
-        raise WorkerFailed(f"stopped by {error.sigval.name}", 128 + signal.SIGTERM) from None
+    except SignalException as error:  # it was passed on, and the ranks have ended; how, only a file of theirs tells
+        told = f"stopped by {error.sigval.name}"
+        if Path(os.environ[WELL_ENDED]).exists():
+            raise WorkerFailed(told, STOPPED) from None
+        raise WorkerFailed(f"{told}, and nothing was saved then; what the ranks said above tells why", 1) from None
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         how = f"killed by signal {-failure.exitcode}" if failure.exitcode < 0 else f"exit status {failure.exitcode}"
         raise WorkerFailed(f"rank {rank} failed first ({how}); the others were ended", failure.exitcode) from None
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def tell_launcher() -> None:
+    """By the first rank, when the run has ended as it should: done, or stopped by a signal and saved."""
+    mark = os.environ.get(WELL_ENDED)
+    if mark and os.environ.get("RANK") == "0":
+        Path(mark).touch()
 
 
 class WorkerFailed(PipelineError):

@@ -49,7 +49,7 @@ class World:
             try:
                 dist.all_reduce(values)
             except RuntimeError as error:
-                raise self._lost(error) from None
+                raise self.lost(error) or error from None
         return values
 
     def first(self, values: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ class World:
         try:
             dist.broadcast(shared, src=0)
         except RuntimeError as error:
-            raise self._lost(error) from None
+            raise self.lost(error) or error from None
         return shared.to(values.device)
 
     def gather(self, value: Any) -> list[Any]:
@@ -71,7 +71,7 @@ class World:
         try:
             dist.all_gather_object(values, value)
         except RuntimeError as error:
-            raise self._lost(error) from None
+            raise self.lost(error) or error from None
         return values
 
     def require_equal(self, facts: dict[str, str]) -> None:
@@ -90,12 +90,13 @@ class World:
                 )
 
     def lost(self, error: RuntimeError) -> PipelineError | None:
-        """What an error means that came out of training: those of a sharded model's own collectives; None for any other."""
-        is_collective = isinstance(error, dist.DistError) or "gloo" in str(error)
-        return self._lost(error) if self.is_distributed and is_collective else None
+        """What an error of a collective means, ours or a sharded model's; None for any other.
 
-    def _lost(self, error: RuntimeError) -> PipelineError:
-        """gloo has one kind of error, for a closed connection and for a timeout."""
+        gloo has one kind of error, for a closed connection and for a timeout.
+        """
+        is_collective = isinstance(error, dist.DistError) or "gloo" in str(error)
+        if not (self.is_distributed and is_collective):
+            return None
         return PipelineError(
             f"rank {self.rank} of {self.size}: another rank has ended or has been silent for too long "
             f"({str(error).splitlines()[0][:120]}); its own log says why; start the same command again to go on from the "

@@ -2,7 +2,7 @@
 
 Nothing is saved inside the handler: a save is a collective, and ranks are interrupted at different places. The handler
 only raises a flag; between packs every rank learns whether any of them has it. The price is that Ctrl-C does not end a
-run at once; a second one does.
+run at once; a second one does, where no launcher stands between.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import torch
 from shards.errors import PipelineError
 from train.parallel import World
 
-SAVING = b"Ctrl-C: the pack is finished and a checkpoint saved; Ctrl-C again stops at once\n"
+SAVING = "Ctrl-C: the pack is finished and a checkpoint saved"
+AT_ONCE = "; Ctrl-C again stops at once"  # not under a launcher, which passes only the first one on
 
 
 class Stopped(PipelineError):
@@ -52,6 +53,7 @@ class StopSignal:
             return  # a loader process, forked with this handler: a terminal sends Ctrl-C to it too
         if number == signal.SIGINT and self._asked:
             raise KeyboardInterrupt
-        if number == signal.SIGINT:
-            os.write(2, SAVING)  # a log's own buffer may be half written just now
+        if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
+            told = SAVING + ("" if "TORCHELASTIC_RUN_ID" in os.environ else AT_ONCE)
+            os.write(2, f"{told}\n".encode())  # a log's own buffer may be half written just now
         self._asked = True
