@@ -69,8 +69,15 @@ def bench(settings: Settings, out: Path) -> None:
 
 def run_side(side: str, settings: Settings) -> dict[str, float]:
     """One side in a process of its own."""
+    from train.launch import allocator_settings
+
     root = Path(__file__).resolve().parent.parent
-    env = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": str(settings.threads)}
+    env = {
+        **os.environ,
+        **allocator_settings(os.environ),
+        "PYTHONPATH": str(root),
+        "OMP_NUM_THREADS": str(settings.threads),
+    }
     command = [sys.executable, "-m", "tools.bench_train", side, json.dumps(asdict(settings))]
     done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
     if done.returncode != 0:
