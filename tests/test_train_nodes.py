@@ -5,7 +5,6 @@ What the README says to type on each node, on CPU over gloo. A node is told apar
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import sys
@@ -130,25 +129,6 @@ def test_a_run_folder_on_each_nodes_own_disk_is_refused_before_anything_is_train
     assert all("run: rank 1 on " in line and "RUN must be one folder for all ranks" in line for line in told)
     assert not list(tmp_path.glob("node-*/run/.seen*"))
     assert not list(tmp_path.glob("node-*/run/checkpoints"))
-
-
-@pytest.mark.slow
-def test_torchrun_starts_a_run_again_that_lost_a_rank(dataset, tiny_dir, repository, alone, tmp_path):
-    """`--max-restarts`: nobody types anything, and the losses are those of a run without a fault."""
-    run = tmp_path / "run"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, "--max-restarts", "2", "-m", "train", *train_arguments(dataset, run, tiny_dir, *LONG)]
-    node = Started(command, repository)
-    try:
-        wait_for_steps(run, 5, [node])
-        os.kill(node.workers()[1], signal.SIGKILL)
-        status, messages = node.end(limit_s=240)
-    finally:
-        if node.process.poll() is None:
-            node.kill_all()
-    assert status == 0, messages
-    assert "resumed from" in messages
-    same_history(run, alone)
 
 
 @pytest.mark.slow
