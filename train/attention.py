@@ -78,11 +78,11 @@ class VariableDocuments(NamedTuple):
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [R, H, E], k and v [R, G, E] -> [R, H, E]."""
-        q, k, v = (Permute.apply(x, self.order, self.place) for x in (q, k, v))  # pyright: ignore
+        q, k, v = (Gather.apply(x, self.order, self.place) for x in (q, k, v))  # pyright: ignore
         out = varlen_attn(
             *(q, k, v, self.bounds, self.bounds, self.longest, self.longest), window_size=CAUSAL, **GROUPED
         )
-        return Permute.apply(out, self.place, self.order)  # pyright: ignore
+        return Gather.apply(out, self.place, self.order)  # pyright: ignore
 
 
 class SeparateDocuments(NamedTuple):
@@ -94,9 +94,9 @@ class SeparateDocuments(NamedTuple):
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [R, H, E], k and v [R, G, E] -> [R, H, E]."""
-        rows = (Permute.apply(x, self.order, self.place).split(self.lengths) for x in (q, k, v))  # pyright: ignore
+        rows = (Gather.apply(x, self.order, self.place).split(self.lengths) for x in (q, k, v))  # pyright: ignore
         outputs = [part for document in zip(*rows, strict=True) for part in attend_alone(*document)]
-        return Permute.apply(torch.cat(outputs), self.place, self.order)  # pyright: ignore
+        return Gather.apply(torch.cat(outputs), self.place, self.order)  # pyright: ignore
 
 
 def attend_alone(q: Tensor, k: Tensor, v: Tensor) -> Iterator[Tensor]:
@@ -177,22 +177,9 @@ def disagreement(config: ModelConfig, device: torch.device, dtype: torch.dtype) 
     return max(((one - other).abs().max() / one.abs().max()).item() for one, other in pairs)
 
 
-class Permute(torch.autograd.Function):
-    """x [R, ...] -> x[index]; backward reads through the inverse, where autograd's own would add atomically."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse)
-        return x.index_select(0, index)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore
-        return grad.index_select(0, ctx.saved_tensors[0]), None, None
-
-
 class Gather(torch.autograd.Function):
-    """x [R, n] -> x[index] [P, n]. Backward reads each row's gradient at its one real place instead of adding atomically;
-    exact because padding places receive zero gradient."""
+    """x [R, ...] -> x[index] [P, ...]. Backward reads each row's gradient at its one real place, where autograd's own would add
+    atomically; exact, because places that are nobody's receive zero gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor, place: Tensor) -> Tensor:
