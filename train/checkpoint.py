@@ -65,10 +65,11 @@ class Checkpoints:
         self._keep = keep
         self._thread = ThreadPoolExecutor(2, thread_name_prefix="checkpoint")  # one writes the state, one the rest
         self._pending: tuple[Path, Future[None]] | None = None
-        # Collectives of two threads in one group would meet each other.
-        # Half an hour, as by default, is how long a process would stay whose neighbour has fallen silent.
-        is_shared = world.is_distributed
-        self._group: Any = dist.new_group(backend="gloo", timeout=SHORT_TIMEOUT) if is_shared else None
+        # Collectives of two threads in one group would meet each other. By default a group waits half an hour for a
+        # neighbour that has fallen silent, and the process with it.
+        self._group: Any = None
+        if world.is_distributed:
+            self._group = dist.new_group(backend="gloo", timeout=SHORT_TIMEOUT)
 
     def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, metrics: dict[str, float]) -> Path:
         """Begin to write checkpoint-`step` after `step` finished steps; every rank must call this.

@@ -1,9 +1,9 @@
 """The heaviest pack that a budget can meet: what `train.memory` measures steps with.
 
 In: the data and a pack budget. Out: one real pack. Packs of one budget differ in memory by their learned columns, whose
-logits are made, and where attention pads documents to the longest, by their number. So packs are planned with
-the run's own settings over the first samples of the set, weighed roughly, and the heaviest is read. The price: a later pack
-may be a little heavier still; that is what the margin `train.memory_share` is for.
+logits are made, and where attention pads documents to the longest, by their number. So packs are planned with the run's own
+settings over the first samples of the set, weighed roughly, and the heaviest is read. The price: a later pack may be a
+little heavier still; that is what the margin `train.memory_share` is for.
 """
 
 from __future__ import annotations
