@@ -218,6 +218,25 @@ def test_a_weight_changes_exactly_its_term_and_contrastive_reaches_lora(ready):
     assert LossCounts.of(batches).contrastive == 3  # the sample alone in its pack has no negative
 
 
+@pytest.mark.parametrize("changed", ["text", "audio", "contrastive"])
+def test_changing_one_weight_changes_that_term_alone(ready, changed):
+    model, optimizer, batches, _ = ready
+    before = LossSection()
+    name = f"{changed}_loss_weight"
+    after = msgspec.structs.replace(before, **{name: getattr(before, name) + 2.0})
+    one, other = (train_step(model, optimizer, batches, section, 0, 0.0, 1.0) for section in (before, after))
+    assert one is not None
+    assert other is not None
+    for term in ("text", "codebooks", "contrastive"):
+        torch.testing.assert_close(getattr(other, term), getattr(one, term))
+    grown = {"text": one.text, "audio": one.codebooks.mean(), "contrastive": one.contrastive}[changed]
+    assert grown > 0.1
+    torch.testing.assert_close(
+        other.total - one.total, 2.0 * grown, rtol=1e-4, atol=0
+    )  # a difference of two sums in fp32
+    assert other.grad_norm != one.grad_norm
+
+
 def test_a_number_that_is_not_finite_stops_before_the_update(ready):
     model, optimizer, batches, _ = ready
     _, parameter = lora_parameters(model)[0]

@@ -97,7 +97,6 @@ def test_two_nodes_train_as_one_process_and_one_that_dies_ends_the_other(start_n
     status, messages = nodes[0].end(limit_s=120)
     assert status == 1
     assert "[rank" not in messages, "a rank's own traceback; the launcher may have one of its own"
-    assert "[rank" not in messages, "a rank's own traceback; the launcher may have one of its own"
     assert "another rank has ended or has been silent for too long" in messages
     assert "start the same command again to go on from the last checkpoint" in messages
     assert 5 <= len(history(run)) < STEPS
