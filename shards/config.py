@@ -13,7 +13,8 @@ import json
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_type_hints
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -145,10 +146,18 @@ def _read_section(name: str, section_type: Any, given: Any, where: str, problems
         try:
             values[key] = msgspec.convert(value, type=types[key])
         except msgspec.ValidationError as error:
-            choices = getattr(types[key], "__args__", ())
-            hint = f"; one of {', '.join(map(repr, choices))}" if "enum" in str(error) else ""
+            hint = f"; one of {', '.join(_choices(types[key]))}" if "enum" in str(error) else ""
             problems.append(f"{where}: {name}.{key} = {value!r}: {error}{hint}")
     return section_type(**values)
+
+
+def _choices(kind: Any) -> list[str]:
+    """What may stand in a key of fixed words, or of fixed words and numbers, as a person would say it."""
+    if get_origin(kind) is Literal:
+        return [repr(word) for word in get_args(kind)]
+    if get_origin(kind) in (Union, UnionType):
+        return [choice for part in get_args(kind) for choice in _choices(part)]
+    return ["a number"]
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

@@ -51,6 +51,20 @@ def test_all_problems_are_told_together(tmp_path: Path):
     assert "this command reads no [preprocess]" in text
 
 
+@pytest.mark.parametrize(
+    ("setting", "choices"),
+    [
+        ("train.batch_tokens=many", "one of a number, 'auto'"),
+        ("train.warmup_steps=few", "one of a number, 'auto'"),
+        ("train.attention=varlen", "one of 'auto', 'padded'"),
+    ],
+)
+def test_what_may_stand_in_a_key_is_said_in_words(setting, choices):
+    with pytest.raises(ConfigError, match=choices) as error:
+        read_config(TrainConfig, None, [setting])
+    assert "typing" not in str(error.value)
+
+
 def test_sections_of_other_commands_are_left_alone(tmp_path: Path):
     path = tmp_path / "pipeline.toml"
     path.write_text("[train]\nnonsense = 1\n[preprocess]\nseed = 4\n")
