@@ -2,7 +2,7 @@
 
 CPU workers decode, check and make mels; waves are sent here and codes come back. Whatever requests wait are encoded
 together if their lengths are equal: batches of equal length give the codes of single clips, zero-padded ones do not
-(`shards/codec.py`). A worker that dies takes only its own connection with it.
+(`shards/encoders/codec.py`). A worker that dies takes only its own connection with it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from preprocess.features import WhisperEncoder
-from shards.codec import Codec, load_codec, pad_to_frames
+from shards.encoders.codec import Codec, load_codec, pad_to_frames
 from shards.errors import ConfigError, PipelineError
 
 MAX_BATCH_S = 240  # seconds of audio encoded at once: about 10 GB of activations at full size, an estimate

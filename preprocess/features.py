@@ -29,7 +29,7 @@ class WhisperEncoder:
     def __init__(self, folder: Path, device: str) -> None:
         import torch
 
-        from shards.whisper_tower import load_whisper_tower
+        from shards.encoders.whisper_tower import load_whisper_tower
 
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
         self._tower = load_whisper_tower(folder, dtype, device)
@@ -39,7 +39,7 @@ class WhisperEncoder:
         """Stored mel frames [128, Tm] -> hidden states [W, d] float16 at 25 Hz."""
         import torch
 
-        from shards.whisper_tower import tower_features
+        from shards.encoders.whisper_tower import tower_features
 
         features, _ = rebuild_mel(frames, floor, num_samples)
         heard = torch.from_numpy(tower_features(features, num_samples)).to(self._device)

@@ -62,7 +62,7 @@ def plan_job(request: Request, config: PreprocessConfig, fingerprints: Fingerpri
         return job
     refuse_foreign_folder(out)
     size = config.preprocess.samples_per_shard
-    num_rows, num_valid = take_in(request, config.preprocess.seed)
+    num_rows, num_valid = ingest(request, config.preprocess.seed)
     job = Job(
         **wanted,
         input_path=str(request.data),
@@ -91,7 +91,7 @@ class JobRows:
             yield self._decoder.decode(os.pread(self._file.fileno(), end - begin, begin))
 
 
-def take_in(request: Request, seed: int) -> tuple[int, int]:
+def ingest(request: Request, seed: int) -> tuple[int, int]:
     """Read the list once, in constant memory, and write job/. Returns rows read and rows that go into shards."""
     folder = request.out / "job"
     folder.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ from preprocess.shard_task import ShardTask, TaskResult, TaskSetup
 from preprocess.sources import read_rows
 from preprocess.workers import run_tasks, usable_cores
 from shards.artifacts import codec_fingerprint, mel_fingerprint, resolve, tokenizer_fingerprint, whisper_fingerprint
-from shards.codec import codec_layout
+from shards.encoders.codec import codec_layout
 from shards.manifest import Dataset, Fingerprints
 
 

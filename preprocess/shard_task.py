@@ -24,8 +24,8 @@ from preprocess.row_checks import RowFault, check_pair, check_row
 from preprocess.sources import SourceRow
 from preprocess.workers import Skip
 from shards.artifacts import load_tokenizer
-from shards.codec import Codec, load_codec
 from shards.config import SequenceSection
+from shards.encoders.codec import Codec, load_codec
 from shards.sample import AudioFacts, MelFacts, Sample, SampleFacts, TextItem, Turn, compress, read_npy, write_npy
 from shards.sequence import SequenceBuilder, encode_text
 from shards.writer import Reject, ShardDone, sample_key, write_shard

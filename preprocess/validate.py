@@ -18,7 +18,7 @@ import numpy as np
 from preprocess.audio import AudioFault, AudioMeasures, decode, read_bytes
 from preprocess.config import PreprocessConfig
 from preprocess.join import HISTOGRAM_EDGES_S, check_rejects, histogram, write_rejects
-from preprocess.plan import JobRows, Request, refuse_foreign_folder, take_in
+from preprocess.plan import JobRows, Request, ingest, refuse_foreign_folder
 from preprocess.report import Progress, print_validation
 from preprocess.row_checks import RowFault, check_pair, check_row
 from preprocess.text import arabic_share
@@ -90,7 +90,7 @@ class ValidateTask:
 def validate(request: Request, config: PreprocessConfig) -> dict[str, Any]:
     """Run all checks and return the report. Raises DataError when more rows are rejected than the limit allows."""
     refuse_foreign_folder(request.out)
-    num_rows, num_usable = take_in(request, config.preprocess.seed)
+    num_rows, num_usable = ingest(request, config.preprocess.seed)
     size = config.preprocess.samples_per_shard
     tasks = list(range(-(-num_usable // size)))
     workers = config.preprocess.workers or usable_cores()

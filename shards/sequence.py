@@ -55,8 +55,8 @@ SPECIAL_TOKENS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Heard:
-    """What Whisper hears of one reference: the mel its tower reads, or the states that stage one made of it."""
+class WhisperClip:
+    """What Whisper uses_whisper of one reference: the mel its tower reads, or the states that stage one made of it."""
 
     num_samples: int  # at 16 kHz
     mel: np.ndarray | None = None  # [128, 3000] float32
@@ -77,7 +77,7 @@ class Sequence:
     next_codes: np.ndarray  # [K, A] int16, what the audio head must say at this column; IGNORE = not learned
     reference_columns: tuple[int, int]  # [start, end) of the reference in A
     target_columns: tuple[int, int]  # [start, end) of the target in A; empty in a prompt
-    heard: tuple[Heard, ...] = ()  # in the order of their positions; empty without Whisper conditioning
+    heard: tuple[WhisperClip, ...] = ()  # in the order of their positions; empty without Whisper conditioning
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -140,7 +140,7 @@ class Text:
 class Audio:
     codes: np.ndarray  # [K, T] raw
     is_target: bool
-    heard: Heard | None = None  # its Whisper rows come right before its columns
+    heard: WhisperClip | None = None  # its Whisper rows come right before its columns
 
 
 Segment = Text | Audio
@@ -153,7 +153,7 @@ class SequenceBuilder:
         """Raises ConfigError when the tokenizer does not have Higgs Audio v2's special tokens."""
         check_special_tokens(tokenizer)
         self.layout = section.layout
-        self.hears = section.conditioning == "whisper+codes"  # "auto" is decided by whoever knows the checkpoint
+        self.uses_whisper = section.conditioning == "whisper+codes"  # "auto" is decided by whoever knows the checkpoint
         self._headers = {
             role: encode_text(tokenizer, f"<|start_header_id|>{role}<|end_header_id|>\n\n")
             for role in ("system", "user", "assistant")
@@ -182,7 +182,7 @@ class SequenceBuilder:
             system = index["num_system_tokens"] if self._system is None else len(self._system)
             texts = index["num_reference_text_tokens"].astype(np.int64) + index["num_target_text_tokens"]
             text = self._clone_fixed_tokens + system + texts
-        whisper = num_rows(index["mel_samples"].astype(np.int64)) if self.hears else 0
+        whisper = num_rows(index["mel_samples"].astype(np.int64)) if self.uses_whisper else 0
         return text + whisper + index["reference_frames"] + index["target_frames"] + 2 * NUM_MARKER_COLUMNS
 
     def num_as_written_tokens(self, sample: Sample) -> int:
@@ -247,19 +247,19 @@ class SequenceBuilder:
         return segments
 
     def _reference(self, sample: Sample) -> Audio:
-        return Audio(sample.reference_codes, is_target=False, heard=heard(sample) if self.hears else None)
+        return Audio(sample.reference_codes, is_target=False, heard=heard(sample) if self.uses_whisper else None)
 
 
-def heard(sample: Sample) -> Heard:
-    """What Whisper hears of the sample's reference. Raises ShardError when the shard does not hold it."""
+def heard(sample: Sample) -> WhisperClip:
+    """What Whisper uses_whisper of the sample's reference. Raises ShardError when the shard does not hold it."""
     mel = sample.facts.mel
     if mel is not None:
         states = sample.reference_whisper()
         if states is not None:
-            return Heard(mel.num_samples, states=states)
+            return WhisperClip(mel.num_samples, states=states)
         frames = sample.reference_mel()
         if frames is not None:
-            return Heard(mel.num_samples, mel=rebuild_mel(frames, mel.floor, mel.num_samples)[0])
+            return WhisperClip(mel.num_samples, mel=rebuild_mel(frames, mel.floor, mel.num_samples)[0])
     raise ShardError(
         f'sample {sample.key}: no Whisper features of the reference, and sequence.conditioning is "whisper+codes"; run '
         'preprocess with features.whisper = "mel", or set sequence.conditioning = "codes"'
@@ -274,7 +274,7 @@ def assemble(segments: list[Segment]) -> Sequence:
     targets: list[np.ndarray] = []
     spans = {False: (0, 0), True: (0, 0)}  # is_target -> columns
     num_columns = 0
-    listened: list[Heard] = []
+    listened: list[WhisperClip] = []
     for segment in segments:
         if isinstance(segment, Text):
             ids.append(segment.ids)

@@ -16,7 +16,7 @@ from boson_multimodal.dataset.chatml_dataset import ChatMLDatasetSample, prepare
 from transformers import WhisperFeatureExtractor
 
 from shards.sample import Sample
-from shards.sequence import AUDIO_OUT, WHISPER, Audio, Heard, Sequence, Text, assemble
+from shards.sequence import AUDIO_OUT, WHISPER, Audio, Sequence, Text, WhisperClip, assemble
 
 
 def as_written_row(sample: Sample) -> dict[str, Any]:
@@ -103,7 +103,7 @@ def collate(samples: list[ChatMLDatasetSample], whisper: bool = False) -> Any:
     return collator(samples)
 
 
-def our_sequence(sample: ChatMLDatasetSample, heard: list[Heard] | None = None) -> Sequence:
+def our_sequence(sample: ChatMLDatasetSample, heard: list[WhisperClip] | None = None) -> Sequence:
     """Our sequence of boson's ids and labels, whatever its layout: placeholders become audio, the rest stays text.
 
     Only for rows our layouts cannot say (several references); elsewhere the builder is the one under test.

@@ -1,4 +1,4 @@
-"""Native codec tensors under boson's names, with weight_norm pairs: the inverse of `shards.codec`, written apart from it."""
+"""Native codec tensors under boson's names, with weight_norm pairs: the inverse of `shards.encoders.codec`, written apart."""
 
 from __future__ import annotations
 

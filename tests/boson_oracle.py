@@ -24,9 +24,9 @@ import torch
 from boson_layout import boson_state
 
 from preprocess.audio import AudioLimits, decode
-from shards.codec import load_codec, native_config
-from tools.tiny import write_tiny
-from tools.tiny_codec import RATIOS, calibrated_codec
+from shards.encoders.codec import load_codec, native_config
+from tools.tiny.cli import write_tiny
+from tools.tiny.codec import RATIOS, calibrated_codec
 
 DATA = Path(__file__).parent / "data" / "arabic-mini"
 SPEECH = DATA / "spk_03_06.flac"
@@ -46,7 +46,7 @@ BOSON_CONFIG: dict[str, Any] = {
 ROAD = {
     "preprocess": ("preprocess.cli", "{list} {out}/shards --limit 4 --set preprocess.samples_per_shard=3"),
     "train": ("train.cli", "{out}/shards {out}/run --set train.max_steps=4 --set train.log_every=1"),
-    "checkpoints": ("tools.checkpoints", "merge {out}/run {out}/merged"),
+    "checkpoints": ("tools.checkpoints.cli", "merge {out}/run {out}/merged"),
     "speak": (
         "tools.speak",
         "{out}/merged --reference {speech} --reference-text نص --text نص --greedy --max-seconds 2 "

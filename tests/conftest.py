@@ -33,7 +33,7 @@ def arabic_mini() -> Path:
 @pytest.fixture(scope="session")
 def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `tiny OUT` writes: model/, codec/, pipeline.toml."""
-    from tools.tiny import write_tiny
+    from tools.tiny.cli import write_tiny
 
     out = tmp_path_factory.mktemp("tiny")
     write_tiny(out)
@@ -43,7 +43,7 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model and tokenizer alone, the same as `tiny_dir`'s: what needs no codec."""
-    from tools.tiny import tiny_config, write_model, write_tokenizer
+    from tools.tiny.cli import tiny_config, write_model, write_tokenizer
 
     folder = tmp_path_factory.mktemp("model")
     write_model(folder, tiny_config(), seed=0)
@@ -138,11 +138,11 @@ def run_command():
     functions = {
         "preprocess": "preprocess.cli",
         "train": "train.cli",
-        "inspect-shards": "tools.inspect_shards",
-        "checkpoints": "tools.checkpoints",
+        "inspect-shards": "tools.inspect_shards.cli",
+        "checkpoints": "tools.checkpoints.cli",
         "speak": "tools.speak",
-        "tiny": "tools.tiny",
-        "bench": "tools.bench",
+        "tiny": "tools.tiny.cli",
+        "bench": "tools.bench.cli",
     }
 
     def run(name: str, *arguments: object, env: dict[str, str] | None = None):

@@ -19,10 +19,10 @@ from shards.config import SequenceSection
 from shards.errors import PipelineError
 from shards.sequence import SequenceBuilder
 from train.config import TrainSection
-from train.data import Share
-from train.feed import Feed
-from train.parallel import join, leave
-from train.sources import PlannedSource
+from train.data.feed import Feed
+from train.data.loader import LoaderShare
+from train.data.planned_source import PlannedSource
+from train.world import join, leave
 
 TIMEOUT_S = 30.0
 
@@ -35,8 +35,8 @@ def main(dataset: str, model: str, steps: str, out: str, *options: str) -> None:
     source = PlannedSource(dataset, section)
     source.prepare(SequenceBuilder(load_tokenizer(Path(model)), SequenceSection()))
     world.require_equal(source.facts(0))
-    share = Share(world.rank, world.size, section.num_workers)
-    feed = Feed(source.deliveries(0, share), section.packs_per_step, 0, world, source.limits())
+    share = LoaderShare(world.rank, world.size, section.num_workers)
+    feed = Feed(source.loaded_packs(0, share), section.packs_per_step, 0, world, source.limits())
     keys = []
     for step in range(int(steps) or source.planner.num_steps(0)):
         if step == die_at:

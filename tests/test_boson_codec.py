@@ -18,7 +18,7 @@ import torch
 from boson_layout import boson_state
 from boson_oracle import BOSON_CONFIG, WAVES
 
-from shards.codec import Codec, load_codec
+from shards.encoders.codec import Codec, load_codec
 
 ORACLE = Path(__file__).parent.parent / "out" / "boson-oracle"
 

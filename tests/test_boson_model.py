@@ -24,17 +24,23 @@ from boson_inputs import as_written_row, clone_row, collate, dataset_sample, our
 from boson_multimodal.model.higgs_audio import HiggsAudioModel
 
 from shards.config import RELEASED_SYSTEM_PROMPT, FeaturesSection, SequenceSection
+from shards.encoders.whisper_tower import WhisperSizes
 from shards.mel import rebuild_mel
-from shards.sequence import AUDIO_OUT, Heard, Sequence, SequenceBuilder, undelay
-from shards.whisper_tower import WhisperSizes
-from tools.model_folder import convert_adapter, convert_model, merged_state, own_conditioning, write_model_folder
-from tools.tiny import tiny_config, write_model, write_tokenizer
-from train.conditioning import decide_conditioning
+from shards.sequence import AUDIO_OUT, Sequence, SequenceBuilder, WhisperClip, undelay
+from tools.checkpoints.model_folder import (
+    convert_adapter,
+    convert_model,
+    merged_state,
+    own_conditioning,
+    write_model_folder,
+)
+from tools.tiny.cli import tiny_config, write_model, write_tokenizer
 from train.config import LoraSection
-from train.generate import generate
-from train.lora import add_lora, lora_parameters, save_adapter
-from train.packing import pack
-from train.weights import boson_name, load_model
+from train.model.batch import pack
+from train.model.conditioning import decide_conditioning
+from train.model.generate import generate
+from train.model.lora import add_lora, lora_parameters, save_adapter
+from train.model.weights import boson_name, load_model
 
 ORACLE = Path(__file__).parent.parent / "out" / "boson-oracle"
 RELATIVE = 1e-5  # fp32, other order of summation
@@ -110,7 +116,7 @@ def pairs(conditioning, boson_tokenizer, make_sample, tokenizer) -> list[Pair]:
         theirs = dataset_sample(row, boson_tokenizer, codes, waves)
         references = waves[:-1] if conditioning != "codes" else []  # the last audio is the target
         mels = [mel_of(wave) for wave in references]
-        heard = [Heard(len(wave), mel=mel) for wave, mel in zip(references, mels, strict=True)]
+        heard = [WhisperClip(len(wave), mel=mel) for wave, mel in zip(references, mels, strict=True)]
         sequence = our_sequence(theirs, heard)  # pyright: ignore[reportArgumentType]
         if seed != 3 and conditioning == "codes":  # the builder itself says the same
             built = SequenceBuilder(tokenizer, SequenceSection(layout="as_written")).training(sample)
@@ -220,7 +226,7 @@ def test_bf16_is_within_rounding(folders, pairs, conditioning):
 def test_greedy_generation_equals_boson_with_cloning_context(
     ours, theirs, conditioning, make_sample, tokenizer, boson_tokenizer
 ):
-    """The reference as an earlier assistant turn, cut before the target; boson hears Whisper only in user turns."""
+    """The reference as an earlier assistant turn, cut before the target; boson uses_whisper Whisper only in user turns."""
     sample = make_sample(8, 20, 1)  # one this random model does not end early
     builder = SequenceBuilder(tokenizer, SequenceSection())
     prompt = builder.prompt(sample)
@@ -243,11 +249,11 @@ def test_greedy_generation_equals_boson_as_written(ours, theirs, conditioning, m
     prompt = SequenceBuilder(tokenizer, SequenceSection(layout="as_written", conditioning=conditioning)).prompt(sample)
     codes = [sample.reference_codes, sample.target_codes]
     waves = [wave, wave_of(1, 9)]
-    hears = conditioning != "codes"
-    check_greedy(ours, theirs, prompt, as_written_row(sample), codes, boson_tokenizer, hears, waves)
+    uses_whisper = conditioning != "codes"
+    check_greedy(ours, theirs, prompt, as_written_row(sample), codes, boson_tokenizer, uses_whisper, waves)
 
 
-def check_greedy(ours, theirs, prompt: Sequence, row, codes, boson_tokenizer, hears: bool, waves=None) -> None:
+def check_greedy(ours, theirs, prompt: Sequence, row, codes, boson_tokenizer, uses_whisper: bool, waves=None) -> None:
     """Both continue the same prompt greedily; the prompt is boson's row cut right behind the last `<|audio_out_bos|>`."""
     max_frames = 25
     whole = dataset_sample(row, boson_tokenizer, codes, waves)
@@ -264,7 +270,7 @@ def check_greedy(ours, theirs, prompt: Sequence, row, codes, boson_tokenizer, he
         audio_waveforms_concat=whole.audio_waveforms_concat[: len(waves[0])] if waves else torch.zeros(0),
         audio_sample_rate=whole.audio_sample_rate[:-1],
     )
-    batch = collate([sample], whisper=hears)
+    batch = collate([sample], whisper=uses_whisper)
     num_ids = int(batch.attention_mask.sum())
     inputs = {
         "input_ids": batch.input_ids[:, :num_ids],
@@ -277,12 +283,12 @@ def check_greedy(ours, theirs, prompt: Sequence, row, codes, boson_tokenizer, he
     if theirs.config.encode_whisper_embed:  # the tower is asked even where nothing is to be heard
         features = (
             torch.from_numpy(np.stack([clip.mel for clip in prompt.heard if clip.mel is not None]))
-            if hears
+            if uses_whisper
             else torch.zeros(0, 128, 3000)
         )
         inputs["audio_features"] = features
         inputs["audio_feature_attention_mask"] = (
-            batch.audio_feature_attention_mask if hears else torch.zeros(0, 3000, dtype=torch.long)
+            batch.audio_feature_attention_mask if uses_whisper else torch.zeros(0, 3000, dtype=torch.long)
         )
     torch.manual_seed(0)
     output = theirs.generate(

@@ -15,7 +15,7 @@ from boson_layout import boson_state
 from preprocess.audio import AudioLimits, decode
 from preprocess.features import stored_mel
 from shards.artifacts import WHISPER_FEATURES
-from shards.codec import load_codec
+from shards.encoders.codec import load_codec
 from shards.errors import CheckpointError
 from shards.mel import rebuild_mel
 
@@ -118,7 +118,7 @@ def test_without_any_implementation_one_line_says_what_to_install(tiny_dir, monk
 
 
 def test_tiny_codec_is_the_same_twice(tiny_dir, tmp_path):
-    from tools.tiny_codec import write_codec
+    from tools.tiny.codec import write_codec
 
     write_codec(tmp_path, seed=0)
     for name in ("config.json", "model.safetensors"):

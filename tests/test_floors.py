@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import os
 import subprocess
 import sys
 import tomllib
@@ -17,19 +18,29 @@ MAY_IMPORT = {
     "train": {"train", "shards"},
     "tools": {"tools", "train", "preprocess", "shards"},
 }
+# The wings of `train`: which of its other wings each may import. The spine (files right under train/) may import all; of the
+# spine a wing may import only the files named here, which import no wing themselves or only `model`.
+WINGS = {
+    "data": {"data", "model"},
+    "model": {"model"},
+    "evaluation": {"evaluation", "data", "model"},
+    "run_folder": {"run_folder", "model"},
+}
+SPINE_FOR_WINGS = {"config", "world"}
+TORCH_IN_SHARDS = "encoders"  # the only folder of `shards` that may import torch
 DRAWERS = {"utils", "util", "common", "helpers", "helper", "manager", "misc"}
 PROMISED_DEPENDENCIES = {"torch", "transformers"}
 
 
-def imports_of(path: Path) -> set[str]:
-    """Top-level names a file imports, inside functions too."""
+def imported_modules(path: Path) -> set[str]:
+    """Full names of the modules a file may import, inside functions too: `from a.b import c` may mean a.b or a.b.c."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import; write the full name"
-            names.add((node.module or "").split(".")[0])
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module or ""}
     return names
 
 
@@ -37,8 +48,33 @@ def violations(root: Path) -> list[str]:
     found = []
     for floor, allowed in MAY_IMPORT.items():
         for path in sorted((root / floor).rglob("*.py")):
-            forbidden = imports_of(path) & (set(MAY_IMPORT) | {"tests"}) - allowed
+            floors = {name.split(".")[0] for name in imported_modules(path)}
+            forbidden = floors & (set(MAY_IMPORT) | {"tests"}) - allowed
             found += [f"{path.relative_to(root)} imports {name}" for name in sorted(forbidden)]
+    return found + wing_violations(root) + torch_violations(root)
+
+
+def wing_violations(root: Path) -> list[str]:
+    """Imports within `train` that run against the one-way order of its wings."""
+    found = []
+    for wing, allowed in WINGS.items():
+        for path in sorted((root / "train" / wing).rglob("*.py")):
+            parts = {name.split(".")[1] for name in imported_modules(path) if name.startswith("train.")}
+            forbidden = {part for part in parts if is_room(root, part)} - allowed - SPINE_FOR_WINGS
+            found += [f"{path.relative_to(root)} imports train.{part}" for part in sorted(forbidden)]
+    return found
+
+
+def is_room(root: Path, name: str) -> bool:
+    return (root / "train" / name).is_dir() or (root / "train" / f"{name}.py").is_file()
+
+
+def torch_violations(root: Path) -> list[str]:
+    found = []
+    for path in sorted((root / "shards").rglob("*.py")):
+        inside = TORCH_IN_SHARDS in path.relative_to(root).parts
+        heavy = {name.split(".")[0] for name in imported_modules(path)} & {"torch", "torchaudio", "transformers"}
+        found += [f"{path.relative_to(root)} imports {name}" for name in sorted(heavy) if not inside]
     return found
 
 
@@ -53,7 +89,7 @@ def test_floors_hold(repository: Path):
 def test_the_checker_sees_a_planted_violation(tmp_path: Path):
     for floor in MAY_IMPORT:
         (tmp_path / floor).mkdir()
-    (tmp_path / "shards" / "bad.py").write_text("def f():\n    from train.model import HiggsAudio\n")
+    (tmp_path / "shards" / "bad.py").write_text("def f():\n    from train.model.decoder import HiggsAudio\n")
     (tmp_path / "train" / "bad.py").write_text("import preprocess.codec\nimport tools\n")
     assert violations(tmp_path) == [
         "shards/bad.py imports train",
@@ -100,6 +136,23 @@ def test_every_command_exists_and_helps_without_loading_torch(repository: Path):
 
 @pytest.mark.parametrize("floor", sorted(MAY_IMPORT))
 def test_every_module_imports_without_a_gpu_or_the_hub(floor: str, repository: Path):
-    for path in sorted((repository / floor).glob("*.py")):
-        if path.stem != "__main__":
-            importlib.import_module(f"{floor}.{path.stem}" if path.stem != "__init__" else floor)
+    """In a process of its own that sees neither: a module that asks for one while it is imported fails here."""
+    names = [
+        ".".join(path.relative_to(repository).with_suffix("").parts).removesuffix(".__init__")
+        for path in modules(repository)
+        if path.is_relative_to(repository / floor) and path.stem != "__main__"
+    ]
+    code = (
+        "import importlib, socket, sys\n"
+        "def refuse(*given): raise AssertionError(f'the network was asked for {given}')\n"
+        "socket.getaddrinfo = socket.create_connection = refuse\n"
+        "for name in sys.argv[1:]: importlib.import_module(name)\n"
+        "import torch\n"
+        "assert not torch.cuda.is_initialized(), 'an import started CUDA'\n"
+    )
+    hidden = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *names], cwd=repository, env=os.environ | hidden, capture_output=True, text=True
+    )
+    assert len(names) > 5
+    assert done.returncode == 0, done.stderr

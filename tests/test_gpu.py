@@ -14,18 +14,19 @@ import torch
 
 from shards.config import SequenceSection, read_config
 from shards.sequence import SequenceBuilder
-from train.attention import AGREE_WITHIN, choose_attention, disagreement
-from train.build import prepare_blocks
 from train.config import LoraSection, LossSection, TrainConfig
-from train.generate import generate
 from train.loop import RunOptions, train
-from train.lora import add_lora, lora_parameters
-from train.loss import LossCounts, step_losses
-from train.model import HiggsAudio
-from train.model_config import ModelConfig
-from train.packing import PackedBatch, pack
-from train.parallel import join, leave, shard, whole
-from train.weights import load_model
+from train.model.attention import AGREE_WITHIN, choose_attention, disagreement
+from train.model.batch import PackedBatch, pack
+from train.model.build import prepare_blocks
+from train.model.config import ModelConfig
+from train.model.decoder import HiggsAudio
+from train.model.fsdp import apply_fsdp, full_tensor
+from train.model.generate import generate
+from train.model.lora import add_lora, lora_parameters
+from train.model.loss import LossCounts, step_losses
+from train.model.weights import load_model
+from train.world import join, leave
 
 pytestmark = [
     pytest.mark.gpu,
@@ -66,7 +67,7 @@ def learn(model: HiggsAudio, batches: list[PackedBatch], device: torch.device) -
         loss = step_losses(model(batch.to(device)), LossCounts.of(batches), LossSection(), ramp=1.0).total
         loss.backward()
         total += loss.item()
-    gradients = {name: whole(p.grad).float().cpu() for name, p in lora_parameters(model) if p.grad is not None}
+    gradients = {name: full_tensor(p.grad).float().cpu() for name, p in lora_parameters(model) if p.grad is not None}
     return total, gradients
 
 
@@ -80,7 +81,7 @@ def test_the_kernel_agrees_with_the_padded_way(heads):
 
 @pytest.mark.parametrize(("compiled", "recompute"), [(False, False), (True, False), (True, True)])
 def test_bf16_steps_on_the_gpu_learn_what_fp32_steps_on_the_cpu_do(model_dir, batches, world, compiled, recompute):
-    """As `train.build` makes the model: sharded over one rank, so that LoRA computes in bf16 from fp32 masters."""
+    """As `train.model.build` makes the model: sharded over one rank, so that LoRA computes in bf16 from fp32 masters."""
     torch._dynamo.reset()
     expected, expected_gradients = learn(
         ready(model_dir, torch.device("cpu"), torch.float32), batches, torch.device("cpu")
@@ -88,7 +89,7 @@ def test_bf16_steps_on_the_gpu_learn_what_fp32_steps_on_the_cpu_do(model_dir, ba
     model = ready(model_dir, DEVICE, torch.bfloat16)
     assert model.attention == "varlen"
     prepare_blocks(model.model.layers, recompute, "inductor" if compiled else None)
-    shard(model, model.model.layers, world, bf16=True, shard_base=False)
+    apply_fsdp(model, model.model.layers, world, bf16=True, shard_base=False)
     found, gradients = learn(model, batches, DEVICE)
     assert all(parameter.dtype == torch.float32 for _, parameter in lora_parameters(model))
     assert found == pytest.approx(expected, rel=0.02)  # bf16 has three digits, and rounds at every layer

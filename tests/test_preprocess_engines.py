@@ -20,8 +20,8 @@ from preprocess.plan import Request, plan_job
 from preprocess.run import make_with_codec_servers, preprocess
 from preprocess.shard_task import TaskSetup
 from shards.artifacts import codec_fingerprint, mel_fingerprint, tokenizer_fingerprint
-from shards.codec import load_codec
 from shards.config import read_config
+from shards.encoders.codec import load_codec
 from shards.errors import PipelineError
 from shards.manifest import Fingerprints, open_dataset
 

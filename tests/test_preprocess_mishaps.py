@@ -19,7 +19,7 @@ from preprocess.audio import AudioFault, AudioLimits, decode, read_bytes
 from preprocess.plan import _remove_job
 from preprocess.sources import SourceRow, read_rows
 from shards import writer
-from shards.codec import codec_layout
+from shards.encoders.codec import codec_layout
 from shards.errors import CheckpointError, DataError, ShardError
 from shards.manifest import Fingerprints, Job
 from shards.reader import SampleReader

@@ -188,8 +188,8 @@ def test_a_200_mb_list_is_taken_in_within_100_mb(tmp_path: Path):
             file.write(("[" if number == 0 else ",\n") + row)
         file.write("]")
     code = (
-        "import sys; from pathlib import Path; from preprocess.plan import Request, take_in;"
-        "print(take_in(Request(Path(sys.argv[1]), Path(sys.argv[2])), 0));"
+        "import sys; from pathlib import Path; from preprocess.plan import Request, ingest;"
+        "print(ingest(Request(Path(sys.argv[1]), Path(sys.argv[2])), 0));"
         "print([line for line in open('/proc/self/status') if line.startswith('VmHWM')][0].split()[1])"
     )
     result = subprocess.run(

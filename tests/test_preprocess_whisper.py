@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 
 from preprocess.features import WhisperEncoder, stored_mel
+from shards.encoders.whisper_tower import load_whisper_tower, tower_features
 from shards.errors import CheckpointError
 from shards.manifest import open_dataset
 from shards.mel import num_rows, rebuild_mel
 from shards.reader import SampleReader
-from shards.whisper_tower import load_whisper_tower, tower_features
 
 
 def wave_of(num_samples: int) -> np.ndarray:

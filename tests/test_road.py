@@ -18,8 +18,8 @@ from shards.config import SequenceSection
 from shards.manifest import open_dataset
 from shards.reader import SampleReader
 from shards.sequence import SequenceBuilder
-from train.packing import pack
-from train.weights import load_model
+from train.model.batch import pack
+from train.model.weights import load_model
 
 NUM_SAMPLES = 4
 OVERFIT = """
@@ -101,8 +101,8 @@ def test_target_codes_are_worth_learning(road: Path):
 
 @pytest.mark.slow
 def test_merged_model_equals_base_with_adapter_and_loads_in_transformers(road: Path, tiny_dir, tokenizer):
-    from train.checkpoint_folders import complete_checkpoints
-    from train.lora import load_adapter
+    from train.model.lora import load_adapter
+    from train.run_folder.checkpoint_folders import complete_checkpoints
 
     transformers = pytest.importorskip("transformers", minversion="5.3", reason="the native class came with 5.3")
     _, index = open_dataset(road / "shards")

@@ -16,14 +16,14 @@ from torch.nn.attention import varlen
 
 from shards.config import SequenceSection
 from shards.sequence import SequenceBuilder
-from train import attention
-from train.attention import AGREE_WITHIN, Documents, choose_attention, disagreement
-from train.build import prepare_blocks
 from train.config import LoraSection, LossSection
-from train.lora import add_lora, lora_parameters
-from train.loss import LossCounts, step_losses
-from train.packing import PackedBatch, pack
-from train.weights import load_model
+from train.model import attention
+from train.model.attention import AGREE_WITHIN, Documents, choose_attention, disagreement
+from train.model.batch import PackedBatch, pack
+from train.model.build import prepare_blocks
+from train.model.lora import add_lora, lora_parameters
+from train.model.loss import LossCounts, step_losses
+from train.model.weights import load_model
 
 
 class Kernel:
@@ -111,7 +111,9 @@ def test_both_ways_agree_and_a_kernel_that_is_wrong_does_not(model_dir, kernel, 
             assert disagreement(config, torch.device("cpu"), torch.float32) > 10 * AGREE_WITHIN
 
 
-def losses_and_gradients(model_dir, batches, kind: attention.Kind, backend: str | None = None, recompute: bool = False):
+def losses_and_gradients(
+    model_dir, batches, kind: attention.AttentionKind, backend: str | None = None, recompute: bool = False
+):
     model = load_model(model_dir, torch.float32)
     model.attention = kind
     add_lora(model, LoraSection(rank=4, alpha=4), "base", seed=0)

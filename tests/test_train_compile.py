@@ -10,14 +10,14 @@ import torch
 
 from shards.config import SequenceSection
 from shards.sequence import SequenceBuilder
-from train.build import prepare_blocks
 from train.config import LoraSection, LossSection
-from train.data import FILLER
-from train.lora import add_lora, lora_parameters
-from train.loss import LossCounts, step_losses
-from train.model import DecoderLayer, Heard
-from train.packing import pack
-from train.weights import load_model
+from train.data.loader import FILLER
+from train.model.batch import pack
+from train.model.build import prepare_blocks
+from train.model.decoder import DecoderLayer, WhisperEmbeddings
+from train.model.lora import add_lora, lora_parameters
+from train.model.loss import LossCounts, step_losses
+from train.model.weights import load_model
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def test_the_first_layer_is_no_case_of_its_own_beside_a_projection_that_learns(m
     found = []
     model.model.layers[0].register_forward_pre_hook(lambda _, given: found.extend(given[:2]))
     batch = batches[0]
-    heard = Heard(torch.zeros(1, dtype=torch.long), embeddings)
+    heard = WhisperEmbeddings(torch.zeros(1, dtype=torch.long), embeddings)
     model.model.train()(batch.text_ids, batch.codes, batch.positions, batch.documents.padded(), heard).sum().backward()
     assert [rows.requires_grad for rows in found] == [True, True]
     assert embeddings.grad is not None

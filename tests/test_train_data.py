@@ -19,13 +19,13 @@ from shards.errors import PipelineError, ShardError
 from shards.reader import SampleReader
 from shards.sequence import SequenceBuilder
 from train.config import LossSection, TrainSection
-from train.data import FILLER, Delivery, Share, dead_loader
-from train.feed import TOLD, Feed, Limits
-from train.loss import LossCounts, step_losses
-from train.packing import pack
-from train.parallel import ALONE
-from train.sources import PlannedSource
-from train.weights import load_model
+from train.data.feed import MAX_LOGGED_FAULTS, DamageLimits, Feed
+from train.data.loader import FILLER, LoadedPack, LoaderShare, dead_loader
+from train.data.planned_source import PlannedSource
+from train.model.batch import pack
+from train.model.loss import LossCounts, step_losses
+from train.model.weights import load_model
+from train.world import ALONE
 
 BUDGET = 700
 SECTION = TrainSection(batch_tokens=BUDGET, packs_per_step=4, max_bad_fraction=0.2)
@@ -48,13 +48,13 @@ def open_source(folder, builder, section: TrainSection = SECTION) -> PlannedSour
     return source
 
 
-def keys_of(deliveries, count: int) -> list[list[str]]:
-    return [delivery.batch.keys for delivery in itertools.islice(deliveries, count)]
+def keys_of(loaded_packs, count: int) -> list[list[str]]:
+    return [loaded.batch.keys for loaded in itertools.islice(loaded_packs, count)]
 
 
-def feed_of(source: PlannedSource, limits: Limits | None = None) -> Feed:
-    deliveries = source.deliveries(0, Share())
-    return Feed(deliveries, SECTION.packs_per_step, 0, ALONE, limits or source.limits())
+def feed_of(source: PlannedSource, limits: DamageLimits | None = None) -> Feed:
+    loaded_packs = source.loaded_packs(0, LoaderShare())
+    return Feed(loaded_packs, SECTION.packs_per_step, 0, ALONE, limits or source.limits())
 
 
 def test_loader_processes_start_whatever_the_default_way_is(dataset, builder, monkeypatch):
@@ -62,7 +62,7 @@ def test_loader_processes_start_whatever_the_default_way_is(dataset, builder, mo
     forkserver = multiprocessing.get_context("forkserver")
     monkeypatch.setattr(multiprocessing.context._default_context, "_actual_context", forkserver)
     source = open_source(dataset, builder)
-    assert len(keys_of(source.deliveries(0, Share(num_workers=1)), 2)) == 2
+    assert len(keys_of(source.loaded_packs(0, LoaderShare(num_workers=1)), 2)) == 2
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
@@ -70,36 +70,36 @@ def test_loader_processes_start_whatever_the_default_way_is(dataset, builder, mo
 def test_packs_do_not_depend_on_loader_workers(dataset, builder, num_workers):
     source = open_source(dataset, builder)
     count = 2 * source.planner.num_steps(0) * SECTION.packs_per_step
-    alone = keys_of(source.deliveries(0, Share()), count)
-    assert keys_of(source.deliveries(0, Share(num_workers=num_workers)), count) == alone
+    alone = keys_of(source.loaded_packs(0, LoaderShare()), count)
+    assert keys_of(source.loaded_packs(0, LoaderShare(num_workers=num_workers)), count) == alone
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_ranks_read_the_packs_of_one_process(dataset, builder, world_size):
     source = open_source(dataset, builder)
     count = 2 * source.planner.num_steps(0) * SECTION.packs_per_step
-    alone = keys_of(source.deliveries(0, Share()), count)
+    alone = keys_of(source.loaded_packs(0, LoaderShare()), count)
     for rank in range(world_size):
-        share = Share(rank, world_size)
-        assert keys_of(source.deliveries(0, share), count // world_size) == alone[rank::world_size]
+        share = LoaderShare(rank, world_size)
+        assert keys_of(source.loaded_packs(0, share), count // world_size) == alone[rank::world_size]
 
 
 def test_going_on_at_every_step_reads_the_same_packs(dataset, builder):
     source = open_source(dataset, builder)
     num_steps = 2 * source.planner.num_steps(0)
     size = SECTION.packs_per_step
-    whole = keys_of(source.deliveries(0, Share()), num_steps * size)
+    whole = keys_of(source.loaded_packs(0, LoaderShare()), num_steps * size)
     for step in range(num_steps):
-        rest = keys_of(open_source(dataset, builder).deliveries(step, Share()), (num_steps - step) * size)
+        rest = keys_of(open_source(dataset, builder).loaded_packs(step, LoaderShare()), (num_steps - step) * size)
         assert rest == whole[step * size :]
 
 
 def test_lengths_in_the_plan_are_those_of_the_sequences(dataset, builder):
     source = open_source(dataset, builder)
-    for delivery in itertools.islice(source.deliveries(0, Share()), 8):
-        assert delivery.batch.num_tokens <= BUDGET
+    for loaded in itertools.islice(source.loaded_packs(0, LoaderShare()), 8):
+        assert loaded.batch.num_tokens <= BUDGET
     total = sum(
-        d.batch.num_tokens for d in itertools.islice(source.deliveries(0, Share()), source.planner.num_packs(0))
+        d.batch.num_tokens for d in itertools.islice(source.loaded_packs(0, LoaderShare()), source.planner.num_packs(0))
     )
     assert total == source.planner.num_tokens
 
@@ -107,11 +107,11 @@ def test_lengths_in_the_plan_are_those_of_the_sequences(dataset, builder):
 def test_a_damaged_sample_leaves_its_pack_and_no_other(dataset, builder):
     source = open_source(dataset, builder)
     count = source.planner.num_packs(0)
-    sound = keys_of(source.deliveries(0, Share()), count)
+    sound = keys_of(source.loaded_packs(0, LoaderShare()), count)
     flip_payload(dataset, 7)
-    deliveries = list(itertools.islice(source.deliveries(0, Share()), count))
-    assert [d.batch.keys for d in deliveries] == [[k for k in keys if k != "000000000007"] for keys in sound]
-    (fault,) = (fault for delivery in deliveries for fault in delivery.faults)
+    loaded_packs = list(itertools.islice(source.loaded_packs(0, LoaderShare()), count))
+    assert [d.batch.keys for d in loaded_packs] == [[k for k in keys if k != "000000000007"] for keys in sound]
+    (fault,) = (fault for loaded in loaded_packs for fault in loaded.faults)
     assert fault.key == "000000000007"
     assert fault.shard == "shards/000/shard-000000.tar"
     assert "checksum differs" in fault.reason
@@ -122,7 +122,7 @@ def test_a_pack_of_damaged_samples_only_becomes_a_filler(dataset, builder):
     _, packs = next(source.planner.steps_from(0))
     for row in packs[1]:
         flip_payload(dataset, int(row))
-    first, second = itertools.islice(source.deliveries(0, Share()), 2)
+    first, second = itertools.islice(source.loaded_packs(0, LoaderShare()), 2)
     assert first.batch.keys
     assert second.batch.keys == []
     assert len(second.faults) == len(packs[1]) > 1
@@ -179,18 +179,18 @@ def test_only_the_first_faults_are_told_one_by_one(dataset, builder, caplog):
     for row in range(30):
         flip_payload(dataset, row)
     source = open_source(dataset, builder)
-    feed = feed_of(source, Limits(1.0, 30))
+    feed = feed_of(source, DamageLimits(1.0, 30))
     with caplog.at_level(logging.WARNING, "train"):
         for _ in range(source.planner.num_steps(0)):
             next(feed)
     assert feed.num_bad == 30
-    assert caplog.text.count("left out: ") == TOLD
+    assert caplog.text.count("left out: ") == MAX_LOGGED_FAULTS
     assert caplog.text.count("from here on they are only counted") == 1
 
 
 def test_a_loader_that_ends_early_is_an_error_and_no_hang():
-    filler = Delivery(pack([FILLER], [0], []), 0)
-    feed = Feed(iter([filler] * 5), 4, 0, ALONE, Limits(0.0))
+    filler = LoadedPack(pack([FILLER], [0], []), 0)
+    feed = Feed(iter([filler] * 5), 4, 0, ALONE, DamageLimits(0.0))
     next(feed)
     with pytest.raises(PipelineError, match="the loader gave 1 of 4 packs of step 2"):
         next(feed)
@@ -209,20 +209,20 @@ def test_the_command_tells_too_few_packs_with_numbers(dataset, run_command, tiny
 
 
 def test_a_killed_loader_process_is_told_with_what_to_do(dataset, builder):
-    deliveries = open_source(dataset, builder).deliveries(0, Share(num_workers=1))
-    next(deliveries)
+    loaded_packs = open_source(dataset, builder).loaded_packs(0, LoaderShare(num_workers=1))
+    next(loaded_packs)
     with pytest.raises(PipelineError, match=r"a loader process has ended \(.*lower train.num_workers"):
-        kill_and_read_on(deliveries)
+        kill_and_read_on(loaded_packs)
 
 
-def kill_and_read_on(deliveries) -> None:
+def kill_and_read_on(loaded_packs) -> None:
     """torch tells it from a signal handler, wherever the process is, or from the queue."""
     try:
         for process in multiprocessing.active_children():
             process.kill()
             process.join()
         for _ in range(100):
-            next(deliveries)
+            next(loaded_packs)
     except RuntimeError as error:
         raise dead_loader(error) or error from None
 

@@ -8,11 +8,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from shards.config import SequenceSection
 from shards.sequence import SequenceBuilder
 from train.config import LoraSection, LossSection
-from train.flops import lora_sizes_of, matmul_rate, step_flops
-from train.lora import add_lora
-from train.loss import LossCounts, step_losses
-from train.packing import pack
-from train.weights import load_model
+from train.model.batch import pack
+from train.model.flops import lora_sizes_of, matmul_rate, step_flops
+from train.model.lora import add_lora
+from train.model.loss import LossCounts, step_losses
+from train.model.weights import load_model
 
 
 def test_the_formula_counts_what_the_products_cost(model_dir, tokenizer, make_sample):

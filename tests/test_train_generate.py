@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from shards.sequence import STREAM_BOS, STREAM_EOS
-from train.generate import GREEDY, Sampling, draw
+from train.model.generate import GREEDY, Sampling, draw
 
 VOCAB, BOOKS = 1026, 8
 NOTHING_BEFORE = torch.full((1, BOOKS), STREAM_BOS)

@@ -21,11 +21,12 @@ from shards.errors import ConfigError, PipelineError
 from shards.index import INDEX_DTYPE
 from shards.sequence import SequenceBuilder
 from train.config import LossSection, TrainConfig, TrainSection
-from train.held_out import choose_speakers, of_speakers
+from train.data.planned_source import PlannedSource
+from train.data.validation_split import choose_speakers, of_speakers
+from train.evaluation.held_out import Evaluation
 from train.loop import RunOptions, train
-from train.parallel import ALONE
-from train.sources import PlannedSource
-from train.weights import load_model
+from train.model.weights import load_model
+from train.world import ALONE
 
 CPU = torch.device("cpu")
 
@@ -130,13 +131,18 @@ def open_all(dataset: Path, configure, **values) -> PlannedSource:
     return source
 
 
+def open_evaluation(source: PlannedSource) -> Evaluation:
+    held_out = source.held_out(ALONE)
+    assert held_out
+    return Evaluation(held_out, ALONE)
+
+
 def test_losses_do_not_depend_on_how_the_data_are_packed(dataset, configure, model_dir):
     model = load_model(model_dir, torch.float32)
     section = LossSection(contrastive_loss_weight=0.0)
     found = []
     for most in (0, 1):
-        evaluation = open_all(dataset, configure, max_references=most).evaluation(ALONE)
-        assert evaluation
+        evaluation = open_evaluation(open_all(dataset, configure, max_references=most))
         found.append(evaluation.losses(model, section))
     del found[0]["eval/contrastive_loss"], found[1]["eval/contrastive_loss"]
     assert found[0] == pytest.approx(found[1], rel=1e-5)
@@ -147,12 +153,10 @@ def test_damaged_held_out_samples_are_counted_or_stop(configure, model_dir, tmp_
     dataset = make_dataset(tmp_path / "data", [make_sample(seed) for seed in range(8)])
     flip_payload(dataset, 2)
     model = load_model(model_dir, torch.float32)
-    evaluation = open_all(dataset, configure, max_bad_fraction=0.2).evaluation(ALONE)
-    assert evaluation
+    evaluation = open_evaluation(open_all(dataset, configure, max_bad_fraction=0.2))
     values = evaluation.losses(model, LossSection())
     assert (values["eval/samples"], values["eval/bad_samples"]) == (7, 1)
-    strict = open_all(dataset, configure).evaluation(ALONE)
-    assert strict
+    strict = open_evaluation(open_all(dataset, configure))
     with pytest.raises(PipelineError, match=r"1 of 8 held-out samples are damaged, more than train.max_bad_fraction"):
         strict.losses(model, LossSection())
 

@@ -15,12 +15,13 @@ import pytest
 import soundfile
 import torch
 
-from shards.codec import load_codec
 from shards.config import read_config
+from shards.encoders.codec import load_codec
 from shards.index import hash64
 from shards.reader import SampleReader
 from train.config import TrainConfig
-from train.listening import LONGEST, SPARE_FRAMES, choose_samples
+from train.data.validation_split import choose_samples
+from train.evaluation.listening import LONGEST, SPARE_FRAMES
 from train.loop import RunOptions, train
 
 FRAME = 960  # samples at 24 kHz
@@ -138,7 +139,7 @@ def test_without_held_out_data_it_speaks_training_samples(dataset, settings, tmp
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("train.listening.write_wave", full)
+    monkeypatch.setattr("train.evaluation.listening.write_wave", full)
     train(settings("train.listening_samples=1", "train.max_steps=1"), dataset, tmp_path / "run", RunOptions())
     (folder,) = (tmp_path / "run" / "listening").iterdir()
     assert {path.name for path in folder.iterdir()} == {"text.txt"}
@@ -170,7 +171,7 @@ def test_a_signal_breaks_off_evaluation_and_speech_but_not_the_checkpoint(datase
     import os
     import signal
 
-    from train import held_out, listening
+    from train.evaluation import held_out, listening
     from train.signals import Stopped
 
     asked = []
@@ -197,8 +198,8 @@ def test_a_signal_breaks_off_evaluation_and_speech_but_not_the_checkpoint(datase
 def test_speech_is_broken_off_within_a_second_of_it(model_dir, tokenizer, make_sample):
     from shards.config import SequenceSection
     from shards.sequence import SequenceBuilder
-    from train.generate import generate
-    from train.weights import load_model
+    from train.model.generate import generate
+    from train.model.weights import load_model
 
     model = load_model(model_dir, torch.float32)
     prompt = SequenceBuilder(tokenizer, SequenceSection()).prompt(make_sample(0))
@@ -213,15 +214,15 @@ def test_speaking_takes_nothing_from_the_throughput_told(dataset, settings, tmp_
     from train import loop, step
 
     days = []
-    look = loop.look
+    evaluate = loop.evaluate
 
-    def long_look(*given):
+    def long_evaluate(*given):
         days.append(11)
-        return look(*given)
+        return evaluate(*given)
 
     clock = SimpleNamespace(monotonic=lambda: time.monotonic() + 86_400 * sum(days), perf_counter=time.perf_counter)
     monkeypatch.setattr(step, "time", clock)
-    monkeypatch.setattr(loop, "look", long_look)
+    monkeypatch.setattr(loop, "evaluate", long_evaluate)
     train(settings("train.listening_samples=1"), dataset, tmp_path / "run", RunOptions())
     assert len(days) == 3, "before the first step, and after steps 2 and 4"
     assert all(line["metrics/samples_per_second"] > 1e-3 for line in lines(tmp_path / "run"))

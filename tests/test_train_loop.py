@@ -25,16 +25,16 @@ from shards.errors import CheckpointError, PipelineError
 from shards.sequence import SequenceBuilder
 from shards.writer import write_json
 from train import loop
-from train.checkpoint_folders import check_identity, read_identity
 from train.config import LossSection, TrainConfig, WandbSection
 from train.loop import RunOptions, train
-from train.lora import add_lora, load_adapter, lora_parameters
-from train.loss import LossCounts
-from train.metrics import start_wandb
+from train.model.batch import pack
+from train.model.lora import add_lora, load_adapter, lora_parameters
+from train.model.loss import LossCounts
+from train.model.weights import load_model
 from train.optim import learning_rate_at, make_optimizer
-from train.packing import pack
+from train.run_folder.checkpoint_folders import check_identity, read_identity
+from train.run_folder.metrics import start_wandb
 from train.step import heap_at_rest, train_step
-from train.weights import load_model
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_resumed_run_equals_the_uninterrupted_one(dataset, settings, tmp_path, n
 
 
 def test_a_way_to_attend_can_be_asked_for_and_trains_the_same(dataset, settings, tmp_path, monkeypatch):
-    from train import build
+    from train.model import build
 
     chosen = []
     choose = build.choose_attention
@@ -345,7 +345,7 @@ def test_mistakes_give_one_clear_line(
 
 
 def test_curriculum_ramp_has_the_stated_values():
-    from train.loss import curriculum_factor
+    from train.model.loss import curriculum_factor
 
     assert curriculum_factor(0, 100, True) == pytest.approx(0.1)
     assert curriculum_factor(50, 100, True) == pytest.approx(0.55)
@@ -428,16 +428,16 @@ def test_a_loader_process_that_dies_within_a_step_ends_the_run_with_a_line(datas
 
 
 def test_what_a_person_would_warn_of_is_told_once(caplog):
-    from train.watch import Watch
+    from train.evaluation.curve_monitor import CurveMonitor
 
-    watch = Watch()
+    watch = CurveMonitor()
     sound = {"epoch": 0, "loss/audio_loss": 4.0, "metrics/data_wait_fraction": 0.01}
     with caplog.at_level("WARNING", "train"):
-        watch.look(10, sound)
-        watch.look(20, {**sound, "epoch": 1, "loss/audio_loss": 0.5})  # learned by heart, not copied
+        watch.check(10, sound)
+        watch.check(20, {**sound, "epoch": 1, "loss/audio_loss": 0.5})  # learned by heart, not copied
         assert not caplog.records
         for step in (30, 40):
-            watch.look(step, {**sound, "loss/audio_loss": 0.5, "metrics/data_wait_fraction": 0.2})
+            watch.check(step, {**sound, "loss/audio_loss": 0.5, "metrics/data_wait_fraction": 0.2})
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 2
     assert "step 30: audio loss 0.50 although no sample was seen twice" in messages[0]
@@ -445,7 +445,7 @@ def test_what_a_person_would_warn_of_is_told_once(caplog):
 
 
 def test_best_points_at_the_lowest_held_out_loss_and_is_kept(tmp_path):
-    from train.checkpoint_folders import best_checkpoint, mark_best
+    from train.run_folder.checkpoint_folders import best_checkpoint, mark_best
 
     run = tmp_path / "run"
     for step, loss in ((2, 5.0), (4, 4.0), (6, 4.5)):
@@ -492,7 +492,8 @@ def test_a_folder_that_cannot_be_made_loses_one_checkpoint_and_not_the_run(datas
 def test_a_signal_at_a_checkpoint_writes_it_once_and_one_at_the_start_promises_none(
     dataset, settings, tmp_path, monkeypatch
 ):
-    from train import checkpoint, loop
+    from train import loop
+    from train.run_folder import checkpoint
 
     def stopping(model, optimizer, batches, section, step, *given, **named):
         result = train_step(model, optimizer, batches, section, step, *given, **named)
@@ -522,8 +523,8 @@ def test_a_signal_at_a_checkpoint_writes_it_once_and_one_at_the_start_promises_n
 
 
 def test_a_second_ctrl_c_ends_at_once_and_loader_processes_do_not_listen(capfd):
-    from train.parallel import ALONE
     from train.signals import AT_ONCE, SAVING, StopSignal
+    from train.world import ALONE
 
     with StopSignal() as signals:
         signal.raise_signal(signal.SIGINT)
@@ -544,7 +545,7 @@ def test_a_signal_between_two_packs_breaks_the_step_off_and_the_run_that_goes_on
 ):
     """Steps of many packs may take longer than the 30 seconds that launchers wait."""
     from train import loop
-    from train.model import HiggsAudio
+    from train.model.decoder import HiggsAudio
 
     train(settings(), dataset, tmp_path / "whole", RunOptions())
     forward, packs = HiggsAudio.forward, []
@@ -571,7 +572,8 @@ def test_a_signal_between_two_packs_breaks_the_step_off_and_the_run_that_goes_on
 
 def test_a_fault_right_after_a_checkpoint_was_begun_does_not_cost_it(dataset, settings, tmp_path, monkeypatch):
     """The checkpoint of step 4 is still being written when step 5 is not finite: the run goes on from 4 all the same."""
-    from train import checkpoint, loop
+    from train import loop
+    from train.run_folder import checkpoint
 
     complete = checkpoint.Checkpoints._complete
 
@@ -599,7 +601,7 @@ def test_a_fault_right_after_a_checkpoint_was_begun_does_not_cost_it(dataset, se
 
 
 def test_an_adapter_is_spoken_with_the_layout_it_was_trained_with(dataset, settings, tiny_dir, tmp_path):
-    from tools.speak import SpeakConfig, load_speaker
+    from tools.speaker import SpeakConfig, load_speaker
 
     last = train(settings("train.max_steps=1", "sequence.layout=as_written"), dataset, tmp_path / "run", RunOptions())
     assert last
@@ -609,7 +611,7 @@ def test_an_adapter_is_spoken_with_the_layout_it_was_trained_with(dataset, setti
 
 
 def test_a_damaged_checkpoint_is_not_merged(dataset, settings, tmp_path):
-    from tools.checkpoints import merge_checkpoint
+    from tools.checkpoints.merge import merge_checkpoint
 
     last = train(settings("train.max_steps=2"), dataset, tmp_path / "run", RunOptions())
     assert last

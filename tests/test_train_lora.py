@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from shards.config import SequenceSection
 from shards.errors import ConfigError
 from shards.sequence import SequenceBuilder
-from tools.model_folder import merged_state
+from tools.checkpoints.model_folder import merged_state
 from train.config import LoraSection
-from train.lora import MODES, AddingLinear, add_lora, load_adapter, lora_parameters, save_adapter, trainable_table
-from train.packing import pack
-from train.weights import load_model
+from train.model.batch import pack
+from train.model.lora import MODES, AddingLinear, add_lora, load_adapter, lora_parameters, save_adapter, trainable_table
+from train.model.weights import load_model
 
 LAYERS, HIDDEN, INNER, HEAD = 4, 128, 256, 8 * 1026
 OUT = {"q_proj": 128, "k_proj": 64, "v_proj": 64, "o_proj": 128, "gate_proj": 256, "up_proj": 256, "down_proj": 128}

@@ -14,12 +14,12 @@ from shards.config import SequenceSection, read_config
 from shards.errors import ConfigError
 from shards.reader import SampleReader
 from shards.sequence import SequenceBuilder
-from train.best_fit import PlanSettings
-from train.checkpoint_folders import complete_checkpoints, read_identity
 from train.config import TrainConfig
-from train.heaviest import PackCosts, PlannedPacks
+from train.data.heaviest_pack import PackCosts, PlannedPacks
+from train.data.packing import PlanSettings
 from train.loop import RunOptions, train
-from train.memory import CLOSE, GROWTH, ROUND, Found, HostMemory, largest_budget
+from train.memory import BUDGET_MULTIPLE, CLOSE_ENOUGH, MAX_GROWTH, HostMemory, LargestBudget, largest_budget
+from train.run_folder.checkpoint_folders import complete_checkpoints, read_identity
 
 MB = 1_000_000
 
@@ -49,27 +49,31 @@ def test_the_search_finds_the_largest_from_below(formula):
     room = 2000 * MB
     found = largest_budget(memory, idle=800 * MB, room=room, first=1000, most=1 << 20)
     assert found.peak == int(formula(found.budget)) <= room
-    assert formula(int(found.budget * CLOSE**2) + 2 * ROUND) > room, "a larger one would have fitted"
+    assert formula(int(found.budget * CLOSE_ENOUGH**2) + 2 * BUDGET_MULTIPLE) > room, "a larger one would have fitted"
     assert all(int(formula(budget)) <= room for budget in memory.tried), "nothing is tried that may run out of memory"
     assert memory.tried[-1] == found.budget, "what is in force was itself measured"
-    assert all(after <= GROWTH * before for before, after in zip(memory.tried[:-1], memory.tried[1:], strict=True))
+    assert all(after <= MAX_GROWTH * before for before, after in zip(memory.tried[:-1], memory.tried[1:], strict=True))
 
 
 def test_a_memory_that_grows_faster_than_tokens_is_found_too():
     """A cliff behind 5000 tokens, and a square: one probe may be too large, and the search comes back."""
     square = Recorded(lambda n: 900 * MB + 0.03 * MB * n + 2.0 * n * n)
     found = largest_budget(square, idle=800 * MB, room=2000 * MB, first=1000, most=1 << 20)
-    assert square.formula(found.budget) <= 2000 * MB < square.formula(int(found.budget * CLOSE**2) + 2 * ROUND)
+    assert (
+        square.formula(found.budget)
+        <= 2000 * MB
+        < square.formula(int(found.budget * CLOSE_ENOUGH**2) + 2 * BUDGET_MULTIPLE)
+    )
     memory = Recorded(lambda n: 900 * MB + 0.01 * MB * n + (5000 * MB if n > 5000 else 0))
     found = largest_budget(memory, idle=900 * MB, room=2000 * MB, first=1000, most=1 << 20)
-    assert 5000 / CLOSE - ROUND <= found.budget <= 5000
+    assert 5000 / CLOSE_ENOUGH - BUDGET_MULTIPLE <= found.budget <= 5000
 
 
 def test_no_search_beyond_what_was_asked_for():
     memory = Recorded(lambda n: 900 * MB + 0.01 * MB * n)
     assert largest_budget(memory, 900 * MB, 2000 * MB, first=2048, most=16384).budget == 16384
     assert memory.tried == [2048, 8192, 16384]
-    assert largest_budget(memory, 900 * MB, 905 * MB, first=2048, most=16384) == Found(0, 900 * MB + 20480000)
+    assert largest_budget(memory, 900 * MB, 905 * MB, first=2048, most=16384) == LargestBudget(0, 900 * MB + 20480000)
 
 
 def test_the_heaviest_pack_is_the_one_with_most_to_learn(make_dataset, make_sample, tokenizer, tmp_path):

@@ -19,7 +19,7 @@ from train_process import Started, history, same_history, train_arguments
 
 from train.config import TrainConfig
 from train.loop import RunOptions, train
-from train.parallel import ALONE, World
+from train.world import ALONE, World
 
 STEPS = 10
 LONG = [f"train.max_steps={STEPS}", "train.save_every=2"]

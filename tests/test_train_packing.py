@@ -6,8 +6,8 @@ import torch
 
 from shards.config import SequenceSection
 from shards.sequence import SequenceBuilder
-from train.packing import pack
-from train.weights import load_model
+from train.model.batch import pack
+from train.model.weights import load_model
 
 
 def test_packed_neighbours_do_not_see_each_other(tiny_dir, tokenizer, make_sample):

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from shards.config import SequenceSection
 from shards.sequence import IGNORE, Sequence, SequenceBuilder, undelay
-from train.generate import generate
-from train.packing import pack
-from train.weights import load_model
+from train.model.batch import pack
+from train.model.generate import generate
+from train.model.weights import load_model
 
 transformers = pytest.importorskip("transformers", minversion="5.3", reason="the native class came with 5.3")
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from shards.errors import ConfigError
 from shards.index import INDEX_DTYPE
 from shards.sequence import NUM_MARKER_COLUMNS
-from train.plan import Planner, PlanSettings
+from train.data.plan import Planner, PlanSettings
 
 LENGTHS = st.lists(st.integers(20, 900), min_size=1, max_size=200)
 

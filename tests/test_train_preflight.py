@@ -14,10 +14,10 @@ from shards.config import SequenceSection
 from shards.errors import PipelineError
 from shards.sequence import IGNORE, STREAM_EOS, SequenceBuilder
 from train.config import LoraSection, LossSection
-from train.lora import add_lora, lora_parameters
-from train.packing import pack
+from train.model.batch import pack
+from train.model.lora import add_lora, lora_parameters
+from train.model.weights import load_model
 from train.preflight import check_after_first_step, check_before_training
-from train.weights import load_model
 
 
 @pytest.fixture

@@ -23,8 +23,8 @@ from train_process import STEPS, TRAIN, Started, environment, history, same_hist
 
 from shards.config import SequenceSection
 from shards.sequence import SequenceBuilder
-from train.checkpoint_folders import damage
 from train.launch import allocator_settings, first_host, slurm_ranks
+from train.run_folder.checkpoint_folders import damage
 
 
 @pytest.fixture(scope="module")
@@ -383,7 +383,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint_and_training_goes_on(command
     """Files larger than 200 kB cannot be written from the third step on: a real fault of the operating system."""
     run = tmp_path / "run"
     limited = (
-        "import resource, sys, train.checkpoint as c; old = c.Checkpoints.save\n"
+        "import resource, sys, train.run_folder.checkpoint as c; old = c.Checkpoints.save\n"
         "def save(self, step, *a):\n"
         "    limit = 200_000 if step in (4, 6) else resource.RLIM_INFINITY\n"
         "    self.finish(); resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))\n"

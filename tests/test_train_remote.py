@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 import pytest
 
-import train.remote as remote_module
+import train.data.remote as remote_module
 from shards.config import SequenceSection
 from shards.errors import ConfigError, PipelineError, ShardError
 from shards.index import read_index
@@ -23,9 +23,9 @@ from shards.manifest import Dataset, read_record
 from shards.sequence import SequenceBuilder
 from shards.writer import ShardDone, sample_key, shard_path, write_json, write_shard
 from train.config import TrainSection
-from train.data import Share
-from train.remote import RemoteShards
-from train.sources import PlannedSource
+from train.data.loader import LoaderShare
+from train.data.planned_source import PlannedSource
+from train.data.remote import RemoteShards
 
 NUM_SHARDS = 6
 PER_SHARD = 5
@@ -72,8 +72,8 @@ def section(tmp_path: Path, **values) -> TrainSection:
 def keys(location, builder, settings: TrainSection, count: int = 30, num_workers: int = 0) -> list[str]:
     source = PlannedSource(str(location), settings)
     source.prepare(builder)
-    deliveries = itertools.islice(source.deliveries(0, Share(num_workers=num_workers)), count)
-    return [key for delivery in deliveries for key in delivery.batch.keys]
+    loaded_packs = itertools.islice(source.loaded_packs(0, LoaderShare(num_workers=num_workers)), count)
+    return [key for loaded in loaded_packs for key in loaded.batch.keys]
 
 
 @pytest.mark.parametrize("scheme", ["http", "file", "memory"])
@@ -183,12 +183,12 @@ def test_an_index_of_another_data_set_is_refused(published, tmp_path):
 def test_a_copy_removed_meanwhile_is_fetched_again(published, builder, tmp_path):
     source = PlannedSource(f"file://{published}", section(tmp_path))
     source.prepare(builder)
-    deliveries = source.deliveries(0, Share())
-    next(deliveries)
+    loaded_packs = source.loaded_packs(0, LoaderShare())
+    next(loaded_packs)
     (cache,) = (tmp_path / "cache").iterdir()
     for path in cache.rglob("*.tar"):
         path.unlink(missing_ok=True)  # the thread that fetches ahead makes room meanwhile
-    assert not [fault for delivery in itertools.islice(deliveries, 20) for fault in delivery.faults]
+    assert not [fault for loaded in itertools.islice(loaded_packs, 20) for fault in loaded.faults]
 
 
 def test_a_package_that_is_missing_is_named(builder, tmp_path, monkeypatch):

@@ -21,10 +21,10 @@ from shards.errors import ConfigError, PipelineError
 from shards.sample import pack_sample
 from shards.sequence import NUM_MARKER_COLUMNS, SequenceBuilder
 from train.config import TrainSection
-from train.data import Delivery, Share
-from train.feed import Feed, Limits
-from train.parallel import ALONE, World
-from train.stream import StreamedSamples, StreamedSource, shard_urls
+from train.data.feed import DamageLimits, Feed
+from train.data.loader import LoadedPack, LoaderShare
+from train.data.streamed_source import StreamedSamples, StreamedSource, shard_urls
+from train.world import ALONE, World
 
 SETTINGS = {"loader": "stream", "max_steps": 10, "batch_tokens": 700, "packs_per_step": 2, "shuffle_buffer": 8}
 
@@ -64,35 +64,35 @@ def open_stream(location, builder, **values) -> StreamedSource:
     return source
 
 
-def take(source: StreamedSource, count: int, share: Share | None = None, first_step: int = 0) -> list[Delivery]:
-    return list(itertools.islice(source.deliveries(first_step, share or Share()), count))
+def take(source: StreamedSource, count: int, share: LoaderShare | None = None, first_step: int = 0) -> list[LoadedPack]:
+    return list(itertools.islice(source.loaded_packs(first_step, share or LoaderShare()), count))
 
 
-def keys(deliveries) -> list[str]:
-    return [key for delivery in deliveries for key in delivery.batch.keys]
+def keys(loaded_packs) -> list[str]:
+    return [key for loaded in loaded_packs for key in loaded.batch.keys]
 
 
 def test_every_sample_comes_equally_often_within_the_budgets(foreign, builder, samples):
     limits = {"max_supervised_tokens": 50, "max_references": 2}
-    deliveries = take(open_stream(foreign, builder, **limits), 60)
-    for delivery in deliveries:
-        assert delivery.batch.num_tokens <= 700
-        assert len(delivery.batch.audio_rows) <= 50
-        assert 1 <= len(delivery.batch.keys) <= 2
-    counts = Counter(keys(deliveries))
+    loaded_packs = take(open_stream(foreign, builder, **limits), 60)
+    for loaded in loaded_packs:
+        assert loaded.batch.num_tokens <= 700
+        assert len(loaded.batch.audio_rows) <= 50
+        assert 1 <= len(loaded.batch.keys) <= 2
+    counts = Counter(keys(loaded_packs))
     assert set(counts) == {f"clips/{sample.facts.id}" for sample in samples}
     assert max(counts.values()) - min(counts.values()) <= 3, "what lies in the buffer and in open packs is yet to come"
 
 
 def test_packs_are_the_builders_sequences(foreign, builder, samples):
     by_key = {f"clips/{sample.facts.id}": builder.training(sample) for sample in samples}
-    for delivery in take(open_stream(foreign, builder), 10):
-        assert delivery.batch.num_tokens == sum(len(by_key[key]) for key in delivery.batch.keys)
+    for loaded in take(open_stream(foreign, builder), 10):
+        assert loaded.batch.num_tokens == sum(len(by_key[key]) for key in loaded.batch.keys)
 
 
 def test_ranks_share_the_shards_of_every_pass(foreign):
     """Three ranks, three shards of eight samples: every pass is a partition, and not always the same one."""
-    ranks = [iter(StreamedSamples(shard_urls(str(foreign)), 0, 0, Share(rank, 3))) for rank in range(3)]
+    ranks = [iter(StreamedSamples(shard_urls(str(foreign)), 0, 0, LoaderShare(rank, 3))) for rank in range(3)]
     passes = [[frozenset(raw["__key__"] for raw in itertools.islice(rank, 8)) for rank in ranks] for _ in range(6)]
     for parts in passes:
         assert [len(part) for part in parts] == [8, 8, 8]
@@ -102,7 +102,7 @@ def test_ranks_share_the_shards_of_every_pass(foreign):
 
 def test_passes_are_the_epochs_of_a_stream(foreign, builder):
     """24 samples in packs of several: no second pass begins within the first samples, and several are over in the end."""
-    feed = Feed(open_stream(foreign, builder).deliveries(0, Share()), 2, 0, ALONE, Limits(0.0))
+    feed = Feed(open_stream(foreign, builder).loaded_packs(0, LoaderShare()), 2, 0, ALONE, DamageLimits(0.0))
     steps = [next(feed) for _ in range(40)]
     assert steps[0].epoch == 0
     assert sum(step.num_samples for step in steps if step.epoch == 0) <= 24
@@ -121,15 +121,15 @@ def test_ranks_pass_at_their_own_pace(foreign, builder):
         def sum(self, values):
             return values
 
-    deliveries = open_stream(foreign, builder).deliveries(0, Share(0, 2))
-    assert next(Feed(deliveries, 2, 0, cast(World, Two()), Limits(0.0))).epoch == 3
+    loaded_packs = open_stream(foreign, builder).loaded_packs(0, LoaderShare(0, 2))
+    assert next(Feed(loaded_packs, 2, 0, cast(World, Two()), DamageLimits(0.0))).epoch == 3
     with pytest.raises(PipelineError, match="rank 0 is at step 0 of epoch 0, rank 1 at step 0 of epoch 3"):
-        next(Feed(deliveries, 2, 0, cast(World, Two()), Limits(0.0, epoch_samples=24)))
+        next(Feed(loaded_packs, 2, 0, cast(World, Two()), DamageLimits(0.0, epoch_samples=24)))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_the_same_run_draws_the_same_order_and_a_resumed_one_another(foreign, builder, num_workers):
-    share = Share(num_workers=num_workers)
+    share = LoaderShare(num_workers=num_workers)
     first = keys(take(open_stream(foreign, builder), 12, share))
     assert keys(take(open_stream(foreign, builder), 12, share)) == first
     assert keys(take(open_stream(foreign, builder), 12, share, first_step=5)) != first
@@ -152,17 +152,17 @@ def test_faults_are_told_with_shard_and_key(tmp_path, builder, samples):
             if sample.facts.row == 5:
                 members["json"] = b"{}"
             tar.write({"__key__": sample.facts.id, **members})
-    deliveries = take(open_stream(tmp_path / "bad.tar", builder, shuffle_buffer=1), 8)
-    faults = {fault.key: fault for delivery in deliveries for fault in delivery.faults}
+    loaded_packs = take(open_stream(tmp_path / "bad.tar", builder, shuffle_buffer=1), 8)
+    faults = {fault.key: fault for loaded in loaded_packs for fault in loaded.faults}
     assert set(faults) == {"sample-3", "sample-5"}
     assert "missing member tgt.codes.npy" in faults["sample-3"].reason
     assert faults["sample-5"].shard == str(tmp_path / "bad.tar")
-    assert not {"sample-3", "sample-5"} & set(keys(deliveries))
+    assert not {"sample-3", "sample-5"} & set(keys(loaded_packs))
 
 
 def test_a_sequence_longer_than_a_pack_is_told_and_is_no_damage(foreign, builder):
-    deliveries = take(open_stream(foreign, builder, batch_tokens=235, shuffle_buffer=1), 40)
-    faults = [fault for delivery in deliveries for fault in delivery.faults]
+    loaded_packs = take(open_stream(foreign, builder, batch_tokens=235, shuffle_buffer=1), 40)
+    faults = [fault for loaded in loaded_packs for fault in loaded.faults]
     assert faults
     assert not any(fault.is_damage for fault in faults)
     assert all("longer than a pack" in fault.reason for fault in faults)
@@ -172,8 +172,8 @@ def test_a_sequence_longer_than_a_pack_is_told_and_is_no_damage(foreign, builder
 def test_a_cut_shard_is_told_and_the_others_go_on(foreign, builder, num_bytes):
     path = foreign / "part-1.tar"
     path.write_bytes(path.read_bytes()[:num_bytes])
-    deliveries = take(open_stream(foreign, builder, shuffle_buffer=1), 20)
-    reasons = [str(fault) for delivery in deliveries for fault in delivery.faults]
+    loaded_packs = take(open_stream(foreign, builder, shuffle_buffer=1), 20)
+    reasons = [str(fault) for loaded in loaded_packs for fault in loaded.faults]
     assert any("part-1.tar" in reason for reason in reasons), reasons
 
 
@@ -229,7 +229,7 @@ def test_settings_that_need_an_index_are_refused(foreign, builder, values, messa
 
 def test_too_few_shards_for_the_readers_are_refused_with_numbers(foreign, builder):
     with pytest.raises(ConfigError, match=r"3 shards for 4 readers \(2 ranks of 2 loader processes\)"):
-        open_stream(foreign, builder).deliveries(0, Share(0, 2, 2))
+        open_stream(foreign, builder).loaded_packs(0, LoaderShare(0, 2, 2))
 
 
 @pytest.mark.slow

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from shards.errors import CheckpointError
-from train.model_config import native_config, read_model_config
-from train.weights import load_model, native_name, stored_dtype
+from train.model.config import native_config, read_model_config
+from train.model.weights import load_model, native_name, stored_dtype
 
 
 @pytest.fixture(scope="module")

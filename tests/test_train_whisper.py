@@ -20,15 +20,16 @@ from shards.manifest import open_dataset
 from shards.sample import MelFacts, Sample, compress, write_npy
 from shards.sequence import WHISPER, SequenceBuilder
 from shards.writer import write_json
-from tools.model_folder import merged_state
-from train.conditioning import decide_conditioning, fit_to_shards
+from tools.checkpoints.model_folder import merged_state
 from train.config import LoraSection, LossSection, TrainSection
-from train.generate import generate
-from train.lora import add_lora, load_adapter, lora_parameters, save_adapter, trainable_table
-from train.packing import pack
-from train.parallel import ALONE
-from train.sources import PlannedSource
-from train.weights import load_model
+from train.data.planned_source import PlannedSource
+from train.evaluation.held_out import Evaluation
+from train.model.batch import pack
+from train.model.conditioning import decide_conditioning, fit_to_shards
+from train.model.generate import generate
+from train.model.lora import add_lora, load_adapter, lora_parameters, save_adapter, trainable_table
+from train.model.weights import load_model
+from train.world import ALONE
 
 HEARS = SequenceSection(conditioning="whisper+codes")
 
@@ -138,7 +139,7 @@ def test_stored_states_equal_the_tower(model_dir, decided, samples, tokenizer, w
 
 def test_a_pack_that_only_fills_up_a_step_still_uses_the_projection(model_dir, decided):
     """Sharded ranks must give gradients of the same weights, on zero rows if need be."""
-    from train.data import FILLER
+    from train.data.loader import FILLER
 
     model = load_model(model_dir, torch.float32, conditioning=decided)
     add_lora(model, LoraSection(rank=4, alpha=4), "base", seed=0, conditioning=decided)
@@ -224,10 +225,10 @@ def test_held_out_shards_may_hold_mels_where_the_others_hold_states(
     source = PlannedSource(str(folder), section)
     model = load_model(model_dir, torch.float32, conditioning=source.check(marked, decided))
     source.prepare(SequenceBuilder(tokenizer, HEARS))
-    model(source.trial(3))
-    evaluation = source.evaluation(ALONE)
-    assert evaluation
-    assert evaluation.losses(model, LossSection())["eval/samples"] == 3
+    model(source.preflight_batch(3))
+    held_out = source.held_out(ALONE)
+    assert held_out
+    assert Evaluation(held_out, ALONE).losses(model, LossSection())["eval/samples"] == 3
 
 
 @pytest.mark.slow
@@ -322,11 +323,11 @@ def test_two_ranks_hear_what_one_hears(tmp_path, tiny_dir, samples, make_dataset
 def test_a_checkpoint_with_a_tower_is_heard_by_itself(tmp_path, tiny_dir, samples, make_dataset, tokenizer):
     """conditioning "auto": its own tower, LoRA on its projection, and codes alone where they are asked for."""
     from shards.config import read_config
-    from shards.whisper_tower import WhisperSizes
-    from tools.tiny import tiny_config, write_model, write_tokenizer
-    from train.checkpoint_folders import complete_checkpoints
+    from shards.encoders.whisper_tower import WhisperSizes
+    from tools.tiny.cli import tiny_config, write_model, write_tokenizer
     from train.config import TrainConfig
     from train.loop import RunOptions, train
+    from train.run_folder.checkpoint_folders import complete_checkpoints
 
     base = tmp_path / "base"
     base.mkdir()

@@ -48,9 +48,9 @@ def main(
         die_with_launcher,
         is_worker,
         launch,
+        mark_well_ended,
         num_processes,
         slurm_ranks,
-        tell_launcher,
     )
 
     os.environ.update({**slurm_ranks(os.environ), **allocator_settings(os.environ)})  # before torch is imported
@@ -76,22 +76,22 @@ def main(
         click.echo(f"error: {error}", err=True)
         sys.exit(1)
     except PipelineError as error:
-        tell(error)
-    tell_launcher()
+        exit_with(error)
+    mark_well_ended()
     if checkpoint and os.environ.get("RANK", "0") == "0":
         click.echo(f"done: {checkpoint}; next: checkpoints merge {run} OUT", err=True)
 
 
-def tell(error: Exception) -> NoReturn:
+def exit_with(error: Exception) -> NoReturn:
     """One line, and the exit status. A fault that all ranks share is told by the first; the others wait for it to do so."""
-    from train.launch import STOPPED, tell_launcher
+    from train.launch import STOPPED, mark_well_ended
     from train.signals import Stopped
 
     rank = os.environ.get("RANK", "0")
     if rank != "0":
         time.sleep(3)  # the launcher ends this process meanwhile, if rank 0 has failed too
     if isinstance(error, Stopped):
-        tell_launcher()
+        mark_well_ended()
         if rank == "0":
             click.echo(str(error), err=True)
         sys.exit(STOPPED)

@@ -2,7 +2,7 @@
 
 The workers run `python -m train` with the same arguments. PYTHONSAFEPATH keeps a `train.py` in the current folder from
 being run in place of this package. When a worker fails, the launcher ends the others; what the first one said stands
-above, so only its status is told here.
+above, so only its status is message here.
 """
 
 from __future__ import annotations
@@ -117,10 +117,10 @@ def launch(num_workers: int, arguments: list[str]) -> None:
     try:
         elastic_launch(config, sys.executable)("-m", "train", *arguments)
     except SignalException as error:  # it was passed on, and the ranks have ended; how, only a file of theirs tells
-        told = f"stopped by {error.sigval.name}"
+        message = f"stopped by {error.sigval.name}"
         if Path(os.environ[WELL_ENDED]).exists():
-            raise WorkerFailed(told, STOPPED) from None
-        raise WorkerFailed(f"{told}, and nothing was saved then; what the ranks said above tells why", 1) from None
+            raise WorkerFailed(message, STOPPED) from None
+        raise WorkerFailed(f"{message}, and nothing was saved then; what the ranks said above tells why", 1) from None
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         how = f"killed by signal {-failure.exitcode}" if failure.exitcode < 0 else f"exit status {failure.exitcode}"
@@ -129,7 +129,7 @@ def launch(num_workers: int, arguments: list[str]) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def tell_launcher() -> None:
+def mark_well_ended() -> None:
     """By the first rank, when the run has ended as it should: done, or stopped by a signal and saved."""
     mark = os.environ.get(WELL_ENDED)
     if mark and os.environ.get("RANK") == "0":

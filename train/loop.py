@@ -26,26 +26,28 @@ from shards.config import to_toml
 from shards.errors import PipelineError
 from shards.manifest import Fingerprints
 from shards.sequence import SequenceBuilder
-from train import checkpoint, checkpoint_folders, preflight
-from train.build import build_model
-from train.conditioning import decide_conditioning
+from train import preflight
 from train.config import TrainConfig, TrainSection
-from train.data import Share, dead_loader
-from train.feed import Feed
-from train.held_out import Evaluation
-from train.listening import Listening, open_listening
-from train.lora import lora_parameters, trainable_table
-from train.memory import settle_budget
-from train.metrics import Metrics, console_line, held_out_history, log, open_log, start_wandb
-from train.model import HiggsAudio
+from train.data.feed import Feed
+from train.data.loader import LoaderShare, dead_loader
+from train.data.plan import PLAN_VERSION
+from train.data.planned_source import PlannedSource
+from train.data.streamed_source import StreamedSource
+from train.evaluation.curve_monitor import CurveMonitor
+from train.evaluation.held_out import Evaluation
+from train.evaluation.listening import Listening, open_listening
+from train.memory import find_budget
+from train.model.build import build_model
+from train.model.conditioning import decide_conditioning
+from train.model.decoder import HiggsAudio
+from train.model.lora import lora_parameters, trainable_table
 from train.optim import learning_rate_at, make_optimizer
-from train.parallel import World, join, leave, let_go, shorten_timeout
-from train.run_folder import begin_run, find_start, make_identity, require_one_folder
+from train.run_folder import checkpoint, checkpoint_folders
+from train.run_folder.metrics import Metrics, console_line, held_out_history, log, open_log, start_wandb
+from train.run_folder.start import begin_run, find_start, make_identity, require_one_folder
 from train.signals import Stopped, StopSignal
-from train.sources import PlannedSource
 from train.step import StepClock, heap_at_rest, train_step
-from train.stream import StreamedSource
-from train.watch import Watch
+from train.world import World, join, leave, release_frames, shorten_timeout
 
 
 @dataclass(frozen=True)
@@ -67,21 +69,21 @@ def train(config: TrainConfig, shards: str | Path, run_dir: Path, options: RunOp
         with StopSignal() as signals:
             return run(config, shards, run_dir, options, world, signals)
     except PipelineError as error:
-        let_go(error)
+        release_frames(error)
         raise
     except torch.OutOfMemoryError as error:
-        let_go(error)
+        release_frames(error)
         raise PipelineError(
             f"rank {world.rank}: the GPU's memory does not hold packs of train.batch_tokens = {config.train.batch_tokens} "
             f"({str(error).splitlines()[0][:160]}); halve it and double train.packs_per_step, which trains nearly the same, "
             'or set train.activation_checkpointing = "full"'
         ) from None
     except RuntimeError as error:
-        told = dead_loader(error) or world.lost(error)
-        if told is None:
+        message = dead_loader(error) or world.lost(error)
+        if message is None:
             raise
-        let_go(error)
-        raise told from None
+        release_frames(error)
+        raise message from None
     finally:
         leave()
 
@@ -125,7 +127,7 @@ def run(
     optimizer = make_optimizer([parameter for _, parameter in lora_parameters(model)], section)
 
     # 5. Memory: what a step needs is measured; a budget that does not fit ends here.
-    budget = settle_budget(model, source.packs(builder), config, world, wanted)
+    budget = find_budget(model, source.heaviest_packs(builder), config, world, wanted)
     section = msgspec.structs.replace(
         section,
         batch_tokens=budget.batch_tokens,
@@ -135,35 +137,40 @@ def run(
     if not wanted:
         prepare(source, builder, budget.batch_tokens, run_dir, world)
     total_steps = source.total_steps
-    evaluation = source.evaluation(world)
+    held_out = source.held_out(world)
+    if held_out:
+        log.info("%s", held_out)
+    evaluation = Evaluation(held_out, world) if held_out else None
 
     # 6. Preflight: what would train to a silent model is found here.
-    trial = start_terms = None
+    preflight_batch = start_terms = None
     if options.skip_preflight:
         log.info("preflight skipped: --skip-preflight")
     elif start_from is None:
-        trial = source.trial(preflight.NUM_SAMPLES).to(world.device)
-        start_terms = preflight.check_before_training(model, trial, config.loss)
+        preflight_batch = source.preflight_batch(preflight.NUM_SAMPLES).to(world.device)
+        start_terms = preflight.check_before_training(model, preflight_batch, config.loss)
     if options.dry_run:
         log.info("dry run: everything fits together; nothing was trained")
         return None
 
     # 7. Resume, or begin.
-    identity = make_identity(config, source.digest, weights_fingerprint(base_dir))
+    identity = make_identity(config, source.digest, weights_fingerprint(base_dir), PLAN_VERSION)
     config_toml = to_toml(config)
     step = checkpoint.restore(start_from, model, optimizer, identity, world) if start_from else 0
     world.require_equal({"the first step": str(step), "the base model": identity.model_weights})
     metrics = begin_run(config, run_dir, step, world, wandb_run) if world.is_first else None
-    to_hear = source.to_hear(section.listening_samples) if world.is_first and section.listening_samples else []
-    listening = open_listening(to_hear, builder, codec_dir, run_dir, world)
+    listening_samples = (
+        source.listening_samples(section.listening_samples) if world.is_first and section.listening_samples else []
+    )
+    listening = open_listening(listening_samples, builder, codec_dir, run_dir, world)
     saver = checkpoint.Checkpoints(run_dir, world, lora_config, identity, config_toml, section.keep_checkpoints)
     log.info("step %d of %d%s", step, total_steps, f", resumed from {start_from}" if start_from else "")
 
     # 8. Steps.
-    deliveries = source.deliveries(step, Share(world.rank, world.size, section.num_workers))
-    feed = Feed(deliveries, section.packs_per_step, step, world, source.limits())
+    loaded_packs = source.loaded_packs(step, LoaderShare(world.rank, world.size, section.num_workers))
+    feed = Feed(loaded_packs, section.packs_per_step, step, world, source.limits())
     clock = StepClock(model, world)
-    watch = Watch(world.gather(held_out_history(run_dir, step))[0], section.patience, tells=world.is_first)
+    watch = CurveMonitor(world.gather(held_out_history(run_dir, step))[0], section.patience, logs=world.is_first)
     values: dict[str, float] = {}
 
     def interrupted() -> bool:
@@ -171,11 +178,11 @@ def run(
 
     with saver, heap_at_rest():  # whatever ends the steps, a checkpoint that is being written is written to its end
         if step == 0:
-            look(0, model, config, None, listening, metrics, interrupted)  # the base model, to compare with
+            evaluate(0, model, config, None, listening, metrics, interrupted)  # the base model, to compare with
             clock.restart()
         model.train()
         first_step, stopped = step, False
-        while step < total_steps and not (stopped := interrupted()) and not watch.has_lost_patience:
+        while step < total_steps and not (stopped := interrupted()) and not watch.should_stop_early:
             with clock.waiting():
                 given = next(feed)
             learning_rate = learning_rate_at(step, total_steps, section)
@@ -188,23 +195,23 @@ def run(
                 break
             clock.count(given.batches)
             step += 1
-            if trial is not None and start_terms is not None:
-                preflight.check_after_first_step(model, trial, start_terms)
-                trial = None
+            if preflight_batch is not None and start_terms is not None:
+                preflight.check_after_first_step(model, preflight_batch, start_terms)
+                preflight_batch = None
             if not values:
                 shorten_timeout()  # from the second step on nobody loads or compiles
-            looks = (evaluation or listening) and (step % section.eval_every == 0 or step == total_steps)
-            if step % section.log_every == 0 or step in (1, total_steps) or looks:
+            is_eval_step = (evaluation or listening) and (step % section.eval_every == 0 or step == total_steps)
+            if step % section.log_every == 0 or step in (1, total_steps) or is_eval_step:
                 values = {"epoch": given.epoch, **result.values(world), "metrics/learning_rate": learning_rate}
                 values |= {**clock.values(), **feed.values()}
-                if looks:
-                    values |= look(step, model, config, evaluation, listening, metrics, interrupted)
+                if is_eval_step:
+                    values |= evaluate(step, model, config, evaluation, listening, metrics, interrupted)
                     clock.restart()  # throughput is that of training
                 if metrics:
                     metrics.write(step, values)
                 log.info(console_line(step, total_steps, values))
-                watch.look(step, values)
-            if not looks:
+                watch.check(step, values)
+            if not is_eval_step:
                 values = {k: v for k, v in values.items() if not k.startswith("eval/")}  # those are an older step's
             if step % section.save_every == 0 and step < total_steps:
                 saver.save(step, model, optimizer, values)
@@ -216,7 +223,7 @@ def run(
             saver.finish(must_succeed=True)
     if metrics:
         metrics.close()
-    if watch.has_lost_patience:
+    if watch.should_stop_early:
         log.info(
             "stopped early: no lower held-out audio loss in %d evaluations; see %s", section.patience, run_dir / "best"
         )
@@ -245,7 +252,7 @@ def prepare(
     source.describe()
 
 
-def look(
+def evaluate(
     step: int,
     model: HiggsAudio,
     config: TrainConfig,
@@ -264,7 +271,7 @@ def look(
     if interrupted():
         log.info("step %d: held-out losses or speech were broken off by the signal", step)
     if listening and metrics:
-        metrics.hear(step, listening.waves(step))
+        metrics.log_audio(step, listening.waves(step))
     return values
 
 

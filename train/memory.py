@@ -22,20 +22,21 @@ from typing import NamedTuple, Protocol
 import torch
 
 from shards.errors import ConfigError
-from train.build import compile_backend
 from train.config import TrainConfig
-from train.heaviest import PackCosts, PackSource
-from train.lora import lora_parameters
-from train.loss import LossCounts, step_losses
-from train.model import DecoderLayer, HiggsAudio
-from train.packing import PackedBatch
-from train.parallel import World, sync_gradients
+from train.data.heaviest_pack import PackCosts, PackSource
+from train.model.batch import PackedBatch
+from train.model.build import compile_backend
+from train.model.decoder import DecoderLayer, HiggsAudio
+from train.model.fsdp import own_numel, sync_gradients
+from train.model.lora import lora_parameters
+from train.model.loss import LossCounts, step_losses
+from train.world import World
 
 MOST_TOKENS = 32768  # "auto" goes no further: matrix products are as fast from 8k rows on (research/train.md 1.2)
 FIRST_TOKENS = 2048  # the first probe, if no sample is longer
-GROWTH = 4  # at most so many times the last budget that fitted: what grows faster than tokens must not surprise
-ROUND = 128
-CLOSE = 1.05  # two budgets nearer to each other are not told apart
+MAX_GROWTH = 4  # at most so many times the last budget that fitted: what grows faster than tokens must not surprise
+BUDGET_MULTIPLE = 128
+CLOSE_ENOUGH = 1.05  # two budgets nearer to each other are not message apart
 # Per trainable weight, and not there yet while probing: two fp32 moments of this rank's part, which come with the first
 # update, and the gradients that micro-steps before the last one leave unsharded.
 MOMENTS_BYTES = 8
@@ -52,9 +53,7 @@ class Budget:
     recomputes: bool
 
 
-def settle_budget(
-    model: HiggsAudio, source: PackSource, config: TrainConfig, world: World, wanted: int | None
-) -> Budget:
+def find_budget(model: HiggsAudio, source: PackSource, config: TrainConfig, world: World, wanted: int | None) -> Budget:
     """Measure; switch recomputation on if it must be. `wanted` None: as large as fits. Every rank must call this.
 
     Raises ConfigError naming the largest budget that fits.
@@ -87,17 +86,17 @@ def settle_budget(
                 "layers are recomputed in backward, about half again as much time: without it %s",
                 f"only {kept.budget} tokens fit" if kept.budget else f"not even {first} tokens fit",
             )
-    told = f"{found.peak / 1e9:.2f} GB of {room / 1e9:.2f} GB ({section.memory_share:.0%} of what is free, train.memory_share)"
+    message = f"{found.peak / 1e9:.2f} GB of {room / 1e9:.2f} GB ({section.memory_share:.0%} of what is free, train.memory_share)"
     if wanted is None and found.budget:
-        log.info("train.batch_tokens = %d was found: a step of the heaviest pack takes %s", found.budget, told)
+        log.info("train.batch_tokens = %d was found: a step of the heaviest pack takes %s", found.budget, message)
     elif found.budget and found.budget == wanted:
-        log.info("memory: a step of the heaviest pack takes %s", told)
+        log.info("memory: a step of the heaviest pack takes %s", message)
     else:
         raise ConfigError(too_large(found, wanted or first, first, room, config))
     return Budget(found.budget, recomputes)
 
 
-def too_large(found: Found, wanted: int, first: int, room: int, config: TrainConfig) -> str:
+def too_large(found: LargestBudget, wanted: int, first: int, room: int, config: TrainConfig) -> str:
     section = config.train
     message = (
         f"train.batch_tokens = {wanted}: a step of the heaviest pack does not fit into {room / 1e9:.2f} GB "
@@ -119,13 +118,13 @@ def too_large(found: Found, wanted: int, first: int, room: int, config: TrainCon
 # --- the search -----------------------------------------------------------------------------------------------------
 
 
-class Found(NamedTuple):
+class LargestBudget(NamedTuple):
     budget: int  # 0: not even the first one fits
     peak: int  # bytes of the largest that fits, or of the first
 
 
-def largest_budget(peak_of: Callable[[int], int], idle: int, room: int, first: int, most: int) -> Found:
-    """The largest budget from `first` to `most` whose peak fits, as near as `CLOSE`; bytes. Approached from below.
+def largest_budget(peak_of: Callable[[int], int], idle: int, room: int, first: int, most: int) -> LargestBudget:
+    """The largest budget from `first` to `most` whose peak fits, as near as `CLOSE_ENOUGH`; bytes. Approached from below.
 
     `idle`: what is in use anyway. Each next budget is where memory would end if all of the last peak beyond `idle` grew
     with the budget. A part of it does not grow, so the guess is low, and the next one better.
@@ -138,19 +137,19 @@ def largest_budget(peak_of: Callable[[int], int], idle: int, room: int, first: i
         if tried <= room:
             fits, peak = budget, tried
         elif not fits:
-            return Found(0, tried)
+            return LargestBudget(0, tried)
         else:
             too_much = budget
         per_token = max(1.0, (peak - idle) / fits)
-        following = min(most, GROWTH * fits, int((room - idle) / per_token))
+        following = min(most, MAX_GROWTH * fits, int((room - idle) / per_token))
         if following >= too_much:
             following = (fits + too_much) // 2
         if following < most:
-            following = following // ROUND * ROUND
-            if following < CLOSE * fits:
-                return Found(fits, peak)
+            following = following // BUDGET_MULTIPLE * BUDGET_MULTIPLE
+            if following < CLOSE_ENOUGH * fits:
+                return LargestBudget(fits, peak)
         if following <= fits:
-            return Found(fits, peak)
+            return LargestBudget(fits, peak)
         budget = following
 
 
@@ -190,14 +189,6 @@ class Probe:
         for _, parameter in lora_parameters(self._model):
             parameter.grad = None
         self._model.train(training)
-
-
-def own_numel(parameter: torch.nn.Parameter) -> int:
-    """Weights of this rank's part."""
-    from torch.distributed.tensor import DTensor
-
-    data = parameter.data
-    return data.to_local().numel() if isinstance(data, DTensor) else data.numel()
 
 
 # --- meters ---------------------------------------------------------------------------------------------------------

@@ -21,11 +21,11 @@ from torch import Tensor
 from shards.errors import PipelineError
 from shards.sequence import CODEBOOK_SIZE, IGNORE, STREAM_BOS, STREAM_EOS
 from train.config import LossSection
-from train.lora import group_of, lora_parameters
-from train.loss import LossCounts, LossTerms, step_losses
-from train.model import HiggsAudio
-from train.packing import PackedBatch
-from train.parallel import whole
+from train.model.batch import PackedBatch
+from train.model.decoder import HiggsAudio
+from train.model.fsdp import full_tensor
+from train.model.lora import group_of, lora_parameters
+from train.model.loss import LossCounts, LossTerms, step_losses
 
 NUM_SAMPLES = 8  # enough for neighbours to leak into each other, few enough to cost seconds
 # "Well under guessing": the released model is at about half of it on clear speech, a model that reads wrong codes or wrong
@@ -73,7 +73,9 @@ def check_after_first_step(model: HiggsAudio, batch: PackedBatch, start: LossTer
     model.eval()
     with untouched_random_state(batch):
         difference = largest_difference(start, loss_terms(model, batch))
-        moved = sum(whole(weight.abs().sum()).item() for name, weight in lora_parameters(model) if ".lora_B." in name)
+        moved = sum(
+            full_tensor(weight.abs().sum()).item() for name, weight in lora_parameters(model) if ".lora_B." in name
+        )
     model.train(training)
     found = f"losses differ from those of the start by up to {difference:.2g}"
     if moved and not difference:
@@ -175,7 +177,7 @@ def check_gradients(model: HiggsAudio, batch: PackedBatch, section: LossSection)
     norms: dict[str, Tensor] = {}
     for name, parameter in lora_parameters(model):
         if parameter.grad is not None:
-            squares = whole(parameter.grad.float().pow(2).sum())
+            squares = full_tensor(parameter.grad.float().pow(2).sum())
             norms[group_of(name)] = norms.get(group_of(name), torch.zeros_like(squares)) + squares
         else:
             norms.setdefault(group_of(name), torch.zeros(()))

@@ -15,7 +15,7 @@ from types import FrameType
 import torch
 
 from shards.errors import PipelineError
-from train.parallel import World
+from train.world import World
 
 SAVING = "Ctrl-C: the pack is finished and a checkpoint saved"
 AT_ONCE = "; Ctrl-C again stops at once"  # not under a launcher, which passes only the first one on
@@ -54,6 +54,6 @@ class StopSignal:
         if number == signal.SIGINT and self._asked:
             raise KeyboardInterrupt
         if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
-            told = SAVING + ("" if "TORCHELASTIC_RUN_ID" in os.environ else AT_ONCE)
-            os.write(2, f"{told}\n".encode())  # a log's own buffer may be half written just now
+            message = SAVING + ("" if "TORCHELASTIC_RUN_ID" in os.environ else AT_ONCE)
+            os.write(2, f"{message}\n".encode())  # a log's own buffer may be half written just now
         self._asked = True

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from shards.errors import PipelineError
 from train.config import LossSection
-from train.flops import lora_sizes_of, matmul_rate, step_flops
-from train.loss import LossCounts, curriculum_factor, step_losses
-from train.model import HiggsAudio
-from train.packing import PackedBatch
-from train.parallel import ALONE, World, sync_gradients, whole
+from train.model.batch import PackedBatch
+from train.model.decoder import HiggsAudio
+from train.model.flops import lora_sizes_of, matmul_rate, step_flops
+from train.model.fsdp import full_tensor, sync_gradients
+from train.model.loss import LossCounts, curriculum_factor, step_losses
+from train.world import ALONE, World
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def train_step(
         parts.append([value.detach() for value in losses])
     total, text, codebooks, contrastive = (torch.stack(values).sum(dim=0) for values in zip(*parts, strict=True))
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    grad_norm = whole(nn.utils.clip_grad_norm_(parameters, max_grad_norm))
+    grad_norm = full_tensor(nn.utils.clip_grad_norm_(parameters, max_grad_norm))
     stop_unless_finite(step, total, grad_norm, batches, world)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate

@@ -1,0 +1,75 @@
+"""`bench`: figures measured in one run on this machine, as a table and as JSON. Ratios count; absolute times drift."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.group()
+def main() -> None:
+    """Measure the pipeline on this machine."""
+
+
+@main.command("preprocess", context_settings={"show_default": True})
+@click.option("--out", default="out/bench-preprocess.json", type=click.Path(path_type=Path), help="The JSON file.")
+@click.option("--speech", default="tests/data/arabic-mini", type=click.Path(path_type=Path), help="A folder of clips.")
+@click.option("--clips", default=24, help="Clips to encode; each is a target and the reference of the next.")
+@click.option("--list-mb", default=200, help="Size of the generated ChatML list.")
+@click.option("--workers", type=int, help="Most workers to try; default one per usable core.")
+@click.option("--codec", default="full", type=click.Choice(["full", "tiny"]), help="Random weights of this size.")
+@click.option("--rounds", default=3, help="Each job is run this often, in turn; medians are told.")
+def preprocess_command(
+    out: Path, speech: Path, clips: int, list_mb: int, workers: int | None, codec: str, rounds: int
+) -> None:
+    """Stage one: intake, codec, parallel efficiency, deduplication, and the plain way of today beside it."""
+    from tools.bench.preprocess import Settings, bench
+
+    bench(Settings(speech, clips, list_mb, workers, codec, rounds), out)
+
+
+@main.command("train", context_settings={"show_default": True})
+@click.option("--out", default="out/bench-train.json", type=click.Path(path_type=Path), help="The JSON file.")
+@click.option(
+    "--size", default="auto", type=click.Choice(["auto", "small", "middle", "full"]), help="auto: full on a GPU."
+)
+@click.option("--samples", type=int, help="Seeded samples; every side sees all of them. Default 16, 432 on a GPU.")
+@click.option("--batch-tokens", type=int, help="Of our packs. Default 4096, 16384 on a GPU.")
+@click.option("--rank", default=16, help="Of LoRA, for every side.")
+@click.option("--threads", default=1, help="CPU threads, for every side.")
+@click.option("--rounds", default=3, help="Every side is run this often, in turn; medians are told.")
+def train_command(
+    out: Path, size: str, samples: int | None, batch_tokens: int | None, rank: int, threads: int, rounds: int
+) -> None:
+    """Stage two: our step against transformers' class with peft and padded batches."""
+    import torch
+
+    from tools.bench.train import Settings, bench
+
+    on_gpu = torch.cuda.is_available()
+    size = ("full" if on_gpu else "middle") if size == "auto" else size
+    samples = samples or (432 if on_gpu else 16)
+    batch_tokens = batch_tokens or (16384 if on_gpu else 4096)
+    bench(Settings(size, samples, batch_tokens, rank, threads, rounds, "cuda" if on_gpu else "cpu"), out)
+
+
+@main.command("data", context_settings={"show_default": True})
+@click.option("--out", default="out/bench-data.json", type=click.Path(path_type=Path), help="The JSON file.")
+@click.option("--samples", default=1000, help="Samples written to shards and loaded three times over.")
+@click.option("--batch-tokens", default=16384, help="Tokens of a pack.")
+@click.option("--rounds", default=3, help="Each loader is run this often, in turn; medians are told.")
+@click.option(
+    "--quick", is_flag=True, help="Small sizes, to see that it runs: 4,000 and 10,000 rows, 60 samples, one round."
+)
+def data_command(out: Path, samples: int, batch_tokens: int, rounds: int, quick: bool) -> None:
+    """Data at training time: planning, and feeding packs by plan and by stream, against plain ways."""
+    from tools.bench.data import Settings, bench
+
+    rows = [400_000, 1_000_000, 10_000_000]
+    settings = Settings([4_000, 10_000], 60, 4096, 1) if quick else Settings(rows, samples, batch_tokens, rounds)
+    bench(settings, out)
+
+
+if __name__ == "__main__":
+    main()

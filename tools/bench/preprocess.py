@@ -1,0 +1,312 @@
+"""What `bench preprocess` measures; every comparison is made in the same run, each side in a process of its own.
+
+Intake: a generated list through stage one's reader, against json.load. Codec: audio seconds per core second of one thread,
+split into its parts. Jobs: the real `preprocess` code with 1..N workers over real clips, with and without shared clips,
+against a plain loop (decode, resample, mel and encode every use, one process).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+# Each times itself, so that imports and loading models are left out.
+CODE_OF_INTAKE = """
+import json, sys, time
+from pathlib import Path
+from preprocess.plan import Request, ingest
+started = time.monotonic()
+ingest(Request(Path(sys.argv[1]), Path(sys.argv[2])), 0)
+print("RESULT", json.dumps({"seconds": time.monotonic() - started}), flush=True)
+"""
+CODE_OF_JSON_LOAD = """
+import json, sys, time
+started = time.monotonic()
+rows = json.load(open(sys.argv[1], encoding="utf-8"))
+print("RESULT", json.dumps({"seconds": time.monotonic() - started}), flush=True)
+"""
+CODE_OF_JOB = """
+import json, sys, time
+from pathlib import Path
+import preprocess.run as job
+from preprocess.config import PreprocessConfig
+from preprocess.plan import Request
+from shards.config import read_config
+finished = []
+class Watched(job.Progress):
+    def add(self, result):
+        finished.append((time.monotonic(), result.num_encoded))
+        super().add(result)
+job.Progress = Watched
+config = read_config(PreprocessConfig, Path(sys.argv[1]), [f"preprocess.workers={sys.argv[4]}"])
+assert job.preprocess(Request(Path(sys.argv[2]), Path(sys.argv[3])), config)
+files = sum(count for _, count in finished)
+after_first = sum(count for _, count in finished[1:]) / (finished[-1][0] - finished[0][0])
+print("RESULT", json.dumps({"files": files, "files_per_s": after_first}), flush=True)
+"""
+CODE_OF_PLAIN_LOOP = """
+import json, sys, time
+import numpy as np, soundfile, torch, torchaudio
+from transformers import WhisperFeatureExtractor
+from pathlib import Path
+from shards.encoders.codec import load_codec
+from shards.artifacts import WHISPER_FEATURES
+codec, mels = load_codec(Path(sys.argv[2])), WhisperFeatureExtractor(**WHISPER_FEATURES)
+started = time.monotonic()
+for row in json.load(open(sys.argv[1], encoding="utf-8")):
+    for turn in (1, 2):
+        wave, rate = soundfile.read(row["messages"][turn]["content"][1]["audio_url"], dtype="float32")
+        codec.encode(wave if rate == 24000 else torchaudio.functional.resample(torch.from_numpy(wave), rate, 24000).numpy())
+        if turn == 1:
+            mels(torchaudio.functional.resample(torch.from_numpy(wave), rate, 16000).numpy(), sampling_rate=16000)
+print("RESULT", json.dumps({"seconds": time.monotonic() - started}), flush=True)
+"""
+
+
+@dataclass(frozen=True)
+class Settings:
+    speech: Path
+    num_clips: int
+    list_mb: int
+    workers: int | None
+    codec: str
+    rounds: int
+
+
+def bench(settings: Settings, out: Path) -> dict[str, Any]:
+    """Measure everything, print the table, write the JSON file."""
+    from preprocess.workers import usable_cores
+    from shards.writer import write_json
+
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        config, audio_s = prepare(settings, work)
+        figures: dict[str, Any] = {
+            "machine": f"{usable_cores()} usable cores, {platform.processor() or platform.machine()}"
+        }
+        figures["settings"] = {**settings.__dict__, "speech": str(settings.speech)}
+        figures["intake"] = bench_intake(settings, work)
+        figures["codec"] = bench_codec(work / "codec")
+        figures["jobs"] = bench_jobs(settings.workers or usable_cores(), settings.rounds, work, config, audio_s)
+    write_json(out, figures)
+    print_table(figures, out)
+    return figures
+
+
+# --- preparing ------------------------------------------------------------------------------------------------------
+
+
+def prepare(settings: Settings, work: Path) -> tuple[Path, float]:
+    """Models, clips and two lists: one that shares clips, one with a byte-different copy for every reference.
+
+    Returns the configuration file and the seconds of distinct audio.
+    """
+    import soundfile
+
+    from tools.tiny.cli import write_tiny
+
+    write_tiny(work)
+    if settings.codec == "full":
+        write_full_codec(work / "codec")
+    files = sorted(settings.speech.glob("*.flac"))[: settings.num_clips]
+    if len(files) < 2:
+        raise SystemExit(f"error: {settings.speech}: at least two .flac clips are needed")
+    (work / "clips").mkdir()
+    audio_s = 0.0
+    for number, file in enumerate(files):
+        wave, rate = soundfile.read(file, dtype="float32")
+        audio_s += len(wave) / rate
+        for kind in ("target", "copy"):
+            path = work / "clips" / f"{kind}-{number}.wav"
+            soundfile.write(path, wave, rate, subtype="PCM_16")
+            if kind == "copy":
+                with path.open("ab") as copy:
+                    copy.write(b"LIST\4\0\0\0copy")  # the same sound, other bytes
+    for name, kind in (("shared", "target"), ("copies", "copy")):
+        rows = [row_of(work, kind, (n + 1) % len(files), n) for n in range(len(files))]
+        (work / f"{name}.json").write_text(json.dumps(rows))
+    config = work / "bench.toml"
+    config.write_text(
+        f'[model]\nbase = "{work}/model"\nrevision = ""\ncodec = "{work}/codec"\ncodec_revision = ""\n'
+        "[preprocess]\nsamples_per_shard = 1\n"
+    )
+    return config, audio_s
+
+
+def row_of(work: Path, kind: str, reference: int, target: int) -> dict[str, Any]:
+    from preprocess.convert import Clip, chat_row
+
+    clips = work / "clips"
+    return chat_row(
+        Clip(str(clips / f"{kind}-{reference}.wav"), "نص المرجع", "speaker"),
+        Clip(str(clips / f"target-{target}.wav"), "نص الهدف", "speaker"),
+    )
+
+
+def write_full_codec(folder: Path) -> None:
+    """Random weights in the released sizes (200 M parameters)."""
+    import torch
+    from safetensors.torch import save_file
+
+    from shards.encoders.codec import codec_model, native_config, native_tensors
+    from tools.tiny.codec import RATIOS
+
+    config = native_config(
+        {
+            "D": 256,
+            "ratios": RATIOS,
+            "sample_rate": 24000,
+            "bins": 1024,
+            "n_q": 8,
+            "target_bandwidths": [0.5, 1, 1.5, 2],
+        }
+    )
+    torch.manual_seed(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.contiguous() for name, tensor in native_tensors(codec_model(config)).items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+
+
+# --- measuring ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Finished:
+    peak_mb: float  # of the process itself, not its workers
+    result: dict[str, Any]
+
+
+def run(code: str, *arguments: object) -> Finished:
+    """Run Python code in a process of its own with one thread. VmHWM counts from the exec on, ru_maxrss would not."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    measured = f"exec({code!r})\nprint('PEAK', [x for x in open('/proc/self/status') if x.startswith('VmHWM')][0].split()[1])\n"
+    result = subprocess.run(
+        [sys.executable, "-c", measured, *map(str, arguments)], env=env, capture_output=True, text=True, check=False
+    )
+    if result.returncode:
+        raise SystemExit(f"error: a benchmark process failed:\n{result.stderr[-2000:]}")
+    values = {line.split(" ", 1)[0]: line.split(" ", 1)[1] for line in result.stdout.splitlines() if " " in line}
+    return Finished(int(values["PEAK"]) / 1024, json.loads(values.get("RESULT", "{}")))
+
+
+def bench_intake(settings: Settings, work: Path) -> dict[str, float]:
+    """MB/s and peak memory of reading a long list."""
+    path = work / "long.json"
+    row = json.dumps(row_of(work, "target", 0, 1), ensure_ascii=False)
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(settings.list_mb * 1_000_000 // len(row.encode()) + 1):
+            file.write(("[" if number == 0 else ",\n") + row)
+        file.write("]")
+    size_mb = path.stat().st_size / 1e6
+    ours = run(CODE_OF_INTAKE, path, work / "intake")
+    plain = run(CODE_OF_JSON_LOAD, path)
+    return {
+        "list_mb": size_mb,
+        "mb_per_s": size_mb / ours.result["seconds"],
+        "peak_mb": ours.peak_mb,
+        "json_load_mb_per_s": size_mb / plain.result["seconds"],
+        "json_load_peak_mb": plain.peak_mb,
+    }
+
+
+def bench_codec(folder: Path, seconds: float = 5.0, repeats: int = 3) -> dict[str, float]:
+    """Audio seconds per core second of one thread, and where the time goes."""
+    import torch
+
+    from shards.encoders.codec import load_codec
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    codec = load_codec(folder)
+    wave = (0.1 * np.random.default_rng(0).standard_normal(int(seconds * 24000))).astype(np.float32)
+    model = codec._model
+    batch = torch.from_numpy(wave)[None, None]
+    with torch.inference_mode():
+        semantic = model._extract_semantic_features(batch).transpose(1, 2)
+        times = {
+            "whole": _median_s(lambda: codec.encode(wave), repeats),
+            "hubert_and_resample": _median_s(lambda: model._extract_semantic_features(batch), repeats),
+            "semantic_encoder": _median_s(lambda: model.encoder_semantic(semantic), repeats),
+            "acoustic_encoder": _median_s(lambda: model.acoustic_encoder(batch), repeats),
+        }
+    torch.set_num_threads(threads)
+    split = {f"{name}_share": value / times["whole"] for name, value in times.items() if name != "whole"}
+    return {"audio_s_per_core_s": seconds / times["whole"], **split}
+
+
+def _median_s(call: Callable[[], Any], repeats: int) -> float:
+    call()
+    times = []
+    for _ in range(repeats):
+        started = time.process_time()
+        call()
+        times.append(time.process_time() - started)
+    return float(np.median(times))
+
+
+def bench_jobs(max_workers: int, rounds: int, work: Path, config: Path, audio_s: float) -> dict[str, Any]:
+    """Whole jobs, one row a shard; rates are taken from the first finished shard to the last, so start-up is left out."""
+    measured: dict[int, list[float]] = {workers: [] for workers in range(1, max_workers + 1)}
+    num_files, copies = 0, []
+    for number in range(rounds):  # in turn, so that a change of the machine's speed meets all of them
+        for workers, rates in measured.items():
+            result = run(CODE_OF_JOB, config, work / "shared.json", work / f"job-{workers}-{number}", workers).result
+            rates.append(result["files_per_s"])
+            num_files = result["files"]
+        result = run(CODE_OF_JOB, config, work / "copies.json", work / f"copies-{number}", max_workers).result
+        copies.append(result["files"] / result["files_per_s"])
+    rates = {workers: float(np.median(values)) for workers, values in measured.items()}
+    loop_s = run(CODE_OF_PLAIN_LOOP, work / "shared.json", work / "codec").result["seconds"]
+    seconds_per_file = audio_s / num_files
+    steady_s = num_files / rates[max_workers]
+    return {
+        "distinct_audio_s": audio_s,
+        "audio_s_per_s": {workers: rate * seconds_per_file for workers, rate in rates.items()},
+        "parallel_efficiency": {workers: rate / (workers * rates[1]) for workers, rate in rates.items()},
+        "deduplication_gain": float(np.median(copies)) / steady_s,
+        "files_per_s_of_all_rounds": measured,
+        "plain_loop_audio_s_per_s": audio_s / loop_s,
+        "gain_over_plain_loop": loop_s / steady_s,
+    }
+
+
+# --- telling --------------------------------------------------------------------------------------------------------
+
+
+def print_table(figures: dict[str, Any], out: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    intake, codec, jobs = figures["intake"], figures["codec"], figures["jobs"]
+    table = Table(title=f"bench preprocess: {figures['machine']}, codec {figures['settings']['codec']}")
+    for heading in ("what", "figure", "beside it"):
+        table.add_column(heading)
+    table.add_row(
+        f"intake of a {intake['list_mb']:.0f} MB list",
+        f"{intake['mb_per_s']:.0f} MB/s, peak {intake['peak_mb']:.0f} MB",
+        f"json.load {intake['json_load_mb_per_s']:.0f} MB/s, peak {intake['json_load_peak_mb']:.0f} MB",
+    )
+    shares = ", ".join(
+        f"{name[:-6].replace('_', ' ')} {value:.0%}" for name, value in codec.items() if name.endswith("_share")
+    )
+    table.add_row("codec, one core", f"{codec['audio_s_per_core_s']:.2f} audio-s per core-s", shares)
+    for workers, rate in jobs["audio_s_per_s"].items():
+        efficiency = f"efficiency {jobs['parallel_efficiency'][workers]:.0%}"
+        table.add_row(f"job with {workers} workers", f"{rate:.2f} distinct audio-s per s", efficiency)
+    table.add_row("every clip used twice", f"{jobs['deduplication_gain']:.2f} x", "against encoding every use")
+    plain = f"plain loop {jobs['plain_loop_audio_s_per_s']:.2f} audio-s per s"
+    table.add_row("whole job against a plain loop", f"{jobs['gain_over_plain_loop']:.2f} x", plain)
+    Console().print(table)
+    Console(stderr=True).print(f"written to {out}", highlight=False)

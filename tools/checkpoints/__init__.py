@@ -1,0 +1,1 @@
+"""`checkpoints`: what a run wrote, and what to do with it."""

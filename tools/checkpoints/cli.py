@@ -1,0 +1,112 @@
+"""`checkpoints`: what a run wrote, and what to do with it.
+
+    list RUN            the complete checkpoints with their metrics
+    merge RUN OUT       base + adapter -> one model folder, in the native or the older layout
+    convert MODEL OUT   a model or adapter folder of either layout -> the other
+
+A merged folder loads in transformers' `HiggsAudioV2ForConditionalGeneration` (or boson's `HiggsAudioModel`) and in
+`speak`. `higgs_voice.json` in it says how prompts must be built and which codec its codes belong to, so that speech is
+made exactly as it was trained.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from tools.checkpoints.model_folder import Layout
+
+
+LAYOUT = click.option(
+    "--layout",
+    type=click.Choice(["native", "boson"]),
+    default="native",
+    show_default=True,
+    help="native: transformers >= 5.3 and vLLM-Omni. boson: boson-multimodal 0.1.1.",
+)
+
+
+@click.group()
+def main() -> None:
+    """List, merge and convert checkpoints."""
+
+
+@main.command("list")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print data as JSON on stdout.")
+def list_command(run: Path, as_json: bool) -> None:
+    """The complete checkpoints of RUN, oldest first."""
+    with explained():
+        from shards.errors import CheckpointError
+        from train.run_folder.checkpoint_folders import complete_checkpoints
+
+        folders = complete_checkpoints(run)
+        if not folders:
+            raise CheckpointError(f"{run}: no complete checkpoint here; give the RUN folder of `train`")
+        metrics = {str(folder): json.loads((folder / "metrics.json").read_text()) for folder in folders}
+        if as_json:
+            click.echo(json.dumps(metrics, indent=1))
+            return
+        for folder, values in metrics.items():
+            losses = "  ".join(f"{name.split('/')[1]} {values[name]:.4f}" for name in sorted(values) if "_loss" in name)
+            click.echo(f"{folder}  {losses}")
+
+
+@main.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@LAYOUT
+def merge(run: Path, out: Path, layout: Layout) -> None:
+    """Merge the newest checkpoint of RUN (or a checkpoint folder) into its base model and write OUT."""
+    with explained():
+        from tools.checkpoints.merge import merge_checkpoint
+
+        step = merge_checkpoint(run, out, layout)
+    click.echo(
+        f"merged step {step} into {out}; next: speak {out} --reference WAV --reference-text TEXT --text TEXT", err=True
+    )
+
+
+@main.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@LAYOUT
+def convert(model: Path, out: Path, layout: Layout) -> None:
+    """Write the model (or adapter) folder MODEL, of either layout, as another layout into OUT. Every weight is kept."""
+    with explained():
+        from shards.errors import CheckpointError
+        from tools.checkpoints.model_folder import check_empty, convert_adapter, convert_model
+
+        check_empty(out)
+        if (model / "adapter_config.json").is_file():
+            num_tensors = convert_adapter(model, out, layout)
+        elif (model / "config.json").is_file():
+            num_tensors = convert_model(model, out, layout)
+        else:
+            raise CheckpointError(
+                f"{model}: neither config.json nor adapter_config.json; give a model or adapter folder"
+            )
+    click.echo(f"{out}: {num_tensors} tensors in the {layout} layout", err=True)
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Faults a person can act on become one line and exit status 1."""
+    from shards.errors import PipelineError
+
+    try:
+        yield
+    except PipelineError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

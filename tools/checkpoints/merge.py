@@ -1,0 +1,94 @@
+"""Merge: a checkpoint's adapter into its base model, as one model folder.
+
+In: a run or checkpoint folder. Out: a folder that transformers, boson's class and `speak` load, with `higgs_voice.json`, which
+says how prompts must be built and which codec its codes belong to, so that speech is made exactly as it was trained.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from shards.config import FeaturesSection, ModelSection, SequenceSection
+
+if TYPE_CHECKING:
+    from tools.checkpoints.model_folder import Layout
+
+
+class CheckpointConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """The sections of a checkpoint's config.toml that a merged model must remember."""
+
+    model: ModelSection
+    features: FeaturesSection
+    sequence: SequenceSection
+
+
+def merge_checkpoint(run: Path, out: Path, layout: Layout = "native") -> int:
+    """Write the merged model folder; returns the step it comes from. Raises CheckpointError."""
+    import dataclasses
+
+    from shards.artifacts import codec_fingerprint, resolve
+    from shards.config import read_config
+    from shards.errors import CheckpointError
+    from tools.checkpoints.model_folder import Voice, check_empty, merged_state, write_model_folder
+    from train.model.conditioning import decide_conditioning
+    from train.model.lora import load_adapter
+    from train.model.weights import load_model, stored_dtype
+    from train.run_folder.checkpoint_folders import damage
+
+    # 1. The checkpoint, and the base it was trained on.
+    folder = find_checkpoint(run)
+    check_empty(out)
+    faults = damage(folder)
+    if faults:
+        raise CheckpointError(f"{folder}: damaged: {faults[0]}; give a sound checkpoint's folder (`checkpoints list`)")
+    config = read_config(CheckpointConfig, require_config(folder / "config.toml"))
+    base_dir = resolve(config.model.base, config.model.revision, "model.base")
+    codec_dir = resolve(config.model.codec, config.model.codec_revision, "model.codec")
+    conditioning = decide_conditioning(config.sequence, config.features, base_dir)
+
+    # 2. Base + adapter, in the base's own dtype.
+    model = load_model(base_dir, stored_dtype(base_dir), conditioning=conditioning)
+    load_adapter(model, folder / "adapter")
+    state = merged_state(model)
+
+    # 3. A folder of its own, complete or not there.
+    step = int(folder.name.removeprefix("checkpoint-"))
+    voice = Voice(
+        base=config.model.base,
+        base_revision=config.model.revision,
+        adapter=str(folder / "adapter"),
+        step=step,
+        codec=config.model.codec,
+        codec_revision=config.model.codec_revision,
+        codec_fingerprint=codec_fingerprint(codec_dir),
+        sequence=config.sequence,
+    )
+    trained = dataclasses.replace(model.config, is_random=False)
+    write_model_folder(out, state, trained, layout, tokenizer_dir=base_dir, codec=config.model.codec, voice=voice)
+    return step
+
+
+def find_checkpoint(run: Path) -> Path:
+    """The newest complete checkpoint of a run folder, or the checkpoint folder itself."""
+    from shards.errors import CheckpointError
+    from train.run_folder.checkpoint_folders import complete_checkpoints
+
+    if (run / "COMPLETE").is_file():
+        return run
+    folders = complete_checkpoints(run)
+    if not folders:
+        raise CheckpointError(
+            f"{run}: no complete checkpoint here; give the RUN folder of `train` or a checkpoint folder"
+        )
+    return folders[-1]
+
+
+def require_config(path: Path) -> Path:
+    from shards.errors import CheckpointError
+
+    if not path.is_file():
+        raise CheckpointError(f"{path}: missing; the checkpoint is incomplete")
+    return path

@@ -1,0 +1,161 @@
+"""Writes a model folder in either layout: config, weights in shards of 5 GB, tokenizer, generation settings.
+
+In: tensors under native names. Out: a folder that is complete or not there. The text head is always kept: without it
+there is no way back to the older layout, whose class needs it to end its turn. A Whisper tower keeps boson's names in both
+layouts; the native class has no place for it, so `HiggsAudioV2ForConditionalGeneration` leaves it out and says so.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import torch
+from huggingface_hub import save_torch_state_dict
+from torch import Tensor
+
+from shards.config import SequenceSection
+from shards.errors import CheckpointError
+from shards.writer import sync_folder, write_json
+from train.model.conditioning import Conditioning
+from train.model.config import ModelConfig, boson_config, native_config, read_model_config
+from train.model.decoder import HiggsAudio
+from train.model.lora import PEFT_PREFIX
+from train.model.weights import boson_name, load_model, native_name, stored_dtype
+
+Layout = Literal["native", "boson"]
+VOICE_FILE = "higgs_voice.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "preprocessor_config.json",
+)
+
+
+class Voice(msgspec.Struct, frozen=True, kw_only=True):
+    """higgs_voice.json: what a merged model was trained with, and therefore must be spoken with."""
+
+    base: str
+    base_revision: str
+    adapter: str
+    step: int
+    codec: str
+    codec_revision: str
+    codec_fingerprint: str
+    sequence: SequenceSection
+
+
+def convert_model(folder: Path, out: Path, layout: Layout) -> int:
+    """Write the model of `folder`, in either layout, as `layout` into `out`; returns the number of tensors.
+
+    Every tensor is checked by loading the model. Raises CheckpointError.
+    """
+    config = read_model_config(folder)
+    model = load_model(folder, stored_dtype(folder), conditioning=own_conditioning(folder))
+    known = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("audio_tokenizer_id")
+    state = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    write_model_folder(out, state, config, layout, tokenizer_dir=folder, codec=known)
+    return len(state)
+
+
+def convert_adapter(folder: Path, out: Path, layout: Layout) -> int:
+    """Write the peft adapter of `folder` with the layer names of `layout` into `out`; returns the number of tensors.
+
+    `target_modules` are suffixes that fit both layouts, so only tensors are renamed.
+    """
+    from safetensors.torch import load_file, save_file
+
+    rename = boson_name if layout == "boson" else native_name
+    tensors = load_file(folder / "adapter_model.safetensors")
+    renamed = {PEFT_PREFIX + rename(name.removeprefix(PEFT_PREFIX)): tensor for name, tensor in tensors.items()}
+    with new_folder(out) as partial:
+        save_file(renamed, partial / "adapter_model.safetensors", metadata={"format": "pt"})
+        shutil.copyfile(folder / "adapter_config.json", partial / "adapter_config.json")
+    return len(renamed)
+
+
+def own_conditioning(folder: Path) -> Conditioning:
+    """How a finished model uses_whisper its reference: with its own tower, where it has one."""
+    sizes = read_model_config(folder).whisper
+    if sizes is None:
+        return Conditioning("the checkpoint has no Whisper tower")
+    return Conditioning("the checkpoint's own Whisper tower", folder, sizes, has_projector=True)
+
+
+def write_model_folder(
+    out: Path,
+    state: dict[str, Tensor],
+    config: ModelConfig,
+    layout: Layout,
+    tokenizer_dir: Path,
+    codec: str | None = None,
+    voice: Voice | None = None,
+) -> None:
+    """`state` under native names. `codec` is told to vLLM-Omni, which reads `audio_tokenizer_id`."""
+    dtype = str(state["audio_lm_head.weight"].dtype).removeprefix("torch.")
+    if layout == "boson":
+        state = {boson_name(name): tensor for name, tensor in state.items()}
+        settings: dict[str, Any] = {**boson_config(config), "torch_dtype": dtype}
+    else:
+        settings = {**native_config(config), "dtype": dtype}
+    if codec:
+        settings["audio_tokenizer_id"] = codec
+    with new_folder(out) as partial:
+        save_torch_state_dict(state, partial, max_shard_size="5GB")
+        write_json(partial / "config.json", settings)
+        if layout == "boson":
+            write_json(partial / "generation_config.json", {"bos_token_id": 128000, "eos_token_id": 128001})
+        for name in TOKENIZER_FILES:
+            if (tokenizer_dir / name).is_file():
+                shutil.copyfile(tokenizer_dir / name, partial / name)
+        if voice:
+            write_json(partial / VOICE_FILE, voice)
+        elif (tokenizer_dir / VOICE_FILE).is_file():  # a merged model in another layout is still that voice
+            shutil.copyfile(tokenizer_dir / VOICE_FILE, partial / VOICE_FILE)
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A temporary folder to fill; it becomes `out` when nothing went wrong."""
+    check_empty(out)
+    partial = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    if out.exists():
+        out.rmdir()  # empty, checked above
+    partial.rename(out)
+    sync_folder(out.parent)
+
+
+def check_empty(out: Path) -> None:
+    """Raises CheckpointError when something is there already."""
+    if out.exists() and any(out.iterdir()):
+        raise CheckpointError(f"{out}: exists and is not empty; give another folder")
+
+
+def merged_state(model: HiggsAudio) -> dict[str, Tensor]:
+    """Native names; every adapter added to its weight in fp32 by peft and rounded once to the base's dtype."""
+    from peft.tuners.lora import LoraLayer
+
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, LoraLayer):
+                layer: Any = module  # every kind of LoRA layer has what follows; the base class does not declare it
+                base = layer.get_base_layer()
+                dtype = base.weight.dtype
+                base.float()
+                layer.merge(adapter_names=["default"])
+                base.to(dtype)
+    return {
+        name.replace(".base_layer.", "."): parameter.detach()
+        for name, parameter in model.named_parameters()
+        if ".lora_" not in name
+    }

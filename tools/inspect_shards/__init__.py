@@ -1,0 +1,1 @@
+"""`inspect-shards`: what a data set holds, and whether its bytes are sound."""

@@ -1,0 +1,161 @@
+"""A loaded voice model: model, codec and sequence builder together, for every tool that speaks.
+
+In: a merged folder, or a base model and an adapter. Out: a `Speaker`. The prompt is built by the same sequence builder as in
+training, with the settings that the merged folder (`higgs_voice.json`) or the adapter's checkpoint (`config.toml`)
+remembers. A merged folder is not spoken with a codec other than the one it was trained with.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+import numpy as np
+
+from shards.config import FeaturesSection, ModelSection, SequenceSection, read_config
+
+if TYPE_CHECKING:
+    from preprocess.audio import AudioFile
+    from shards.encoders.codec import Codec
+    from shards.sample import Sample
+    from shards.sequence import SequenceBuilder
+    from tools.checkpoints.model_folder import Voice
+    from train.model.decoder import HiggsAudio
+    from train.model.generate import Sampling, Speech
+
+FRAMES_PER_SECOND = 25
+# The wording of the user's ChatML, for models trained with layout = "as_written".
+SYSTEM_TEXT = "You are a helpful assistant capable of generating speech in the voice of the provided reference audio."
+INSTRUCTION = "Please generate speech for given text in reference audio's voice: "
+
+
+class SpeakConfig(msgspec.Struct, frozen=True, kw_only=True):
+    model: ModelSection
+    features: FeaturesSection
+    sequence: SequenceSection
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """A loaded model, codec and sequence builder: all that speaking needs."""
+
+    model: HiggsAudio
+    codec: Codec
+    builder: SequenceBuilder
+    model_dir: Path
+
+    def say(
+        self, reference: Path, reference_text: str, text: str, max_frames: int, sampling: Sampling
+    ) -> tuple[Speech, np.ndarray]:
+        """The codes, and the wave [S] float32 at 24 kHz."""
+        from preprocess.audio import CODEC_RATE, WHISPER_RATE
+        from shards.artifacts import load_tokenizer
+        from train.model.generate import generate
+
+        heard = read_reference(reference)
+        codes = self.codec.encode(heard.at(CODEC_RATE))
+        sample = cloning_sample(load_tokenizer(self.model_dir), reference_text, codes, text)
+        if self.builder.uses_whisper:
+            sample = with_mel(sample, heard.at(WHISPER_RATE))
+        speech = generate(self.model, self.builder.prompt(sample), max_frames, sampling)
+        return speech, self.codec.decode(speech.codes)
+
+
+def load_speaker(model_dir: Path, adapter: Path | None, config: SpeakConfig, device: str) -> Speaker:
+    """Load everything. Raises PipelineError where model, adapter and codec do not belong together."""
+    import torch
+
+    from shards.artifacts import codec_fingerprint, load_tokenizer, resolve
+    from shards.encoders.codec import load_codec
+    from shards.errors import CheckpointError
+    from shards.sequence import SequenceBuilder
+    from train.model.conditioning import decide_conditioning
+    from train.model.lora import load_adapter
+    from train.model.weights import load_model
+
+    voice = read_voice(model_dir)
+    if adapter and (adapter.parent / "config.toml").is_file():  # of the checkpoint that the adapter lies in
+        trained = read_config(SpeakConfig, adapter.parent / "config.toml")
+        config = msgspec.structs.replace(config, sequence=trained.sequence, features=trained.features)
+    base = resolve(str(model_dir), config.model.revision if str(model_dir) == config.model.base else "", "MODEL")
+    if not (base / "config.json").is_file():
+        raise CheckpointError(f"{model_dir}: no model here; give the OUT folder of `checkpoints merge` or a base model")
+    codec_dir = resolve(config.model.codec, config.model.codec_revision, "model.codec")
+    if voice and voice.codec_fingerprint != codec_fingerprint(codec_dir):
+        raise CheckpointError(
+            f"{model_dir} was trained with codec {voice.codec} ({voice.codec_fingerprint[:16]}), model.codec is "
+            f"{config.model.codec} ({codec_fingerprint(codec_dir)[:16]}); name that codec in pipeline.toml"
+        )
+    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
+    sequence = voice.sequence if voice else config.sequence
+    conditioning = decide_conditioning(sequence, config.features, base)
+    sequence = msgspec.structs.replace(sequence, conditioning=conditioning.name)
+    # An adapter may hold the text head, which speaking does not need, so it must be there to take it.
+    model = load_model(base, dtype, where, text_head=adapter is not None, conditioning=conditioning)
+    if adapter:
+        load_adapter(model, adapter)
+    builder = SequenceBuilder(load_tokenizer(base), sequence)
+    return Speaker(model.eval(), load_codec(codec_dir, str(where)), builder, base)
+
+
+def read_voice(model_dir: Path) -> Voice | None:
+    """higgs_voice.json of a merged folder; None for a base model."""
+    from shards.manifest import read_record
+    from tools.checkpoints.model_folder import VOICE_FILE, Voice
+
+    path = model_dir / VOICE_FILE
+    return read_record(path, Voice) if path.is_file() else None
+
+
+def cloning_sample(tokenizer, reference_text: str, reference_codes: np.ndarray, text: str) -> Sample:
+    """The sample a user would have written for this request; its target is still empty."""
+    from shards.errors import DataError
+    from shards.sample import AudioFacts, Sample, SampleFacts, Turn
+    from shards.sequence import encode_text
+
+    texts = [SYSTEM_TEXT, reference_text.strip(), INSTRUCTION + text.strip(), text.strip()]
+    if not texts[1] or not texts[3]:
+        raise DataError("--reference-text and --text must not be empty")
+    ids = [encode_text(tokenizer, item) for item in texts]
+    num_frames = reference_codes.shape[1]
+    facts = SampleFacts(
+        id="speak",
+        row=0,
+        speaker="reference",
+        turns=[Turn("system", [0]), Turn("user", [1, "reference", 2]), Turn("assistant", [3, "target"])],
+        texts=texts,
+        text_token_counts=[len(item) for item in ids],
+        system_text=0,
+        reference_text=1,
+        target_text=3,
+        num_as_written_tokens=0,
+        reference=AudioFacts("", "", num_frames / FRAMES_PER_SECOND, 24000, num_frames),
+        target=AudioFacts("", "", 0.0, 24000, 0),
+    )
+    return Sample("speak", facts, np.concatenate(ids), reference_codes, np.zeros((8, 0), np.uint16))
+
+
+def with_mel(sample: Sample, wave: np.ndarray) -> Sample:
+    """The sample with its reference's Whisper features, stored as stage one stores them; wave [n] float32 at 16 kHz."""
+    import dataclasses
+
+    from preprocess.features import stored_mel
+    from shards.sample import MelFacts, compress, write_npy
+
+    frames, floor = stored_mel(wave)
+    facts = msgspec.structs.replace(sample.facts, mel=MelFacts(len(wave), floor))
+    return dataclasses.replace(sample, facts=facts, reference_mel_zst=compress(write_npy(frames.astype(np.float16))))
+
+
+def read_reference(path: Path) -> AudioFile:
+    """The reference, read and checked as stage one does."""
+    from preprocess.audio import AudioFault, AudioLimits, decode, read_bytes
+    from shards.errors import DataError
+
+    try:
+        return decode(read_bytes(str(path)), AudioLimits())
+    except AudioFault as fault:
+        raise DataError(f"--reference {path}: {fault.detail}") from None

@@ -1,0 +1,1 @@
+"""`tiny`: a tiny model and codec of the true architecture with random weights, for demos and tests."""

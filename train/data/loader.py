@@ -1,0 +1,271 @@
+"""From shards to packs: the stages every loader shares, and `loader = "plan"`.
+
+    source (plan or stream) -> raw members -> sequences -> packs -> `LoadedPack`, one per micro-step
+
+The stages form a `webdataset.DataPipeline`. The plan's source follows `train.data.plan` with random reads instead of streaming
+tars, so that order, epoch length and resume do not depend on workers or ranks. Loader workers take packs in turn, and
+the DataLoader hands them out in that order again.
+
+A damaged sample keeps its place: nothing moves up, its pack goes on without it, and a pack without any sample is a
+filler from which nothing is learned. A fault that ends the run is passed on as a value: an exception crossing the
+process border would arrive as a page of traceback.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from webdataset.pipeline import DataPipeline
+
+from shards.errors import PipelineError, ShardError
+from shards.index import hash64
+from shards.reader import SampleReader
+from shards.sample import unpack_sample
+from shards.sequence import AUDIO_OUT, BEGIN_OF_TEXT, IGNORE, NUM_CODEBOOKS, STREAM_BOS, Sequence, SequenceBuilder
+from shards.writer import shard_path
+from train.data.plan import Planner
+from train.model.batch import PackedBatch, pack
+
+# One text and one audio position without targets: every branch of the model runs, and nothing is learned.
+FILLER = Sequence(
+    token_ids=np.array([BEGIN_OF_TEXT, AUDIO_OUT], np.int32),
+    codes=np.full((NUM_CODEBOOKS, 1), STREAM_BOS, np.int16),
+    next_token=np.full(2, IGNORE, np.int32),
+    next_codes=np.full((NUM_CODEBOOKS, 1), IGNORE, np.int16),
+    reference_columns=(0, 1),
+    target_columns=(1, 1),
+)
+
+RawSample = dict[str, Any]  # WebDataset's shape, "__key__" and members by suffix, and what the stages below add
+
+
+class Fault(NamedTuple):
+    """A sample that was left out of its pack, and why."""
+
+    shard: str
+    key: str
+    reason: str
+    is_damage: bool = True  # False: too long for a pack
+
+    def __str__(self) -> str:
+        return f"{self.shard}: sample {self.key}: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedPack:
+    """What the loader hands over for one micro-step."""
+
+    batch: PackedBatch
+    epoch: int
+    faults: list[Fault] = field(default_factory=list)
+
+    def pin_memory(self) -> LoadedPack:
+        """Called by the DataLoader's pinning thread."""
+        return replace(self, batch=self.batch.pin())
+
+
+class BuiltSample(NamedTuple):
+    """A sample on its way into a pack; a damaged one has no sequence."""
+
+    key: str
+    shard: str
+    speaker: int  # hash64 of the name
+    sequence: Sequence | None
+    reason: str  # of the damage
+    epoch: int
+    pack_size: int  # samples of the planned pack it belongs to; 0 marks an empty pack
+
+
+# --- stages ---------------------------------------------------------------------------------------------------------
+
+
+class PlannedSamples(torch.utils.data.IterableDataset):
+    """Source stage: raw samples of one rank's packs, without end; worker w of W serves packs w, w + W, ..."""
+
+    def __init__(
+        self,
+        reader: SampleReader,
+        index: np.ndarray,
+        packs: Callable[[], Iterator[tuple[int, np.ndarray]]],
+        planner: Planner,
+    ) -> None:
+        self._reader = reader
+        self._index = index
+        self._packs = packs
+        self._planner = planner
+
+    def __iter__(self) -> Iterator[RawSample]:
+        info = torch.utils.data.get_worker_info()
+        worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
+        for epoch, rows in itertools.islice(self._packs(), worker, None, num_workers):
+            place = {"__epoch__": epoch, "__pack_size__": len(rows)}
+            if not len(rows):
+                yield {"__key__": "", **place}
+            for number in rows.tolist():
+                row = self._index[number]
+                shard = str(shard_path(Path(), int(row["shard"]), ".tar"))
+                facts = {**place, "__url__": shard, "__speaker__": int(row["speaker"])}
+                try:
+                    yield {**self._reader.read_raw(row), **facts}
+                except ShardError as error:
+                    yield {"__key__": self._planner.key_of(number), "__reason__": str(error), **facts}
+
+
+def build_sequences(builder: SequenceBuilder):
+    """Stage: raw members -> `BuiltSample`. A sample whose members do not fit together is damaged."""
+
+    def stage(raws: Iterable[RawSample]) -> Iterator[BuiltSample]:
+        for raw in raws:
+            epoch, pack_size = raw.get("__epoch__", 0), raw.get("__pack_size__", 1)
+            key, shard, reason = raw["__key__"], raw.get("__url__", ""), raw.get("__reason__", "")
+            speaker, sequence = raw.get("__speaker__"), None
+            if pack_size and not reason:
+                try:
+                    sample = unpack_sample(key, {name: value for name, value in raw.items() if name[:2] != "__"})
+                    sequence = builder.training(sample)
+                    speaker = hash64(sample.facts.speaker) if speaker is None else speaker
+                except (ShardError, ValueError, IndexError) as error:  # the facts of a foreign sample may contradict it
+                    reason = str(error)
+            yield BuiltSample(key, shard, speaker or 0, sequence, reason, epoch, pack_size)
+
+    return stage
+
+
+def pack_planned(items: Iterable[BuiltSample]) -> Iterator[LoadedPack | PipelineError]:
+    """Stage: sequences -> packs of the planned size."""
+    group: list[BuiltSample] = []
+    try:
+        for item in items:
+            if item.pack_size:
+                group.append(item)
+            if len(group) == item.pack_size:
+                yield collate(group, item.epoch)
+                group = []
+    except PipelineError as error:
+        yield error
+
+
+def collate(group: list[BuiltSample], epoch: int) -> LoadedPack:
+    """The pack of a group's sound samples, and the faults of the others."""
+    sound = [(item, item.sequence) for item in group if item.sequence is not None]
+    faults = [Fault(item.shard, item.key, item.reason) for item in group if item.sequence is None]
+    if not sound:
+        return LoadedPack(pack([FILLER], [0], []), epoch, faults)
+    sequences = [sequence for _, sequence in sound]
+    keys = [item.key for item, _ in sound]
+    return LoadedPack(pack(sequences, [item.speaker for item, _ in sound], keys), epoch, faults)
+
+
+def read_pack(
+    reader: SampleReader, index: np.ndarray, rows: np.ndarray, builder: SequenceBuilder, num_samples: int
+) -> PackedBatch:
+    """A pack of the first sound samples of these rows, read here and now. Raises ShardError when there is none."""
+    found, reasons = [], []
+    for row in rows:
+        try:
+            sample = reader.read(index[row])
+        except ShardError as error:
+            reasons.append(str(error))
+            continue
+        found.append((builder.training(sample), int(index[row]["speaker"]), sample.key))
+        if len(found) == num_samples:
+            break
+    if not found:
+        raise ShardError(f"none of the first {len(rows)} samples is readable; the first: {reasons[0]}")
+    sequences, speakers, keys = zip(*found, strict=True)
+    return pack(list(sequences), list(speakers), list(keys))
+
+
+# --- loaders --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LoaderShare:
+    """Which part of the packs this process reads, and with how many loader processes."""
+
+    rank: int = 0
+    world_size: int = 1
+    num_workers: int = 0
+
+
+def load_planned_packs(
+    reader: SampleReader,
+    index: np.ndarray,
+    planner: Planner,
+    start_step: int,
+    builder: SequenceBuilder,
+    share: LoaderShare,
+    on_window: Callable[[int, int], None] | None = None,
+) -> Iterator[LoadedPack]:
+    """One rank's packs of every step from `start_step` on, without end. Raises PipelineError."""
+
+    def packs() -> Iterator[tuple[int, np.ndarray]]:
+        return planner.rank_packs(start_step, share.rank, share.world_size, on_window)
+
+    source = PlannedSamples(reader, index, packs, planner)
+    return run_pipeline(DataPipeline(source, build_sequences(builder), pack_planned), share.num_workers)
+
+
+def run_pipeline(pipeline: DataPipeline, num_workers: int) -> Iterator[LoadedPack]:
+    """Deliveries of a pipeline, built in loader processes and pinned where there is a GPU. Raises PipelineError."""
+    loader = torch.utils.data.DataLoader(
+        pipeline,  # pyright: ignore[reportArgumentType] - an IterableDataset in all but its annotation
+        batch_size=None,
+        num_workers=num_workers,
+        # Stages are closures, which other ways to start a process cannot send; Python 3.14 has another way by default.
+        multiprocessing_context="fork" if num_workers else None,
+        prefetch_factor=4 if num_workers else None,
+        collate_fn=_unchanged,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # else it would draw from the model's random numbers
+        worker_init_fn=only_the_parent_ends if num_workers else None,
+    )
+    try:
+        for loaded in loader:
+            if isinstance(loaded, PipelineError):
+                raise loaded
+            yield loaded
+    except RuntimeError as error:
+        raise dead_loader(error) or error from None
+
+
+def only_the_parent_ends(_: int) -> None:
+    """In a loader process: SIGTERM of anybody but its rank is not for it.
+
+    torch's launcher signals a rank's whole process group and Slurm every process of a step. The rank wants to save then, and
+    cannot once a loader process is gone. To ignore the signal would not do: a DataLoader ends its own processes with it.
+    """
+    if not hasattr(signal, "sigwaitinfo"):  # macOS
+        return
+
+    def wait_for_parent() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=wait_for_parent, daemon=True).start()
+
+
+def dead_loader(error: RuntimeError) -> PipelineError | None:
+    """What to tell when torch says that a loader process is gone: it does so wherever the process happens to be."""
+    said = str(error).splitlines()[0] if str(error) else ""
+    if not said.startswith("DataLoader worker"):
+        return None
+    return PipelineError(
+        f"a loader process has ended ({said}); mostly memory ran out (`dmesg` knows): lower train.num_workers, or "
+        "train.shuffle_buffer of a stream; start the same command again to go on from the last checkpoint"
+    )
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch

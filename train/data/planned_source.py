@@ -1,0 +1,235 @@
+"""Where training's packs come from: a planned data set, or a stream of shards. Both answer the same questions.
+
+In: SHARDS as the user wrote it and the [train] section. Out: loaded_packs for any step, the number of steps, a small batch
+for the preflight, and what the ranks must have in common. `loader = "plan"` needs the index that stage one wrote and gives
+exact epochs and resume; `loader = "stream"` takes any tars with the documented members and gives neither.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from shards.errors import ConfigError
+from shards.manifest import Fingerprints, check_fingerprints, open_dataset
+from shards.reader import SampleReader
+from shards.sample import Sample
+from shards.sequence import SequenceBuilder
+from train.config import TrainSection
+from train.data.feed import DamageLimits
+from train.data.heaviest_pack import FIRST_REMOTE_SAMPLES, FIRST_SAMPLES, PackSource, PlannedPacks
+from train.data.loader import LoadedPack, LoaderShare, load_planned_packs, read_pack
+from train.data.plan import Keep, Planner, PlanSettings
+from train.data.remote import CachedReader, RemoteShards, is_remote
+from train.data.source import HeldOut
+from train.data.validation_split import choose_samples, choose_speakers, of_speakers
+from train.model.batch import PackedBatch
+from train.model.conditioning import Conditioning, fit_to_shards
+from train.world import ALONE, World
+
+log = logging.getLogger("train")
+
+
+class PlannedSource:
+    """A data set with an index: every step of every epoch is known beforehand."""
+
+    def __init__(self, location: str, section: TrainSection) -> None:
+        """Raises ShardError when there is no data set."""
+        self._section = section
+        self._remote: RemoteShards | None = None
+        if is_remote(location):
+            self._remote = RemoteShards(location, Path(section.cache_dir), int(section.cache_gb * 1e9))
+            self.dataset, self.index = self._remote.open()
+            self.reader: SampleReader = CachedReader(self._remote)
+        else:
+            self.dataset, self.index = open_dataset(Path(location))
+            self.reader = SampleReader(Path(location))
+        self.digest = self.dataset.digest
+        self._validation = validation_source(section)
+        self._held_out: np.ndarray | None = None  # speakers
+
+    def check(self, expected: Fingerprints, conditioning: Conditioning) -> Conditioning:
+        """Refuse shards that were not made for this model; settle what the reference enters as."""
+        check_fingerprints(self.dataset, expected)
+        settled = fit_to_shards(conditioning, self.dataset, self.index)
+        if self._validation and self._validation.check(expected, conditioning).runs_tower:
+            return conditioning  # held-out shards hold mels, whatever those trained on hold: the tower is needed
+        return settled
+
+    def heaviest_packs(self, builder: SequenceBuilder) -> PackSource:
+        """Packs to measure memory with, before anything is planned."""
+        section = msgspec.structs.replace(self._section, batch_tokens=1)
+        first_samples = FIRST_REMOTE_SAMPLES if self._remote else FIRST_SAMPLES
+        return PlannedPacks(self.reader, self.index, builder, plan_settings(section), first_samples)
+
+    def prepare(
+        self,
+        builder: SequenceBuilder,
+        batch_tokens: int | None = None,
+        counts_path: Path | None = None,
+        world: World = ALONE,
+    ) -> None:
+        """Plan. `batch_tokens`: the budget where the section says "auto"; `counts_path`: where the first rank keeps the pack
+        counts of epochs."""
+        self._builder = builder
+        if batch_tokens:
+            self._section = msgspec.structs.replace(self._section, batch_tokens=batch_tokens)
+        fraction, keep = self._section.validation_fraction, None
+        if fraction:
+            self._held_out = choose_speakers(self.index, self._section.seed, fraction)
+            keep = of_speakers(self._held_out, inside=False)
+        self.planner = Planner(self.index, builder.lengths, plan_settings(self._section), keep)
+        self._require_room(self.planner)
+        if counts_path and world.is_first:
+            self.planner.load_counts(counts_path)
+        self._count_packs(world)
+        self.planner.require_full_step()
+        self.total_steps = self._section.max_steps or self.planner.total_steps(self._section.num_epochs)
+        if counts_path and world.is_first:
+            counts_path.parent.mkdir(parents=True, exist_ok=True)
+            self.planner.save_counts(counts_path)
+
+    def _count_packs(self, world: World) -> None:
+        """To count an epoch's packs is to plan it, so the first rank does it for all. Every rank must call this."""
+        if world.is_first:
+            self.planner.total_steps(1 if self._section.max_steps else self._section.num_epochs)
+        self.planner.counts = world.gather(self.planner.counts if world.is_first else None)[0]
+
+    def held_out(self, world: World) -> HeldOut | None:
+        """The held-out packs; None where nothing is held out."""
+        budget = self.planner.settings.batch_tokens
+        if self._validation:
+            return self._validation.held_out_packs(self._builder, world, None, budget)
+        if self._held_out is not None:
+            return self.held_out_packs(self._builder, world, of_speakers(self._held_out, inside=True), budget)
+        return None
+
+    def held_out_packs(self, builder: SequenceBuilder, world: World, keep: Keep | None, batch_tokens: int) -> HeldOut:
+        """One pass over the kept rows in a fixed order, filled up so that ranks stay in step. Raises ConfigError."""
+        settings = PlanSettings(
+            seed=0,
+            batch_tokens=batch_tokens,
+            packs_per_step=world.size,
+            max_references=self._section.max_references,
+        )
+        planner = Planner(self.index, builder.lengths, settings, keep)
+        share = LoaderShare(world.rank, world.size)
+        on_window = self._fetches(planner)
+        if self._remote and keep:
+            everything = [shard.shard for shard in self.dataset.shards]
+            self._remote.require_room(everything, "held-out speakers lie in all shards")
+
+        def one_pass() -> Iterator[LoadedPack]:
+            packs = load_planned_packs(self.reader, self.index, planner, 0, builder, share, on_window)
+            return islice(packs, planner.num_steps(0))
+
+        return HeldOut(
+            one_pass,
+            self._section.max_bad_fraction,
+            num_samples=planner.num_samples,
+            num_packs=planner.num_packs(0),
+            num_too_long=planner.num_too_long,
+        )
+
+    def listening_samples(self, num_samples: int) -> list[Sample]:
+        """Samples for the listening set, of held-out speakers where there are any."""
+        if self._validation:
+            return self._validation.listening_samples(num_samples)
+        keep = None if self._held_out is None else of_speakers(self._held_out, inside=True)
+        return choose_samples(self.reader, self.index, keep, num_samples)
+
+    def describe(self) -> None:
+        planner, section = self.planner, self._section
+        num_packs = planner.num_packs(0)
+        log.info(
+            "%d samples, %d tokens: %d packs of up to %d tokens (%.1f %% full), %d steps an epoch, %d steps in all",
+            planner.num_samples,
+            planner.num_tokens,
+            num_packs,
+            planner.settings.batch_tokens,
+            100 * planner.num_tokens / (num_packs * planner.settings.batch_tokens),
+            planner.num_steps(0),
+            self.total_steps,
+        )
+        fillers = planner.num_steps(0) * section.packs_per_step - num_packs
+        if fillers:
+            log.info("the last step of the first epoch is filled up with %d empty packs", fillers)
+        if planner.num_too_long:
+            keys = ", ".join(planner.too_long_keys) + (
+                ", ..." if planner.num_too_long > len(planner.too_long_keys) else ""
+            )
+            log.info(
+                "left out: %d samples longer than train.batch_tokens = %d%s: %s",
+                planner.num_too_long,
+                section.batch_tokens,
+                f" or with more targets than train.max_supervised_tokens = {section.max_supervised_tokens}"
+                if section.max_supervised_tokens
+                else "",
+                keys,
+            )
+
+    def loaded_packs(self, first_step: int, share: LoaderShare) -> Iterator[LoadedPack]:
+        on_window = self._fetches(self.planner)
+        return load_planned_packs(self.reader, self.index, self.planner, first_step, self._builder, share, on_window)
+
+    def _fetches(self, planner: Planner) -> Callable[[int, int], None] | None:
+        """Called when a window begins: has its shards here and fetches the next ones."""
+        remote = self._remote
+        if remote is None:
+            return None
+
+        def enter(epoch: int, window: int) -> None:
+            following = planner.window_shards(*planner.following(epoch, window))
+            remote.enter(planner.window_shards(epoch, window), following)
+
+        return enter
+
+    def _require_room(self, planner: Planner) -> None:
+        """A remote data set needs two windows at a time on this disk. Raises ConfigError."""
+        if self._remote:
+            for window in range(planner.num_windows(0)):
+                places = (0, window), planner.following(0, window)
+                shards = {int(shard) for place in places for shard in planner.window_shards(*place)}
+                self._remote.require_room(shards, f"windows {window} and {window + 1}")
+
+    def preflight_batch(self, num_samples: int) -> PackedBatch:
+        """The first sound samples of the first step. Raises ShardError when there is none."""
+        _, packs = next(self.planner.steps_from(0))
+        return read_pack(self.reader, self.index, np.concatenate(packs), self._builder, num_samples)
+
+    def limits(self) -> DamageLimits:
+        return DamageLimits(self._section.max_bad_fraction, self.planner.num_samples, self.facts)
+
+    def facts(self, epoch: int) -> dict[str, str]:
+        """What all ranks must have in common when an epoch begins."""
+        return {"the data set": self.digest, f"the plan of epoch {epoch}": self.planner.epoch_hash(epoch)}
+
+
+def validation_source(section: TrainSection) -> PlannedSource | None:
+    """The data set named in train.validation_data. Raises ConfigError when a fraction is asked for as well."""
+    if not section.validation_data:
+        return None
+    if section.validation_fraction:
+        raise ConfigError(
+            f"train.validation_data = {section.validation_data!r} and train.validation_fraction = "
+            f"{section.validation_fraction}: held-out data come from one of them; set the other to its default"
+        )
+    return PlannedSource(section.validation_data, msgspec.structs.replace(section, validation_data=""))
+
+
+def plan_settings(section: TrainSection) -> PlanSettings:
+    assert isinstance(section.batch_tokens, int), '"auto" is settled before anything is planned'
+    return PlanSettings(
+        seed=section.seed,
+        batch_tokens=section.batch_tokens,
+        packs_per_step=section.packs_per_step,
+        max_supervised_tokens=section.max_supervised_tokens,
+        max_references=section.max_references,
+        window_samples=section.shuffle_window,
+        order=section.order,
+    )

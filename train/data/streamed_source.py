@@ -1,0 +1,321 @@
+"""`loader = "stream"`: plain `webdataset.WebDataset` over any list of shards with the documented members.
+
+In: a folder, globs, brace lists or URLs; no index is needed. Out: the same loaded_packs as a plan gives, packed on line under
+the same budgets. The order of shards is drawn anew for every pass and then split among ranks and workers, and there is no
+end: `train.max_steps` says how long, so every rank takes as many steps. The price: no exact epochs, a shuffle within a
+buffer only, and a resumed run draws a new order from the same statistics.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import logging
+import random
+import tarfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import fsspec
+import msgspec
+import numpy as np
+import torch
+from webdataset.compat import WebDataset
+from webdataset.filters import shuffle
+from webdataset.gopen import gopen_schemes
+from webdataset.pipeline import DataPipeline
+from webdataset.shardlists import expand_urls
+
+from shards.errors import ConfigError, PipelineError, ShardError
+from shards.manifest import Fingerprints, check_fingerprints, open_dataset
+from shards.sample import Sample, unpack_sample
+from shards.sequence import IGNORE, SequenceBuilder
+from shards.writer import TAR_BLOCK
+from train.config import TrainSection
+from train.data.feed import DamageLimits
+from train.data.heaviest_pack import PackSource, StreamedPacks
+from train.data.loader import (
+    BuiltSample,
+    Fault,
+    LoadedPack,
+    LoaderShare,
+    RawSample,
+    build_sequences,
+    collate,
+    run_pipeline,
+)
+from train.data.packing import OPEN_PACKS, OnlinePacks
+from train.data.planned_source import plan_settings, validation_source
+from train.data.source import HeldOut
+from train.model.batch import PackedBatch
+from train.model.conditioning import Conditioning
+from train.world import ALONE, World
+
+LOCAL = "local://"  # fsspec's name for this machine's files
+
+log = logging.getLogger("train")
+
+
+class StreamedSource:
+    """A list of shards without an index."""
+
+    def __init__(self, location: str, section: TrainSection) -> None:
+        """Raises ConfigError when there are no shards, or when a setting needs an index."""
+        if not section.max_steps:
+            raise ConfigError('train.loader = "stream" knows no epochs: say how long with train.max_steps')
+        if section.validation_fraction or section.order != "random":
+            raise ConfigError(
+                'train.loader = "stream" has no index: train.validation_fraction must be 0 (name a data set in '
+                'train.validation_data instead) and train.order "random"'
+            )
+        self._section = section
+        self._location = location
+        self.urls = shard_urls(location)
+        self.digest = hashlib.sha256("\n".join(self.urls).encode()).hexdigest()
+        self._validation = validation_source(section)
+
+    def check(self, expected: Fingerprints, conditioning: Conditioning) -> Conditioning:
+        """Hold fingerprints against the model where there are any: foreign shards have none."""
+        if (Path(self._location) / "dataset.json").is_file():
+            check_fingerprints(open_dataset(Path(self._location))[0], expected)
+        if self._validation:
+            self._validation.check(expected, conditioning)
+        return conditioning
+
+    def heaviest_packs(self, builder: SequenceBuilder) -> PackSource:
+        """Packs to measure memory with: of the first sound samples, in the order of the list."""
+        built = build_sequences(builder)(read_shards(self.urls))
+        return StreamedPacks(lambda: (item.sequence for item in built if item.sequence))
+
+    def prepare(
+        self,
+        builder: SequenceBuilder,
+        batch_tokens: int | None = None,
+        counts_path: Path | None = None,
+        world: World = ALONE,
+    ) -> None:
+        """`batch_tokens`: the budget where the section says "auto"; there is nothing to count."""
+        self._builder = builder
+        if batch_tokens:
+            self._section = msgspec.structs.replace(self._section, batch_tokens=batch_tokens)
+        self.total_steps = self._section.max_steps
+
+    def describe(self) -> None:
+        log.info("stream of %d shards, %d steps; codec and tokenizer are not checked", len(self.urls), self.total_steps)
+
+    def loaded_packs(self, first_step: int, share: LoaderShare) -> Iterator[LoadedPack]:
+        if self._section.packs_per_step % share.world_size:
+            raise ConfigError(
+                f"train.packs_per_step = {self._section.packs_per_step} cannot be shared by {share.world_size} ranks"
+            )
+        readers = share.world_size * max(1, share.num_workers)
+        if len(self.urls) < readers:
+            raise ConfigError(
+                f"{len(self.urls)} shards for {readers} readers ({share.world_size} ranks of {max(1, share.num_workers)} "
+                "loader processes): every reader needs a shard of its own; lower train.num_workers or write smaller shards"
+            )
+        source = StreamedSamples(self.urls, self._section.seed, first_step, share)
+        mixed = shuffled(self._section.shuffle_buffer, self._section.seed, first_step, share.rank)
+        pipeline = DataPipeline(source, mixed, build_sequences(self._builder), pack_online(self._section))
+        return run_pipeline(pipeline, share.num_workers)
+
+    def preflight_batch(self, num_samples: int) -> PackedBatch:
+        """The first sound samples of the stream. Raises ShardError when a whole pass has none."""
+        raws = StreamedSamples(self.urls, self._section.seed, 0, LoaderShare())
+        built = build_sequences(self._builder)(raws)
+        longest = plan_settings(self._section).batch_tokens
+        sound = (item for item in built if item.sequence and len(item.sequence) <= longest)
+        first = list(itertools.islice(sound, num_samples))
+        return collate(first, 0).batch
+
+    def listening_samples(self, num_samples: int) -> list[Sample]:
+        """Samples for the listening set: of the validation data, or the first sound ones of the stream."""
+        if self._validation:
+            return self._validation.listening_samples(num_samples)
+        samples: list[Sample] = []
+        for raw in read_shards(self.urls):
+            if len(samples) == num_samples:
+                break
+            try:
+                members = {name: value for name, value in raw.items() if name[:2] != "__"}
+                sample = unpack_sample(raw["__key__"], members)
+                self._builder.prompt(sample)
+            except (ShardError, ValueError, IndexError) as error:  # a foreign sample's facts may contradict it
+                log.warning("listening set: left out: %s", raw.get("__reason__") or error)
+            else:
+                samples.append(sample)
+        return samples
+
+    def limits(self) -> DamageLimits:
+        return DamageLimits(self._section.max_bad_fraction)
+
+    def facts(self, epoch: int) -> dict[str, str]:
+        """What all ranks must have in common."""
+        settings = hashlib.sha256(repr(plan_settings(self._section)).encode()).hexdigest()
+        return {"the list of shards": self.digest, "the settings of packs": settings}
+
+    def held_out(self, world: World) -> HeldOut | None:
+        if self._validation is None:
+            return None
+        budget = plan_settings(self._section).batch_tokens
+        return self._validation.held_out_packs(self._builder, world, None, budget)
+
+
+# --- stages ---------------------------------------------------------------------------------------------------------
+
+
+class StreamedSamples(torch.utils.data.IterableDataset):
+    """Source stage: raw samples of this reader's shards, pass after pass without end, each pass in another order."""
+
+    def __init__(self, urls: list[str], seed: int, first_step: int, share: LoaderShare) -> None:
+        self._urls = urls
+        self._key = [seed, first_step]
+        self._share = share
+
+    def __iter__(self) -> Iterator[RawSample]:
+        info = torch.utils.data.get_worker_info()
+        worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
+        part, parts = self._share.rank * num_workers + worker, self._share.world_size * num_workers
+        for number in itertools.count():
+            generator = np.random.Generator(np.random.Philox(key=self._key, counter=[0, 0, 0, number]))
+            own = [self._urls[i] for i in generator.permutation(len(self._urls))[part::parts]]
+            num_sound = 0
+            reason = ""
+            for raw in read_shards(own):
+                reason = reason or raw.get("__reason__", "")
+                num_sound += "__reason__" not in raw
+                yield {**raw, "__epoch__": number}
+            if not num_sound:  # else the loop would go round for ever
+                raise ShardError(f"no sample in {len(own)} shards, the first {own[0]}{': ' + reason if reason else ''}")
+
+
+def read_shards(urls: list[str]) -> Iterator[RawSample]:
+    """Raw samples of these shards in order, through webdataset. What cannot be read comes as a sample with a reason."""
+    faults: list[RawSample] = []
+
+    def note(error: Exception) -> bool:
+        what, _, stream = str(error.args[0] if error.args else error).partition(" @ ")  # webdataset's way to say where
+        where = next((value for value in error.args[1:] if isinstance(value, str)), stream)
+        reason = f"{type(error).__name__}: {what}"
+        faults.append({"__key__": "?", "__url__": where.removeprefix(LOCAL), "__reason__": reason})
+        return True  # go on with the next shard
+
+    addresses = [url if "://" in url else f"{LOCAL}{Path(url).absolute()}" for url in urls]
+    for address in addresses:
+        gopen_schemes[address.split("://")[0]] = WholeTar
+    dataset = WebDataset(
+        addresses, handler=note, shardshuffle=False, nodesplitter=None, workersplitter=None, empty_check=False
+    )
+    for raw in dataset:
+        yield from faults
+        faults.clear()
+        yield {**raw, "__url__": raw["__url__"].removeprefix(LOCAL)}
+    yield from faults
+
+
+class WholeTar:
+    """A file that webdataset reads, from any place fsspec knows; one that stops before its end mark is an error.
+
+    Tars cut at a header look like shorter tars to Python's tarfile and to webdataset (research/data.md 4.6).
+    """
+
+    def __init__(self, url: str, mode: str = "rb", bufsize: int = 0) -> None:
+        files, path = fsspec.core.url_to_fs(url)
+        self._file = files.open(path, mode)
+        self._url = url
+        self._last = b""  # the end mark is two blocks of zeros
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._file.read(size)
+        if not data and self._url.endswith(".tar") and self._last.strip(b"\0"):
+            raise tarfile.ReadError("the tar ends without its end mark: it is cut short")
+        self._last = (self._last + data)[-2 * TAR_BLOCK :]
+        return data
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __str__(self) -> str:
+        return self._url
+
+
+def shuffled(size: int, seed: int, first_step: int, rank: int) -> Callable[[Iterable[RawSample]], Iterator[RawSample]]:
+    """Stage: webdataset's shuffle buffer, the same order for the same reader of the same run."""
+
+    def stage(raws: Iterable[RawSample]) -> Iterator[RawSample]:
+        info = torch.utils.data.get_worker_info()
+        rng = random.Random(f"{seed} {first_step} {rank} {info.id if info else 0}")
+        yield from shuffle(size, initial=size, rng=rng)(iter(raws))
+
+    return stage
+
+
+def pack_online(section: TrainSection):
+    """Stage: sequences -> packs within the budgets; a sequence that fits no pack is left out and told."""
+
+    def stage(items: Iterable[BuiltSample]) -> Iterator[LoadedPack | PipelineError]:
+        packs = OnlinePacks[BuiltSample](plan_settings(section))
+        aside: list[BuiltSample | Fault] = []  # told with the next pack
+        try:
+            for item in items:
+                if item.sequence is None:
+                    aside.append(Fault(item.shard, item.key, item.reason))
+                    if len(aside) >= OPEN_PACKS:  # a shard of damage only must be heard of too
+                        yield with_faults(collate([], item.epoch), aside)
+                    continue
+                length = len(item.sequence)
+                columns = int((item.sequence.next_codes != IGNORE).any(axis=0).sum())
+                if not packs.fits(length, columns):
+                    aside.append(
+                        Fault(item.shard, item.key, f"{length} tokens, {columns} targets: longer than a pack", False)
+                    )
+                    continue
+                for group in packs.add(item, length, columns):
+                    yield with_faults(collate(group, max(item.epoch for item in group)), aside)
+        except PipelineError as error:
+            yield error
+
+    return stage
+
+
+def with_faults(loaded: LoadedPack, aside: list) -> LoadedPack:
+    loaded.faults.extend(aside)
+    aside.clear()
+    return loaded
+
+
+# --- lists of shards ------------------------------------------------------------------------------------------------
+
+
+def shard_urls(spec: str) -> list[str]:
+    """Every shard that SHARDS names: a folder, globs, brace lists (`a-{000..099}.tar`), joined by `::`; local or URLs.
+
+    Raises ConfigError when something names no shard.
+    """
+    urls: list[str] = []
+    for part in expand_urls(spec):
+        if part.startswith("pipe:"):
+            raise ConfigError(f"{part}: a pipe would run a shell command; give the address of the shards")
+        if "://" not in part and Path(part).is_dir():
+            found = sorted(str(path) for path in Path(part).rglob("*.tar"))
+        elif part.endswith("/"):
+            found = glob(f"{part}**/*.tar")
+        elif any(letter in part for letter in "*?["):
+            found = glob(part)
+        else:
+            found = [part] if "://" in part or Path(part).is_file() else []
+        if not found:
+            raise ConfigError(f"{part}: no shards there; give a folder, a glob, a brace list or URLs of .tar files")
+        urls += found
+    return urls
+
+
+def glob(pattern: str) -> list[str]:
+    try:
+        files, path = fsspec.core.url_to_fs(pattern)
+        found = sorted(str(name) for name in files.glob(path))
+    except ImportError as error:
+        raise ConfigError(f"{pattern}: {error}; install the extra: pip install -e '.[remote]'") from None
+    except (OSError, NotImplementedError) as error:
+        raise ConfigError(f"{pattern}: cannot be listed ({error}); give a brace list of shards") from None
+    return [files.unstrip_protocol(name) for name in found] if "://" in pattern else found

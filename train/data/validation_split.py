@@ -1,0 +1,98 @@
+"""Which samples are held out of training: whole speakers, and the few that the listening set speaks.
+
+In: the index, a seed and a fraction. Out: held-out speakers, row filters for the planner, and samples to listen to. Speakers
+are disjoint, because a voice that was trained on says nothing about cloning a new one; the price is that the held-out share
+is only near the fraction asked for.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import numpy as np
+
+from shards.errors import ConfigError, ShardError
+from shards.reader import SampleReader
+from shards.sample import Sample
+from train.data.plan import CHUNK, Keep
+
+log = logging.getLogger("train")
+
+MIX = np.uint64(0x9E3779B97F4A7C15)  # the 64-bit golden ratio: spreads seeds over the numbers
+
+
+def choose_speakers(index: np.ndarray, seed: int, fraction: float) -> np.ndarray:
+    """Held-out speakers [v] uint64, sorted: a pure function of the speakers' names and counts, the seed and the fraction.
+
+    Speakers are taken in an order given by the seed, each if it brings the share nearer to the fraction; at least one is
+    taken and at least one is left. Raises ConfigError when there is only one.
+    """
+    counts: dict[int, int] = {}
+    for start in range(0, len(index), CHUNK):
+        speakers, numbers = np.unique(index[start : start + CHUNK]["speaker"], return_counts=True)
+        for speaker, number in zip(speakers.tolist(), numbers.tolist(), strict=True):
+            counts[speaker] = counts.get(speaker, 0) + number
+    if len(counts) < 2:
+        raise ConfigError(
+            f"train.validation_fraction = {fraction}: the data set has only {len(counts)} speaker, and held-out speakers "
+            "must be others than those trained on; name another data set in train.validation_data or set it to 0"
+        )
+    names = np.array(sorted(counts), np.uint64)
+    order = np.argsort(scramble(names, seed), kind="stable")
+    wanted = fraction * len(index)
+    taken: list[int] = []
+    total = 0
+    for speaker in names[order].tolist():
+        if len(taken) + 1 < len(names) and abs(total + counts[speaker] - wanted) < abs(total - wanted):
+            taken.append(speaker)
+            total += counts[speaker]
+    if not taken:  # the smallest share there is
+        taken = [min(counts, key=lambda speaker: (counts[speaker], speaker))]
+    return np.array(sorted(taken), np.uint64)
+
+
+def scramble(numbers: np.ndarray, seed: int) -> np.ndarray:
+    """uint64 [n] -> uint64 [n], another order for every seed (the finalizer of splitmix64)."""
+    with np.errstate(over="ignore"):
+        x = numbers + MIX * np.uint64(seed + 1)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+
+def of_speakers(speakers: np.ndarray, inside: bool) -> Callable[[np.ndarray], np.ndarray]:
+    """A row filter for `Planner`: rows whose speaker is among `speakers` [v] sorted uint64, or all others."""
+
+    def keep(rows: np.ndarray) -> np.ndarray:
+        place = np.minimum(np.searchsorted(speakers, rows["speaker"]), len(speakers) - 1)
+        return (speakers[place] == rows["speaker"]) == inside
+
+    return keep
+
+
+SHORT_FRAMES = 250  # ten seconds: what one wants to listen to again and again
+
+
+def choose_samples(reader: SampleReader, index: np.ndarray, keep: Keep | None, num_samples: int) -> list[Sample]:
+    """The first sound samples that are kept: short targets first, each of another speaker if there are so many."""
+    found: list[int] = []
+    for start in range(0, len(index), CHUNK):
+        rows = index[start : start + CHUNK]
+        found += (start + np.flatnonzero(keep(rows) if keep else np.ones(len(rows), bool))).tolist()
+        if len(found) >= num_samples:
+            break
+    rows = index[found]
+    is_long = rows["target_frames"] > SHORT_FRAMES
+    rows = rows[np.argsort(is_long, kind="stable")]
+    is_repeated = np.ones(len(rows), bool)
+    is_repeated[np.unique(rows["speaker"], return_index=True)[1]] = False
+    samples: list[Sample] = []
+    for row in rows[np.argsort(is_repeated, kind="stable")]:
+        if len(samples) == num_samples:
+            break
+        try:
+            samples.append(reader.read(row))
+        except ShardError as error:
+            log.warning("listening set: left out: %s", error)
+    return samples

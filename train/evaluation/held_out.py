@@ -1,0 +1,127 @@
+"""Losses on held-out data.
+
+In: the held-out packs of a `Source`. Out: `eval/...` values that a run's training does not depend on: no gradient, no random
+number, no optimizer state is touched.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import msgspec
+import torch
+from torch import nn
+
+from shards.errors import PipelineError
+from shards.sequence import NUM_CODEBOOKS
+from train.config import LossSection
+from train.data.feed import prefetch
+from train.data.loader import LoadedPack
+from train.data.source import HeldOut
+from train.model.batch import PackedBatch
+from train.model.loss import LossCounts, LossSums, step_losses
+from train.world import World
+
+log = logging.getLogger("train")
+
+
+class EvalSums(msgspec.Struct, frozen=True):
+    """What one rank has to add to an evaluation."""
+
+    sums: list[float] = []  # text, contrastive, K codebooks
+    counts: list[int] = []  # of their targets, in the same order
+    samples: int = 0
+    bad: int = 0
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The held-out packs, the same ones every time."""
+
+    held_out: HeldOut
+    world: World
+
+    def losses(
+        self, model: nn.Module, section: LossSection, interrupted: Callable[[], bool] = lambda: False
+    ) -> dict[str, float]:
+        """Losses over all held-out packs of all ranks, under the names of the metrics; none if it was interrupted.
+
+        `interrupted` is asked before every pack, by every rank, with the same answer. Raises PipelineError.
+        """
+        with untouched(model, self.world.device):
+            mine = self._own(model, self.world.device, interrupted)
+        if mine is None:
+            return {}
+        shares: list[EvalSums] = self.world.gather(mine)
+        num_samples, num_bad = (sum(values) for values in zip(*((s.samples, s.bad) for s in shares), strict=True))
+        if num_bad > self.held_out.max_bad_fraction * (num_samples + num_bad):
+            raise PipelineError(
+                f"{num_bad} of {num_samples + num_bad} held-out samples are damaged, more than train.max_bad_fraction = "
+                f"{self.held_out.max_bad_fraction:g}; `inspect-shards verify` names them"
+            )
+        sums = torch.tensor([share.sums for share in shares], dtype=torch.float64).sum(dim=0)
+        counts = torch.tensor([share.counts for share in shares]).sum(dim=0).clamp(min=1)
+        losses = step_losses(
+            LossSums(sums[0], sums[2:], sums[1]),
+            LossCounts(int(counts[0]), counts[2:], int(counts[1])),
+            section,
+            ramp=1.0,
+        )
+        codebooks = losses.codebooks.tolist()
+        return {
+            "eval/total_loss": losses.total.item(),
+            "eval/text_loss": losses.text.item(),
+            "eval/audio_loss": sum(codebooks) / len(codebooks),
+            "eval/contrastive_loss": losses.contrastive.item(),
+            **{f"eval/codebook_{k}": value for k, value in enumerate(codebooks)},
+            "eval/samples": num_samples,
+            "eval/bad_samples": num_bad,
+        }
+
+    def _own(self, model: nn.Module, device: torch.device, interrupted: Callable[[], bool]) -> EvalSums | None:
+        sums = torch.zeros(2 + NUM_CODEBOOKS, dtype=torch.float64, device=device)
+        counts = torch.zeros(2 + NUM_CODEBOOKS, dtype=torch.long)
+        num_samples = num_bad = 0
+        for loaded, batch in self._together(prefetch(self.held_out.loaded_packs(), device)):
+            if interrupted():
+                return None
+            part: LossSums = model(batch)
+            sums += torch.cat((part.text[None], part.contrastive[None], part.audio)).double()
+            host = loaded.batch
+            counts[0] += len(host.text_targets)
+            counts[1] += host.num_pairs
+            counts[2:] += host.targets_per_codebook
+            num_samples += len(host.keys)
+            num_bad += len(loaded.faults)
+            for fault in loaded.faults:
+                log.warning("held-out data: left out: %s", fault)
+        return EvalSums(sums.tolist(), counts.tolist(), num_samples, num_bad)
+
+    def _together(self, found: Iterator[tuple[LoadedPack, PackedBatch]]) -> Iterator[tuple[LoadedPack, PackedBatch]]:
+        """Packs as they come, as soon as every rank has its own: one without would leave the others in a collective."""
+        while True:
+            problem, given = "", None
+            try:
+                given = next(found, None)
+            except PipelineError as error:
+                problem = str(error)
+            for rank, message in enumerate(self.world.gather(problem)):
+                if message:
+                    raise PipelineError(f"held-out data, rank {rank}: {message}")
+            if given is None:
+                return
+            yield given
+
+
+@contextmanager
+def untouched(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Evaluation mode without gradients; modes and random state are given back as they were."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
+    for module, training in modes:
+        module.training = training

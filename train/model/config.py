@@ -1,0 +1,194 @@
+"""The model's sizes: config.json of either layout in, and out again.
+
+The native layout has no Whisper tower; where a model has one, `audio_encoder_config` is added under boson's name. The
+transformers class ignores it, and says so about the weights.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shards.encoders.whisper_tower import NUM_MELS, WhisperSizes, read_whisper_sizes
+from shards.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The sizes that matter, from the config.json of either layout. Defaults are the released model's."""
+
+    hidden_size: int = 3072
+    intermediate_size: int = 8192
+    num_layers: int = 28
+    num_heads: int = 24
+    num_key_value_heads: int = 8
+    head_dim: int = 128
+    vocab_size: int = 128256
+    num_codebooks: int = 8
+    codebook_vocab: int = 1026  # 1024 codes, BOS, EOS
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 500000.0
+    rope_factor: float = 32.0
+    rope_low_freq_factor: float = 0.125
+    rope_high_freq_factor: float = 0.5
+    rope_original_length: int = 1024
+    rope_type: str = "llama3"
+    whisper: WhisperSizes | None = None  # of the Whisper tower, where the checkpoint has one
+    is_random: bool = False  # written by `tiny`: weights were never trained
+
+
+def read_model_config(folder: Path) -> ModelConfig:
+    """Sizes from config.json. Raises CheckpointError when it is not a Higgs Audio v2 model."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path}: not readable as a model's config: {error}") from None
+    kind = config.get("model_type")
+    if kind == "higgs_audio_v2":
+        return _from_native(config, read_whisper_sizes(folder))
+    if kind == "higgs_audio":
+        return _from_boson(config, path, read_whisper_sizes(folder))
+    raise CheckpointError(
+        f"{path}: model_type is {kind!r}; expected higgs_audio_v2 or, in the older layout, higgs_audio"
+    )
+
+
+def native_config(config: ModelConfig) -> dict[str, Any]:
+    """config.json of the native layout. `random_weights` is ours: it marks a model that was never trained."""
+    return {
+        "architectures": ["HiggsAudioV2ForConditionalGeneration"],
+        "model_type": "higgs_audio_v2",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "rms_norm_eps": config.rms_norm_eps,
+        "hidden_act": "silu",
+        "rope_parameters": {"rope_theta": config.rope_theta, **_rope_scaling(config)},
+        "num_codebooks": config.num_codebooks,
+        "codebook_size": config.codebook_vocab,
+        "audio_token_id": 128016,
+        "audio_bos_token_id": 128013,
+        "audio_delay_token_id": 128014,
+        "audio_stream_bos_id": 1024,
+        "audio_stream_eos_id": 1025,
+        "bos_token_id": 128000,
+        "eos_token_id": 128009,
+        "pad_token_id": 128001,
+        "random_weights": config.is_random,
+        **({"audio_encoder_config": _encoder_config(config.whisper)} if config.whisper else {}),
+    }
+
+
+def boson_config(config: ModelConfig) -> dict[str, Any]:
+    """config.json of the older layout, which boson's `HiggsAudioModel` reads; fixed values as in the released one."""
+    has_tower = config.whisper is not None
+    return {
+        "architectures": ["HiggsAudioModel"],
+        "model_type": "higgs_audio",
+        "text_config": {
+            "model_type": "llama",
+            "vocab_size": config.vocab_size,
+            "hidden_size": config.hidden_size,
+            "intermediate_size": config.intermediate_size,
+            "num_hidden_layers": config.num_layers,
+            "num_attention_heads": config.num_heads,
+            "num_key_value_heads": config.num_key_value_heads,
+            "head_dim": config.head_dim,
+            "rms_norm_eps": config.rms_norm_eps,
+            "max_position_embeddings": 131072,
+            "rope_theta": config.rope_theta,
+            # Frequencies equal the released ones, whose low and high factor and length are all eight times as large.
+            "rope_scaling": None if config.rope_type == "default" else _rope_scaling(config),
+        },
+        "audio_adapter_type": "dual_ffn_fast_forward",
+        "audio_dual_ffn_layers": list(range(config.num_layers)),
+        "audio_num_codebooks": config.num_codebooks,
+        "audio_codebook_size": config.codebook_vocab - 2,  # without the markers
+        "audio_stream_bos_id": 1024,
+        "audio_stream_eos_id": 1025,
+        "audio_in_token_idx": 128015,
+        "audio_out_token_idx": 128016,
+        "audio_out_bos_token_id": 128013,
+        "audio_eos_token_id": 128012,
+        "encode_audio_in_tokens": True,
+        "use_delay_pattern": True,
+        "encode_whisper_embed": has_tower,
+        "skip_audio_tower": not has_tower,
+        **({"audio_encoder_config": _encoder_config(config.whisper)} if config.whisper else {}),
+        "pad_token_id": 128001,
+        "random_weights": config.is_random,
+    }
+
+
+def _rope_scaling(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "rope_type": config.rope_type,
+        "factor": config.rope_factor,
+        "low_freq_factor": config.rope_low_freq_factor,
+        "high_freq_factor": config.rope_high_freq_factor,
+        "original_max_position_embeddings": config.rope_original_length,
+    }
+
+
+def _encoder_config(sizes: WhisperSizes) -> dict[str, Any]:
+    return {
+        "model_type": "higgs_audio_encoder",
+        "num_mel_bins": NUM_MELS,
+        "d_model": sizes.width,
+        "encoder_layers": sizes.num_layers,
+        "encoder_attention_heads": sizes.num_heads,
+        "encoder_ffn_dim": sizes.inner,
+    }
+
+
+def _from_native(config: dict[str, Any], whisper: WhisperSizes | None) -> ModelConfig:
+    rope = config.get("rope_parameters") or {}
+    return ModelConfig(
+        num_codebooks=config.get("num_codebooks", 8),
+        codebook_vocab=config["codebook_size"],
+        whisper=whisper,
+        is_random=config.get("random_weights", False),
+        **_llama_sizes(config, rope),
+    )
+
+
+def _from_boson(config: dict[str, Any], path: Path, whisper: WhisperSizes | None) -> ModelConfig:
+    text = config["text_config"]
+    layers = list(range(text["num_hidden_layers"]))
+    if config.get("audio_dual_ffn_layers", layers) != layers:
+        raise CheckpointError(f"{path}: audio_dual_ffn_layers must name every layer, as in the released model")
+    rope = {"rope_theta": text.get("rope_theta", 500000.0), **(text.get("rope_scaling") or {})}
+    return ModelConfig(
+        num_codebooks=config["audio_num_codebooks"],
+        codebook_vocab=config["audio_codebook_size"] + 2,
+        whisper=whisper,
+        is_random=config.get("random_weights", False),
+        **_llama_sizes(text, rope),
+    )
+
+
+def _llama_sizes(config: dict[str, Any], rope: dict[str, Any]) -> dict[str, Any]:
+    heads = config["num_attention_heads"]
+    return {
+        "hidden_size": config["hidden_size"],
+        "intermediate_size": config["intermediate_size"],
+        "num_layers": config["num_hidden_layers"],
+        "num_heads": heads,
+        "num_key_value_heads": config.get("num_key_value_heads") or heads,
+        "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
+        "vocab_size": config["vocab_size"],
+        "rms_norm_eps": config.get("rms_norm_eps", 1e-5),
+        "rope_theta": rope.get("rope_theta", 500000.0),
+        "rope_factor": rope.get("factor", 32.0),
+        "rope_low_freq_factor": rope.get("low_freq_factor", 0.125),
+        "rope_high_freq_factor": rope.get("high_freq_factor", 0.5),
+        "rope_original_length": rope.get("original_max_position_embeddings", 1024),
+        "rope_type": rope.get("rope_type", "llama3"),
+    }

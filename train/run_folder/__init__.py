@@ -1,0 +1,1 @@
+"""RUN on disk: begin or go on, checkpoints, metrics. It knows nothing of `train.data` and `train.evaluation`."""

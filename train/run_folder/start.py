@@ -1,0 +1,125 @@
+"""The run directory as a run begins: whether all ranks see it, where to start from, and what is left in it.
+
+In: RUN and the configuration. Out: the checkpoint to go on from, who this run is (`Identity`), config.toml and
+environment.json. The surprising check: ranks on several nodes must see one RUN, because a checkpoint is written by all of
+them; a folder on each node's own disk would look well until the first resume.
+"""
+
+from __future__ import annotations
+
+import platform
+import secrets
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from shards.config import to_toml
+from shards.errors import CheckpointError, PipelineError
+from shards.writer import write_bytes, write_json
+from train.config import TrainConfig
+from train.run_folder import checkpoint_folders
+from train.run_folder.metrics import Metrics
+from train.world import World
+
+SEEN_WITHIN_S = 10.0  # network file systems show a new file to other nodes after some seconds
+
+
+def require_one_folder(run_dir: Path, world: World) -> None:
+    """Raises PipelineError on every rank where RUN is not one folder for all of them. Every rank must call this."""
+    if world.size == 1:
+        return
+    name = world.gather(f".seen-by-all-{secrets.token_hex(8)}" if world.is_first else "")[0]
+    if world.is_first:
+        write_bytes(run_dir / name, b"")
+    world.gather(None)  # written
+    sees = appears(run_dir / name, SEEN_WITHIN_S)
+    found = world.gather((sees, platform.node()))
+    if world.is_first:
+        (run_dir / name).unlink()
+    blind = [f"rank {rank} on {host}" for rank, (sees, host) in enumerate(found) if not sees]
+    if blind:
+        raise PipelineError(
+            f"{run_dir}: {', '.join(blind[:4])}{' ...' if len(blind) > 4 else ''} does not see what rank 0 on {found[0][1]} "
+            "wrote there: RUN must be one folder for all ranks; give an absolute path on a file system that the nodes share"
+        )
+
+
+def appears(path: Path, within_s: float) -> bool:
+    """Whether a file is there now or in time."""
+    end = time.monotonic() + within_s
+    while not path.exists():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def find_start(run_dir: Path, resume: str, world: World) -> Path | None:
+    """The checkpoint to go on from, if any. Every rank must call this."""
+    if resume not in ("auto", "never"):
+        folder = Path(resume)
+        faults = checkpoint_folders.damage(folder)
+        if faults:
+            raise CheckpointError(f"--resume {folder}: not a complete checkpoint folder: {faults[0]}")
+        return folder
+    if resume == "never" and checkpoint_folders.complete_checkpoints(run_dir):
+        raise CheckpointError(f"{run_dir}: holds checkpoints of another run; give a new RUN folder or --resume auto")
+    return checkpoint_folders.newest_sound(run_dir, world)
+
+
+def make_identity(
+    config: TrainConfig, dataset_digest: str, model_weights: str, plan_version: int
+) -> checkpoint_folders.Identity:
+    batch_tokens = config.train.batch_tokens
+    assert batch_tokens != "auto", "settled before"
+    return checkpoint_folders.Identity(
+        dataset_digest=dataset_digest,
+        model_base=config.model.base,
+        model_weights=model_weights,
+        lora=msgspec.to_builtins(config.lora),
+        seed=config.train.seed,
+        batch_tokens=batch_tokens,
+        packs_per_step=config.train.packs_per_step,
+        max_supervised_tokens=config.train.max_supervised_tokens,
+        max_references=config.train.max_references,
+        shuffle_window=config.train.shuffle_window,
+        order=config.train.order,
+        plan_version=plan_version,
+        loader=config.train.loader,
+        validation_fraction=config.train.validation_fraction,
+        layout=config.sequence.layout,
+        conditioning=config.sequence.conditioning,
+    )
+
+
+def begin_run(config: TrainConfig, run_dir: Path, step: int, world: World, wandb_run: Any) -> Metrics:
+    """What the first rank leaves in the run directory before it trains."""
+    checkpoint_folders.set_aside(run_dir, step)
+    write_bytes(run_dir / "config.toml", to_toml(config).encode())
+    write_json(run_dir / "environment.json", environment(world))
+    if wandb_run:
+        wandb_run.config.update(msgspec.to_builtins(config), allow_val_change=True)  # what was "auto" is known now
+    return Metrics(run_dir, step, wandb_run, config.train.tensorboard)
+
+
+def environment(world: World) -> dict[str, str | int]:
+    """What the run's figures depend on and its configuration does not say; of its latest start."""
+    import peft
+    import transformers
+
+    on_gpu = world.device.type == "cuda"
+    return {
+        "command": shlex.join(sys.argv),
+        "ranks": world.size,
+        "device": torch.cuda.get_device_name(world.device) if on_gpu else platform.processor() or "cpu",
+        "host": platform.node(),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+    }
