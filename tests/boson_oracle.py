@@ -55,7 +55,7 @@ ROAD = {
 }
 
 
-def walk_the_road(out: Path, config: Path) -> None:
+def run_end_to_end(out: Path, config: Path) -> None:
     """From ChatML to speech by the four commands, in this environment, everything into `out`."""
     repository = Path(__file__).parent.parent
     places = {"out": out, "list": DATA / "chatml.json", "speech": SPEECH}
@@ -71,7 +71,7 @@ def walk_the_road(out: Path, config: Path) -> None:
 def main(out: Path) -> None:
     shutil.rmtree(out, ignore_errors=True)
     write_tiny(out / "tiny")
-    walk_the_road(out / "road", out / "tiny" / "pipeline.toml")
+    run_end_to_end(out / "end-to-end", out / "tiny" / "pipeline.toml")
     (out / "codec").mkdir(parents=True, exist_ok=True)
     (out / "codec" / "config.json").write_text(json.dumps(BOSON_CONFIG))
     torch.save(boson_state(calibrated_codec(native_config(BOSON_CONFIG), seed=0)), out / "codec" / "model.pth")

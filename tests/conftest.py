@@ -209,6 +209,28 @@ def make_dataset(tiny_dir: Path, tokenizer):
     return make
 
 
+@pytest.fixture(scope="session")
+def short_data(tmp_path_factory: pytest.TempPathFactory, make_dataset, make_sample) -> Path:
+    """Six samples of random codes, for `short_config`."""
+    samples = [make_sample(seed, 5 + seed, 8 + 2 * seed) for seed in range(6)]
+    return make_dataset(tmp_path_factory.mktemp("short-data"), samples)
+
+
+@pytest.fixture
+def short_config(tiny_dir: Path):
+    """A function (overrides) -> TrainConfig of six steps on `short_data`, a second or two in all."""
+    from shards.config import read_config
+    from train.config import TrainConfig
+
+    def make(*overrides: str) -> TrainConfig:
+        quick = ["train.batch_tokens=700", "train.packs_per_step=2", "train.max_steps=6", "train.save_every=2"]
+        quick += ["train.log_every=1", "train.num_workers=0", "lora.rank=4", "train.keep_checkpoints=2"]
+        quick += ["train.listening_samples=0"]
+        return read_config(TrainConfig, tiny_dir / "pipeline.toml", [*quick, *overrides])
+
+    return make
+
+
 @pytest.fixture
 def http_server():
     """A function folder -> address of a local server of it. Answers no range requests, as many plain servers do."""

@@ -93,7 +93,7 @@ def test_packs_are_the_builders_sequences(foreign, builder, samples):
 def test_ranks_share_the_shards_of_every_pass(foreign):
     """Three ranks, three shards of eight samples: every pass is a partition, and not always the same one."""
     ranks = [iter(StreamedSamples(shard_urls(str(foreign)), 0, 0, LoaderShare(rank, 3))) for rank in range(3)]
-    passes = [[frozenset(raw["__key__"] for raw in itertools.islice(rank, 8)) for rank in ranks] for _ in range(6)]
+    passes = [[frozenset(raw.key for raw in itertools.islice(rank, 8)) for rank in ranks] for _ in range(6)]
     for parts in passes:
         assert [len(part) for part in parts] == [8, 8, 8]
         assert len(frozenset.union(*parts)) == 24

@@ -232,7 +232,7 @@ def test_held_out_shards_may_hold_mels_where_the_others_hold_states(
 
 
 @pytest.mark.slow
-def test_the_road_with_whisper(tmp_path: Path, tiny_dir, arabic_mini, whisper, run_command):
+def test_end_to_end_with_whisper(tmp_path: Path, tiny_dir, arabic_mini, whisper, run_command):
     """preprocess, train, merge, speak with whisper+codes on a base without a tower, from mels and from stored states."""
     models = (tiny_dir / "pipeline.toml").read_text().split("[lora]")[0]
     config = tmp_path / "pipeline.toml"

@@ -2,7 +2,7 @@
 
 The workers run `python -m train` with the same arguments. PYTHONSAFEPATH keeps a `train.py` in the current folder from
 being run in place of this package. When a worker fails, the launcher ends the others; what the first one said stands
-above, so only its status is message here.
+above, so only its status is reported here.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ MOST_TOKENS = 32768  # "auto" goes no further: matrix products are as fast from 
 FIRST_TOKENS = 2048  # the first probe, if no sample is longer
 MAX_GROWTH = 4  # at most so many times the last budget that fitted: what grows faster than tokens must not surprise
 BUDGET_MULTIPLE = 128
-CLOSE_ENOUGH = 1.05  # two budgets nearer to each other are not message apart
+CLOSE_ENOUGH = 1.05  # two budgets nearer to each other are not worth telling apart
 # Per trainable weight, and not there yet while probing: two fp32 moments of this rank's part, which come with the first
 # update, and the gradients that micro-steps before the last one leave unsharded.
 MOMENTS_BYTES = 8

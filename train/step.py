@@ -13,16 +13,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from shards.errors import PipelineError
-from train.config import LossSection
+from train.config import LossSection, TrainConfig
 from train.model.batch import PackedBatch
 from train.model.decoder import HiggsAudio
 from train.model.flops import lora_sizes_of, matmul_rate, step_flops
 from train.model.fsdp import full_tensor, sync_gradients
 from train.model.loss import LossCounts, curriculum_factor, step_losses
+from train.optim import learning_rate_at
 from train.world import ALONE, World
 
 
@@ -50,29 +52,45 @@ class StepResult:
         }
 
 
+@dataclass(frozen=True)
+class StepSettings:
+    """What one step does with its packs."""
+
+    step: int  # finished steps before this one
+    learning_rate: float
+    loss: LossSection
+    max_grad_norm: float = 1.0
+    seed: int = 0
+
+    @staticmethod
+    def at(step: int, total_steps: int, config: TrainConfig) -> StepSettings:
+        section = config.train
+        rate = learning_rate_at(step, total_steps, section)
+        return StepSettings(step, rate, config.loss, section.max_grad_norm, section.seed)
+
+    def dropout_seed(self, rank: int) -> int:
+        """uint64: a resumed run draws what the uninterrupted one would have drawn, and every rank draws its own."""
+        return int(np.random.SeedSequence((self.seed, self.step, rank)).generate_state(1, np.uint64)[0])
+
+
 def train_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     batches: list[PackedBatch],
-    section: LossSection,
-    step: int,
-    learning_rate: float,
-    max_grad_norm: float,
+    settings: StepSettings,
     counts: LossCounts | None = None,
     world: World = ALONE,
-    seed: int = 0,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> StepResult | None:
     """Gradients of all packs of the step, clip, update. `counts`: targets of all ranks, where the feed counted them.
 
     `interrupted` is asked between two packs, by every rank, with the same answer: a step of many packs may take longer than
     who sends a signal waits. Then nothing is updated and None is returned. Raises PipelineError when a number is not finite.
-
-    Dropout is a function of (seed, step, rank): a resumed run draws what the uninterrupted one would have drawn.
     """
     counts = counts or LossCounts.of(batches, world)
-    ramp = curriculum_factor(step, section.curriculum_steps, section.enable_curriculum_learning)
-    torch.manual_seed(hash((seed, step, world.rank)) & 0x7FFF_FFFF_FFFF_FFFF)
+    section = settings.loss
+    ramp = curriculum_factor(settings.step, section.curriculum_steps, section.enable_curriculum_learning)
+    torch.manual_seed(settings.dropout_seed(world.rank))
     parts = []
     for number, batch in enumerate(batches, start=1):
         if number > 1 and interrupted():
@@ -84,10 +102,10 @@ def train_step(
         parts.append([value.detach() for value in losses])
     total, text, codebooks, contrastive = (torch.stack(values).sum(dim=0) for values in zip(*parts, strict=True))
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    grad_norm = full_tensor(nn.utils.clip_grad_norm_(parameters, max_grad_norm))
-    stop_unless_finite(step, total, grad_norm, batches, world)
+    grad_norm = full_tensor(nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm))
+    stop_unless_finite(settings.step, total, grad_norm, batches, world)
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = settings.learning_rate
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return StepResult(total, text, codebooks, contrastive, grad_norm)
@@ -109,7 +127,7 @@ def stop_unless_finite(step: int, total: Tensor, grad_norm: Tensor, batches: lis
 
 
 @contextmanager
-def heap_at_rest() -> Iterator[None]:
+def garbage_collection_paused() -> Iterator[None]:
     """What is there before the first step stays until the last, so Python's collector need not look at it during them.
 
     One look at the 370,000 objects that the imports alone leave takes 0.2 s (2 cores, NOTES.md), comes on every rank at

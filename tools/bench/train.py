@@ -173,7 +173,7 @@ def prepare_ours(sequences: list[Any], settings: Settings, _: int) -> tuple[list
     from train.model.lora import add_lora, lora_parameters
     from train.model.loss import LossCounts
     from train.optim import make_optimizer
-    from train.step import train_step
+    from train.step import StepSettings, train_step
     from train.world import join
 
     world = join(settings.device)
@@ -194,10 +194,10 @@ def prepare_ours(sequences: list[Any], settings: Settings, _: int) -> tuple[list
         pack([sequences[i] for i in g], g, [str(i) for i in g]).to(torch.device(settings.device)) for g in groups
     ]
     model.train()
-    section = LossSection()
+    settings_of_step = StepSettings(0, 1e-4, LossSection())
 
     def step(batch: Any) -> None:
-        train_step(model, optimizer, [batch], section, 0, 1e-4, 1.0, LossCounts.of([batch], world), world)
+        train_step(model, optimizer, [batch], settings_of_step, LossCounts.of([batch], world), world)
 
     return [lambda b=b: step(b) for b in batches], int(lengths.sum())
 

@@ -45,7 +45,17 @@ FILLER = Sequence(
     target_columns=(1, 1),
 )
 
-RawSample = dict[str, Any]  # WebDataset's shape, "__key__" and members by suffix, and what the stages below add
+
+class RawSample(NamedTuple):
+    """One sample's members as they were stored, and what the source knows about it."""
+
+    key: str
+    members: dict[str, bytes]  # by suffix, as in `shards/__init__.py`; empty where it could not be read
+    shard: str = ""
+    speaker: int | None = None  # hash64 of the name, where an index knows it
+    reason: str = ""  # why it could not be read
+    epoch: int = 0
+    pack_size: int = 1  # samples of the planned pack it belongs to; 0 marks an empty pack
 
 
 class Fault(NamedTuple):
@@ -107,17 +117,18 @@ class PlannedSamples(torch.utils.data.IterableDataset):
         info = torch.utils.data.get_worker_info()
         worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
         for epoch, rows in itertools.islice(self._packs(), worker, None, num_workers):
-            place = {"__epoch__": epoch, "__pack_size__": len(rows)}
             if not len(rows):
-                yield {"__key__": "", **place}
+                yield RawSample("", {}, epoch=epoch, pack_size=0)
             for number in rows.tolist():
                 row = self._index[number]
                 shard = str(shard_path(Path(), int(row["shard"]), ".tar"))
-                facts = {**place, "__url__": shard, "__speaker__": int(row["speaker"])}
+                known = {"shard": shard, "speaker": int(row["speaker"]), "epoch": epoch, "pack_size": len(rows)}
                 try:
-                    yield {**self._reader.read_raw(row), **facts}
+                    members = self._reader.read_raw(row)
                 except ShardError as error:
-                    yield {"__key__": self._planner.key_of(number), "__reason__": str(error), **facts}
+                    yield RawSample(self._planner.key_of(number), {}, reason=str(error), **known)
+                else:
+                    yield RawSample(members.pop("__key__"), members, **known)
 
 
 def build_sequences(builder: SequenceBuilder):
@@ -125,17 +136,15 @@ def build_sequences(builder: SequenceBuilder):
 
     def stage(raws: Iterable[RawSample]) -> Iterator[BuiltSample]:
         for raw in raws:
-            epoch, pack_size = raw.get("__epoch__", 0), raw.get("__pack_size__", 1)
-            key, shard, reason = raw["__key__"], raw.get("__url__", ""), raw.get("__reason__", "")
-            speaker, sequence = raw.get("__speaker__"), None
-            if pack_size and not reason:
+            speaker, sequence, reason = raw.speaker, None, raw.reason
+            if raw.pack_size and not reason:
                 try:
-                    sample = unpack_sample(key, {name: value for name, value in raw.items() if name[:2] != "__"})
+                    sample = unpack_sample(raw.key, raw.members)
                     sequence = builder.training(sample)
                     speaker = hash64(sample.facts.speaker) if speaker is None else speaker
                 except (ShardError, ValueError, IndexError) as error:  # the facts of a foreign sample may contradict it
                     reason = str(error)
-            yield BuiltSample(key, shard, speaker or 0, sequence, reason, epoch, pack_size)
+            yield BuiltSample(raw.key, raw.shard, speaker or 0, sequence, reason, raw.epoch, raw.pack_size)
 
     return stage
 

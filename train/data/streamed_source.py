@@ -137,11 +137,10 @@ class StreamedSource:
             if len(samples) == num_samples:
                 break
             try:
-                members = {name: value for name, value in raw.items() if name[:2] != "__"}
-                sample = unpack_sample(raw["__key__"], members)
+                sample = unpack_sample(raw.key, raw.members)
                 self._builder.prompt(sample)
             except (ShardError, ValueError, IndexError) as error:  # a foreign sample's facts may contradict it
-                log.warning("listening set: left out: %s", raw.get("__reason__") or error)
+                log.warning("listening set: left out: %s", raw.reason or error)
             else:
                 samples.append(sample)
         return samples
@@ -182,9 +181,9 @@ class StreamedSamples(torch.utils.data.IterableDataset):
             num_sound = 0
             reason = ""
             for raw in read_shards(own):
-                reason = reason or raw.get("__reason__", "")
-                num_sound += "__reason__" not in raw
-                yield {**raw, "__epoch__": number}
+                reason = reason or raw.reason
+                num_sound += not raw.reason
+                yield raw._replace(epoch=number)
             if not num_sound:  # else the loop would go round for ever
                 raise ShardError(f"no sample in {len(own)} shards, the first {own[0]}{': ' + reason if reason else ''}")
 
@@ -197,7 +196,7 @@ def read_shards(urls: list[str]) -> Iterator[RawSample]:
         what, _, stream = str(error.args[0] if error.args else error).partition(" @ ")  # webdataset's way to say where
         where = next((value for value in error.args[1:] if isinstance(value, str)), stream)
         reason = f"{type(error).__name__}: {what}"
-        faults.append({"__key__": "?", "__url__": where.removeprefix(LOCAL), "__reason__": reason})
+        faults.append(RawSample("?", {}, where.removeprefix(LOCAL), reason=reason))
         return True  # go on with the next shard
 
     addresses = [url if "://" in url else f"{LOCAL}{Path(url).absolute()}" for url in urls]
@@ -209,7 +208,8 @@ def read_shards(urls: list[str]) -> Iterator[RawSample]:
     for raw in dataset:
         yield from faults
         faults.clear()
-        yield {**raw, "__url__": raw["__url__"].removeprefix(LOCAL)}
+        members = {name: value for name, value in raw.items() if not name.startswith("__")}
+        yield RawSample(raw["__key__"], members, raw["__url__"].removeprefix(LOCAL))
     yield from faults
 
 

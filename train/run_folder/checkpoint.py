@@ -81,7 +81,7 @@ class Checkpoints:
     def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, metrics: dict[str, float]) -> Path:
         """Begin to write checkpoint-`step` after `step` finished steps; every rank must call this.
 
-        The checkpoint before it is finished first. One that could not be written is message, and training goes on.
+        The checkpoint before it is finished first. One that could not be written is logged, and training goes on.
         """
         folder = self._run_dir / "checkpoints" / f"checkpoint-{step}"
         if self._pending and self._pending[0] == folder:  # a run that stops right after it was begun

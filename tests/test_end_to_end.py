@@ -42,7 +42,7 @@ num_workers = 1
 @pytest.fixture(scope="module")
 def road(tmp_path_factory, tiny_dir, arabic_mini, run_command) -> Path:
     """A folder with shards/, run/ and merged/ made by the commands."""
-    folder = tmp_path_factory.mktemp("road")
+    folder = tmp_path_factory.mktemp("end-to-end")
     models = (tiny_dir / "pipeline.toml").read_text().split("[preprocess]")[0]
     config = folder / "pipeline.toml"
     config.write_text(models + OVERFIT)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from boson_oracle import walk_the_road
+from boson_oracle import run_end_to_end
 from safetensors.torch import load_file
 
 from shards.manifest import open_dataset
@@ -26,13 +26,13 @@ pytest.importorskip("boson_multimodal", reason="the boson environment: make test
 def expected() -> Path:
     if not (ORACLE / "codec.long.decoded.npy").is_file():
         pytest.skip("out/boson-oracle is written by the native environment: make test-boson")
-    return ORACLE / "road"
+    return ORACLE / "end-to-end"
 
 
 @pytest.fixture(scope="module")
 def road(expected: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("road")
-    walk_the_road(folder, expected.parent / "tiny" / "pipeline.toml")
+    folder = tmp_path_factory.mktemp("end-to-end")
+    run_end_to_end(folder, expected.parent / "tiny" / "pipeline.toml")
     return folder
 
 

@@ -1,0 +1,93 @@
+"""Signals: a run saves and stops, wherever it is."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+from short_run import losses
+
+from shards.errors import PipelineError
+from train import loop
+from train.loop import RunOptions, train
+from train.step import train_step
+
+
+def test_a_signal_at_a_checkpoint_writes_it_once_and_one_at_the_start_promises_none(
+    short_data, short_config, tmp_path, monkeypatch
+):
+    from train.run_folder import checkpoint
+
+    def stopping(model, optimizer, batches, of_step, *given):
+        result = train_step(model, optimizer, batches, of_step, *given)
+        if of_step.step + 1 == stop_at:
+            signal.raise_signal(signal.SIGTERM)
+        return result
+
+    written = []
+    complete = checkpoint.Checkpoints._complete
+    monkeypatch.setattr(
+        checkpoint.Checkpoints,
+        "_complete",
+        lambda self, partial, folder, metrics: (written.append(folder.name), complete(self, partial, folder, metrics)),
+    )
+    monkeypatch.setattr(loop, "train_step", stopping)
+    stop_at = 2
+    with pytest.raises(PipelineError, match=r"after step 2; .*checkpoint-2 is saved, the same command goes on from it"):
+        train(short_config(), short_data, tmp_path / "run", RunOptions())
+    assert written == ["checkpoint-2"]
+
+    build_model = loop.build_model
+    monkeypatch.setattr(
+        loop, "build_model", lambda *given: (signal.raise_signal(signal.SIGTERM), build_model(*given))[1]
+    )
+    with pytest.raises(PipelineError, match="after step 0; the same command begins anew"):
+        train(short_config(), short_data, tmp_path / "other", RunOptions())
+
+
+def test_a_second_ctrl_c_ends_at_once_and_loader_processes_do_not_listen(capfd):
+    from train.signals import AT_ONCE, SAVING, StopSignal
+    from train.world import ALONE
+
+    with StopSignal() as signals:
+        signal.raise_signal(signal.SIGINT)
+        assert signals.asked(ALONE)
+        child = os.fork()
+        if not child:
+            signal.raise_signal(signal.SIGINT)
+            os._exit(7)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert capfd.readouterr().err == f"{SAVING}{AT_ONCE}\n", "told once"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_signal_between_two_packs_breaks_the_step_off_and_the_run_that_goes_on_takes_it_whole(
+    short_data, short_config, tmp_path, monkeypatch
+):
+    """Steps of many packs may take longer than the 30 seconds that launchers wait."""
+    from train.model.decoder import HiggsAudio
+
+    train(short_config(), short_data, tmp_path / "whole", RunOptions())
+    forward, packs = HiggsAudio.forward, []
+
+    def in_step_three(model, optimizer, batches, of_step, *given):
+        if of_step.step == 2:
+            assert len(batches) == 2
+            patch.setattr(HiggsAudio, "forward", stopping)
+        return train_step(model, optimizer, batches, of_step, *given)
+
+    def stopping(self, batch, per_target=False):
+        packs.append(batch.keys)
+        signal.raise_signal(signal.SIGTERM)
+        return forward(self, batch, per_target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_step", in_step_three)
+        with pytest.raises(PipelineError, match=r"after step 2; .*checkpoint-2 is saved"):
+            train(short_config(), short_data, tmp_path / "cut", RunOptions())
+    assert len(packs) == 1
+    train(short_config(), short_data, tmp_path / "cut", RunOptions())
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
