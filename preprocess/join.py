@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import itertools
 import shutil
 from collections import Counter
@@ -16,9 +15,10 @@ from shards.errors import DataError, ShardError
 from shards.index import read_index
 from shards.manifest import Dataset, Job, read_record
 from shards.reader import verify
+from shards.sample import write_npy
+from shards.sequence import FRAMES_PER_SECOND
 from shards.writer import Reject, ShardDone, shard_path, write_bytes, write_json
 
-FRAMES_PER_SECOND = 25
 HISTOGRAM_EDGES_S = (0, 2, 5, 10, 15, 20, 30)
 
 
@@ -64,9 +64,7 @@ def join_dataset(out: Path, job: Job, max_reject_fraction: float) -> Dataset:
     check_rejects(out, job.input_path, job.num_rows, rejects, max_reject_fraction)
     indexes = [read_index(shard_path(out, shard, ".idx.npy")) for shard in range(job.num_shards)]
     index = np.concatenate(indexes)
-    buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, index, version=(1, 0), allow_pickle=False)
-    write_bytes(out / "index.npy", buffer.getvalue())
+    write_bytes(out / "index.npy", write_npy(index))
 
     text_tokens = index["num_reference_text_tokens"].sum(dtype=np.int64) + index["num_target_text_tokens"].sum(
         dtype=np.int64

@@ -29,6 +29,7 @@ from preprocess.sources import SourceRow, read_rows
 from shards.errors import DataError
 from shards.index import hash64
 from shards.manifest import Fingerprints, Job, read_record
+from shards.sample import write_npy
 from shards.writer import Reject, sync, temporary, write_bytes, write_json
 
 
@@ -216,11 +217,7 @@ def _short(value: Any) -> str:
 
 
 def write_array(path: Path, array: np.ndarray) -> None:
-    import io
-
-    buffer = io.BytesIO()
-    np.save(buffer, array)
-    write_bytes(path, buffer.getvalue())
+    write_bytes(path, write_npy(array))
 
 
 def _file_sha256(path: Path) -> str:

@@ -25,6 +25,8 @@ from shards.errors import ConfigError, ShardError
 from shards.mel import num_rows, rebuild_mel
 from shards.sample import Sample
 
+SAMPLE_RATE = 24000  # of the waves that the codec encodes
+FRAMES_PER_SECOND = 25  # of its codes: 960 samples each
 NUM_CODEBOOKS = 8
 CODEBOOK_SIZE = 1024  # codes; the model's vocabulary per codebook adds the two markers below
 STREAM_BOS = 1024

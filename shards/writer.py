@@ -21,7 +21,7 @@ import msgspec
 import numpy as np
 
 from shards.index import INDEX_DTYPE, hash64
-from shards.sample import Sample, pack_sample
+from shards.sample import Sample, pack_sample, write_npy
 
 TAR_BLOCK = 512
 
@@ -69,9 +69,8 @@ def write_shard(dataset_dir: Path, shard: int, samples: Iterable[Sample], reject
     with temporary(tar_path) as partial:
         index, facts = _write_tar(partial, shard, samples)
     index_path = shard_path(dataset_dir, shard, ".idx.npy")
-    index_bytes = io.BytesIO()
-    np.lib.format.write_array(index_bytes, index, version=(1, 0), allow_pickle=False)
-    write_bytes(index_path, index_bytes.getvalue())
+    index_bytes = write_npy(index)
+    write_bytes(index_path, index_bytes)
     if rejects:
         lines = b"".join(msgspec.json.encode(reject) + b"\n" for reject in rejects)
         write_bytes(shard_path(dataset_dir, shard, ".rejects.jsonl"), lines)
@@ -79,7 +78,7 @@ def write_shard(dataset_dir: Path, shard: int, samples: Iterable[Sample], reject
         shard=shard,
         num_samples=len(index),
         num_bytes=tar_path.stat().st_size,
-        index_sha256=hashlib.sha256(index_bytes.getvalue()).hexdigest(),
+        index_sha256=hashlib.sha256(index_bytes).hexdigest(),
         rejects=dict(sorted(Counter(reject.reason for reject in rejects).items())),
         **facts,
     )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -93,40 +95,23 @@ class SampleMaker:
         self._tokenizer = tokenizer
 
     def __call__(self, seed: int, reference_frames: int = 7, target_frames: int = 9, speaker: str | None = None):
-        from shards.sample import AudioFacts, Sample, SampleFacts, Turn
-        from shards.sequence import encode_text
+        from shards.cloning import cloning_sample
 
         rng = np.random.default_rng(seed)
         words = ["مرحبا", "صباح", "الخير", "كيف", "حالك", "اليوم", "شكرا"]
         reference_text, target_text = (" ".join(rng.choice(words, size=int(rng.integers(1, 5)))) for _ in range(2))
-        texts = [
-            "You are a helpful assistant.",
+        sample = cloning_sample(
+            self._tokenizer,
             reference_text,
-            f"Please generate speech for given text in reference audio's voice: {target_text}",
+            rng.integers(0, 1024, (8, reference_frames)).astype(np.uint16),
             target_text,
-        ]
-        ids = [encode_text(self._tokenizer, text) for text in texts]
-        facts = SampleFacts(
-            id=f"sample-{seed}",
+            rng.integers(0, 1024, (8, target_frames)).astype(np.uint16),
+            key=f"{seed:012d}",
             row=seed,
             speaker=speaker or f"speaker-{seed % 3}",
-            turns=[Turn("system", [0]), Turn("user", [1, "reference", 2]), Turn("assistant", [3, "target"])],
-            texts=texts,
-            text_token_counts=[len(item) for item in ids],
-            system_text=0,
-            reference_text=1,
-            target_text=3,
-            num_as_written_tokens=0,
-            reference=AudioFacts("reference.wav", "0", reference_frames / 25, 24000, reference_frames),
-            target=AudioFacts("target.wav", "0", target_frames / 25, 24000, target_frames),
+            system_text="You are a helpful assistant.",
         )
-        return Sample(
-            key=f"{seed:012d}",
-            facts=facts,
-            text_ids=np.concatenate(ids),
-            reference_codes=rng.integers(0, 1024, (8, reference_frames)).astype(np.uint16),
-            target_codes=rng.integers(0, 1024, (8, target_frames)).astype(np.uint16),
-        )
+        return replace(sample, facts=msgspec.structs.replace(sample.facts, id=f"sample-{seed}"))
 
 
 @pytest.fixture(scope="session")

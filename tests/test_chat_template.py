@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from preprocess.audio import CODEC_RATE, AudioLimits, decode
+from shards.cloning import cloning_sample
 from shards.config import SequenceSection
 from shards.encoders.codec import load_codec, pad_to_frames
 from shards.sequence import AUDIO_OUT, SequenceBuilder
-from tools.speaker import cloning_sample
 
 transformers = pytest.importorskip("transformers", minversion="5.3", reason="the processor came with 5.3")
 

@@ -156,7 +156,7 @@ def test_sampled_speech_is_reproducible_by_seed(road: Path, run_command):
         ({"MODEL": "nowhere"}, "MODEL = 'nowhere': no such folder"),
         ({"--reference": "nowhere.wav"}, "--reference nowhere.wav: no such file"),
         ({"--reference": "README.md"}, "--reference README.md: "),
-        ({"--text": " "}, "--reference-text and --text must not be empty"),
+        ({"--text": " "}, "the reference's text and the text to say must not be empty"),
         ({"--set": "model.codec=tests"}, "no codec here"),
     ],
 )

@@ -191,7 +191,7 @@ def test_a_signal_breaks_off_evaluation_and_speech_but_not_the_checkpoint(datase
     assert asked == [{}]
     assert set(spoken) == {"reference.wav", "target.wav", "step-000000.wav"}
     assert (run / "checkpoints" / "checkpoint-2" / "COMPLETE").is_file()
-    assert "broken off by the signal" in (run / "logs" / "training.log").read_text()
+    assert "evaluation interrupted by a signal" in (run / "logs" / "training.log").read_text()
     assert "eval/speech_ended" not in lines(run)[-1]
 
 

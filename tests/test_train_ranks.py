@@ -105,6 +105,19 @@ def test_neither_ranks_nor_accumulation_nor_options_change_a_step(alone, train_r
     same_adapter(run, alone)
 
 
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_gradient_accumulation_steps_counts_packs_per_gpu(command_of, repository, tmp_path, gpus):
+    run = tmp_path / "run"
+    command = [
+        *command_of(run, gpus, "train.packs_per_step=1", "train.max_steps=1"),
+        "--gradient-accumulation-steps",
+        "3",
+    ]
+    done = subprocess.run(command, cwd=repository, env=environment(repository), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"packs_per_step = {3 * gpus}\n" in (run / "config.toml").read_text()
+
+
 @pytest.fixture(scope="module")
 def equal_samples(tmp_path_factory, make_dataset, make_sample, tokenizer) -> tuple[Path, int]:
     """Sixteen samples of one length, so that any number of packs can hold exactly all of them; and that length.

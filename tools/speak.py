@@ -16,7 +16,7 @@ import click
 import numpy as np
 
 from shards.config import read_config
-from tools.speaker import FRAMES_PER_SECOND, SpeakConfig, load_speaker
+from tools.speaker import SpeakConfig, load_speaker
 
 
 @click.command(context_settings={"show_default": True})
@@ -66,6 +66,7 @@ def main(
     try:
         config = read_config(SpeakConfig, config_path, overrides)
         from shards.encoders.codec import write_wave
+        from shards.sequence import FRAMES_PER_SECOND, SAMPLE_RATE
         from train.model.generate import Sampling
 
         sampling = Sampling(0.0 if greedy else temperature, top_k, top_p, ras_window, ras_max_repeats, seed)
@@ -79,7 +80,7 @@ def main(
     except PipelineError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(1)
-    audio_s = len(wave) / 24000
+    audio_s = len(wave) / SAMPLE_RATE
     facts = {
         "out": str(out),
         "audio_s": audio_s,

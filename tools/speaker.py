@@ -25,11 +25,6 @@ if TYPE_CHECKING:
     from train.model.decoder import HiggsAudio
     from train.model.generate import Sampling, Speech
 
-FRAMES_PER_SECOND = 25
-# The wording of the user's ChatML, for models trained with layout = "as_written".
-SYSTEM_TEXT = "You are a helpful assistant capable of generating speech in the voice of the provided reference audio."
-INSTRUCTION = "Please generate speech for given text in reference audio's voice: "
-
 
 class SpeakConfig(msgspec.Struct, frozen=True, kw_only=True):
     model: ModelSection
@@ -52,6 +47,7 @@ class Speaker:
         """The codes, and the wave [S] float32 at 24 kHz."""
         from preprocess.audio import CODEC_RATE, WHISPER_RATE
         from shards.artifacts import load_tokenizer
+        from shards.cloning import cloning_sample
         from train.model.generate import generate
 
         heard = read_reference(reference)
@@ -108,34 +104,6 @@ def read_voice(model_dir: Path) -> Voice | None:
 
     path = model_dir / VOICE_FILE
     return read_record(path, Voice) if path.is_file() else None
-
-
-def cloning_sample(tokenizer, reference_text: str, reference_codes: np.ndarray, text: str) -> Sample:
-    """The sample a user would have written for this request; its target is still empty."""
-    from shards.errors import DataError
-    from shards.sample import AudioFacts, Sample, SampleFacts, Turn
-    from shards.sequence import encode_text
-
-    texts = [SYSTEM_TEXT, reference_text.strip(), INSTRUCTION + text.strip(), text.strip()]
-    if not texts[1] or not texts[3]:
-        raise DataError("--reference-text and --text must not be empty")
-    ids = [encode_text(tokenizer, item) for item in texts]
-    num_frames = reference_codes.shape[1]
-    facts = SampleFacts(
-        id="speak",
-        row=0,
-        speaker="reference",
-        turns=[Turn("system", [0]), Turn("user", [1, "reference", 2]), Turn("assistant", [3, "target"])],
-        texts=texts,
-        text_token_counts=[len(item) for item in ids],
-        system_text=0,
-        reference_text=1,
-        target_text=3,
-        num_as_written_tokens=0,
-        reference=AudioFacts("", "", num_frames / FRAMES_PER_SECOND, 24000, num_frames),
-        target=AudioFacts("", "", 0.0, 24000, 0),
-    )
-    return Sample("speak", facts, np.concatenate(ids), reference_codes, np.zeros((8, 0), np.uint16))
 
 
 def with_mel(sample: Sample, wave: np.ndarray) -> Sample:

@@ -21,7 +21,11 @@ import click
 @click.option("--learning-rate", type=float, help="Sets train.learning_rate.")
 @click.option("--num-epochs", type=int, help="Sets train.num_epochs.")
 @click.option("--batch-tokens", metavar="INTEGER|auto", help="Sets train.batch_tokens.")
-@click.option("--gradient-accumulation-steps", type=int, help="Sets train.packs_per_step.")
+@click.option(
+    "--gradient-accumulation-steps",
+    type=click.IntRange(1),
+    help="Packs per GPU and step: sets train.packs_per_step to this times the number of GPUs.",
+)
 @click.option("--wandb/--no-wandb", "use_wandb", default=None, help="Sets wandb.mode to online or off.")
 @click.option("--wandb-project", help="Sets wandb.project.")
 @click.option("--dry-run", is_flag=True, help="Check everything, load the model, train nothing.")
@@ -35,6 +39,7 @@ def main(
     resume: str,
     dry_run: bool,
     skip_preflight: bool,
+    gradient_accumulation_steps: int | None,
     **flags: Any,
 ) -> None:
     """Train LoRA adapters on SHARDS (the OUT folder of `preprocess`, or its URL) into the folder RUN."""
@@ -55,7 +60,12 @@ def main(
 
     os.environ.update({**slurm_ranks(os.environ), **allocator_settings(os.environ)})  # before torch is imported
     try:
-        config = read_config(TrainConfig, config_path, [*overrides, *flag_overrides(**flags)])
+        overrides = (*overrides, *flag_overrides(**flags))
+        config = read_config(TrainConfig, config_path, overrides)
+        if gradient_accumulation_steps:
+            size = int(os.environ["WORLD_SIZE"]) if is_worker() else num_processes(gpus, config.train.device)
+            overrides = (*overrides, f"train.packs_per_step={gradient_accumulation_steps * size}")
+            config = read_config(TrainConfig, config_path, overrides)
         if config.train.loader == "plan" and "://" not in shards:
             from shards.manifest import open_dataset
 
@@ -103,7 +113,6 @@ def flag_overrides(
     learning_rate: float | None = None,
     num_epochs: int | None = None,
     batch_tokens: str | None = None,
-    gradient_accumulation_steps: int | None = None,
     use_wandb: bool | None = None,
     wandb_project: str | None = None,
 ) -> list[str]:
@@ -112,7 +121,6 @@ def flag_overrides(
         "train.learning_rate": learning_rate,
         "train.num_epochs": num_epochs,
         "train.batch_tokens": batch_tokens,
-        "train.packs_per_step": gradient_accumulation_steps,
         "wandb.mode": None if use_wandb is None else ("online" if use_wandb else "off"),
         "wandb.project": wandb_project,
     }

@@ -14,7 +14,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -157,30 +157,19 @@ def write_data(work: Path, num_samples: int) -> None:
 
 
 def random_sample(rng: np.random.Generator, tokenizer: Any, key: str) -> Any:
-    from shards.sample import AudioFacts, MelFacts, Sample, SampleFacts, Turn, compress, write_npy
-    from shards.sequence import encode_text
+    import msgspec
 
-    texts = ["", *(" ".join(rng.choice(["صباح", "الخير", "كيف", "حالك"], 12)) for _ in range(2))]
-    ids = [encode_text(tokenizer, text) for text in texts]
-    reference, target = (int(value) for value in frames(rng, 2))
+    from shards.cloning import cloning_sample
+    from shards.sample import MelFacts, compress, write_npy
+
+    texts = [" ".join(rng.choice(["صباح", "الخير", "كيف", "حالك"], 12)) for _ in range(2)]
+    codes = [rng.integers(0, 1024, (8, int(count))).astype(np.uint16) for count in frames(rng, 2)]
     mel = rng.standard_normal((128, int(100 * MEL_S) + 2)).astype(np.float16)
-    facts = SampleFacts(
-        id=key,
-        row=0,
-        speaker=f"speaker-{rng.integers(20)}",
-        turns=[Turn("user", [1, "reference"]), Turn("assistant", [2, "target"])],
-        texts=texts,
-        text_token_counts=[len(part) for part in ids],
-        system_text=0,
-        reference_text=1,
-        target_text=2,
-        num_as_written_tokens=0,
-        reference=AudioFacts("r.wav", "0", reference / 25, 24000, reference),
-        target=AudioFacts("t.wav", "0", target / 25, 24000, target),
-        mel=MelFacts(int(16000 * MEL_S), 0.0),
+    sample = cloning_sample(
+        tokenizer, texts[0], codes[0], texts[1], codes[1], key=key, speaker=f"speaker-{rng.integers(20)}"
     )
-    codes = [rng.integers(0, 1024, (8, count)).astype(np.uint16) for count in (reference, target)]
-    return Sample(key, facts, np.concatenate(ids), codes[0], codes[1], compress(write_npy(mel)))
+    facts = msgspec.structs.replace(sample.facts, mel=MelFacts(int(16000 * MEL_S), 0.0))
+    return replace(sample, facts=facts, reference_mel_zst=compress(write_npy(mel)))
 
 
 def load_plan(work: str, batch_tokens: str) -> dict[str, float]:

@@ -71,7 +71,7 @@ def run_side(side: str, settings: Settings) -> dict[str, float]:
     """One side in a process of its own."""
     from train.launch import allocator_settings
 
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     env = {
         **os.environ,
         **allocator_settings(os.environ),

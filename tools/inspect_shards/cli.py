@@ -26,7 +26,6 @@ from shards.reader import SampleReader, verify
 from shards.sample import Sample
 from shards.writer import ShardDone, sample_key, shard_path
 
-FRAMES_PER_SECOND = 25
 DATASET = click.argument("dataset", type=click.Path(path_type=Path))
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print data as JSON on stdout.")
 

@@ -28,6 +28,7 @@ import numpy as np
 from shards.errors import ConfigError, ShardError
 from shards.manifest import Dataset, open_dataset
 from shards.reader import SampleReader
+from shards.sample import write_npy
 from shards.writer import ShardDone, shard_path, write_bytes
 
 CONNECTIONS = 8
@@ -207,10 +208,9 @@ def check_index(url: str, data: bytes, dataset: Dataset) -> None:
         raise ShardError(f"{url}/index.npy: unreadable index: {error}") from None
     start = 0
     for shard in dataset.shards:
-        own = io.BytesIO()
-        np.lib.format.write_array(own, index[start : start + shard.num_samples], version=(1, 0), allow_pickle=False)
+        own = write_npy(index[start : start + shard.num_samples])
         start += shard.num_samples
-        if hashlib.sha256(own.getvalue()).hexdigest() != shard.index_sha256:
+        if hashlib.sha256(own).hexdigest() != shard.index_sha256:
             raise ShardError(
                 f"{url}/index.npy: rows of shard {shard.shard} are not those of dataset.json; upload it again"
             )
