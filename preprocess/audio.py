@@ -16,6 +16,8 @@ import msgspec
 import numpy as np
 import soundfile
 
+from preprocess.reasons import known_reason
+
 CODEC_RATE = 24000
 WHISPER_RATE = 16000
 SILENT_PEAK = 1e-3  # -60 dB of full scale: nothing anybody said
@@ -26,53 +28,13 @@ LONG_SILENCE_S = 1.0
 DC_OFFSET = 0.02
 LOW_SAMPLE_RATE = 16000
 
-# Reason code -> what it means. The closed list of why a row is left out (rejects.jsonl).
-REASONS = {
-    "row_invalid": "the row does not have the ChatML form; the detail names the path inside",
-    "duplicate_id": "an earlier row has the same id",
-    "audio_count": "not exactly one reference and one target audio, or the target is not in an assistant turn",
-    "text_missing": "no reference text or no target text",
-    "text_control_token": "a text contains <|...|>, which would become a control token",
-    "text_too_short": "a text has fewer than text.min_chars characters",
-    "text_too_long": "a text has more than text.max_chars characters",
-    "text_too_fast": "more than text.max_chars_per_s characters per second: text and audio do not belong together",
-    "text_not_arabic": "fewer Arabic letters than text.min_arabic_share",
-    "audio_missing": "the file does not exist or is not a regular file",
-    "audio_unreadable": "no decoder knows the file, or the file system does not give it",
-    "audio_truncated": "the file ends before its header says",
-    "audio_not_finite": "samples that are NaN or infinite",
-    "audio_silent": "no sample reaches -60 dB of full scale",
-    "audio_clipped": "more than preprocess.max_clipped_share of the samples stand at full scale or beyond",
-    "audio_too_short": "shorter than preprocess.min_duration_s",
-    "audio_too_long": "longer than preprocess.max_duration_s",
-    "reference_is_target": "reference and target are the same audio: that teaches copying, not cloning",
-    "worker_died": "the process that worked on this row was killed each time",
-}
-
-# Warning code -> what it means. The row is kept; the sample and the data set count it. Those of an audio are written
-# with its role in front: target_low_sample_rate.
-WARNINGS = {
-    "low_sample_rate": "below 16 kHz: half of what the codec could carry is not there",
-    "quiet": "the peak stays below -30 dB of full scale",
-    "dc_offset": "the wave does not swing around zero",
-    "leading_silence": "more than a second before the first sound",
-    "trailing_silence": "more than a second after the last sound: the model learns to stop late",
-    "target_text_from_instruction": "the assistant's turn has no text; the user's last text was taken",
-    "instruction_text_differs": "the instruction asks for another text than the assistant's, which was taken",
-    "invisible_marks_removed": "byte order marks or bidirectional controls were removed from a text",
-    "normalized_nfc": "text.normalize changed a text (Unicode composition)",
-    "normalized_tatweel": "text.normalize removed tatweel",
-    "normalized_digits": "text.normalize wrote Arabic-Indic digits as ASCII",
-}
-
 
 class AudioFault(Exception):
-    """A file that cannot be used; `reason` is one of REASONS."""
+    """A file that cannot be used; `reason` is one of `reasons.REASONS`."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)
-        assert reason in REASONS, reason
-        self.reason = reason
+        self.reason = known_reason(reason)
         self.detail = detail
 
 

@@ -25,6 +25,7 @@ import msgspec
 import numpy as np
 
 from preprocess.config import PreprocessConfig, deciding_keys
+from preprocess.reasons import reject
 from preprocess.sources import SourceRow, read_rows
 from shards.errors import DataError
 from shards.index import hash64
@@ -124,8 +125,8 @@ def ingest(request: Request, seed: int) -> tuple[int, int]:
                 written.seek(offsets[line])
                 row = msgspec.json.decode(written.readline(), type=SourceRow)
                 detail = f"same id as row {row_numbers[first]}"
-                reject = Reject(row=row.row, id=row.id, stage="intake", reason="duplicate_id", detail=detail)
-                rejects.write(encoder.encode(reject) + b"\n")
+                duplicate = reject(row.row, row.id, "intake", "duplicate_id", detail)
+                rejects.write(encoder.encode(duplicate) + b"\n")
         sync(rejects)
     write_array(folder / "offsets.npy", np.frombuffer(offsets, np.uint64))
     lines = np.delete(np.arange(len(ids)), [line for line, _ in duplicates])

@@ -7,22 +7,11 @@ from __future__ import annotations
 
 import msgspec
 
-from preprocess.audio import AudioFault, AudioMeasures
+from preprocess.audio import AudioMeasures
+from preprocess.reasons import RowFault, known_warnings
 from preprocess.sources import Pair, SourceRow, find_pair
 from preprocess.text import TextSection, clean, text_fault
 from shards.sample import Message, TextItem
-from shards.writer import Reject
-
-
-class RowFault(Exception):
-    """Why one row is left out."""
-
-    def __init__(self, stage: str, reason: str, detail: str, path: str | None = None) -> None:
-        super().__init__(detail)
-        self.stage, self.reason, self.detail, self.path = stage, reason, detail, path
-
-    def as_reject(self, row: SourceRow) -> Reject:
-        return Reject(row=row.row, id=row.id, stage=self.stage, reason=self.reason, detail=self.detail, path=self.path)
 
 
 class CheckedRow(msgspec.Struct, frozen=True):
@@ -52,10 +41,7 @@ def check_row(row: SourceRow, section: TextSection) -> CheckedRow:
         for message in row.chat.messages
     ]
     row = msgspec.structs.replace(row, chat=msgspec.structs.replace(row.chat, messages=messages))
-    try:
-        pair = find_pair(row.chat)
-    except AudioFault as fault:
-        raise RowFault("pair", fault.reason, fault.detail) from None
+    pair = find_pair(row.chat)
     return CheckedRow(row, pair, sorted(set(changes)) + pair.warnings)
 
 
@@ -75,4 +61,4 @@ def check_pair(
         if fault:
             raise RowFault("text", fault[0], f"{role}: {fault[1]}", path)
         warnings += [f"{role}_{code}" for code in measures.warnings]
-    return warnings
+    return known_warnings(warnings)

@@ -20,7 +20,8 @@ from preprocess.codec_server import RemoteCodec, RemoteWhisper
 from preprocess.config import PreprocessConfig
 from preprocess.features import WhisperEncoder, stored_mel
 from preprocess.plan import JobRows
-from preprocess.row_checks import RowFault, check_pair, check_row
+from preprocess.reasons import RowFault, reject_of
+from preprocess.row_checks import check_pair, check_row
 from preprocess.sources import SourceRow
 from preprocess.workers import Skip
 from shards.artifacts import load_tokenizer
@@ -86,7 +87,7 @@ class ShardTask:
                 begins(position)
                 samples.append(self._sample(sample_key(task, position), row, cache))
             except RowFault as fault:
-                rejects.append(fault.as_reject(row))
+                rejects.append(reject_of(fault, row.row, row.id))
         done = write_shard(self._out, task, samples, rejects)
         return TaskResult(done, cache.num_encoded, cache.num_reused)
 

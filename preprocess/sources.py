@@ -19,7 +19,7 @@ import ijson
 import msgspec
 import zstandard
 
-from preprocess.audio import AudioFault
+from preprocess.reasons import RowFault, reject
 from shards.errors import DataError
 from shards.sample import AudioItem, ChatRow, TextItem
 from shards.writer import Reject
@@ -55,7 +55,7 @@ def _typed(number: int, value: Any) -> SourceRow | Reject:
     try:
         chat = msgspec.convert(value, ChatRow)
     except msgspec.ValidationError as error:
-        return Reject(row=number, id=name, stage="intake", reason="row_invalid", detail=f"row {number}: {error}")
+        return reject(number, name, "intake", "row_invalid", f"row {number}: {error}")
     return SourceRow(number, name, chat, {key: item for key, item in value.items() if key not in KNOWN_KEYS})
 
 
@@ -180,7 +180,7 @@ class Pair(msgspec.Struct, frozen=True):
 
 
 def find_pair(chat: ChatRow) -> Pair:
-    """Find reference and target of a row. Raises AudioFault with a reason when it has no clear pair.
+    """Find reference and target of a row. Raises RowFault with a reason when it has no clear pair.
 
     The last audio is the target and stands in the last assistant turn; the only other audio is the reference. The
     reference text is the last user text before the reference. The target text is the text of the target's turn, else
@@ -210,8 +210,10 @@ def find_pair(chat: ChatRow) -> Pair:
             target_text = turn_text
     if len(audios) != 2 or audios[1][0] != "assistant":
         where = ", ".join(role for role, _ in audios) or "none"
-        raise AudioFault(
-            "audio_count", f"{len(audios)} audio items ({where}); expected a reference, then an assistant's target"
+        raise RowFault(
+            "pair",
+            "audio_count",
+            f"{len(audios)} audio items ({where}); expected a reference, then an assistant's target",
         )
     reference_path, target_path = audios[0][1], audios[1][1]
     instructed = user_text.removeprefix(INSTRUCTION_PREFIX).strip() if user_text != reference_text else ""
@@ -223,11 +225,11 @@ def find_pair(chat: ChatRow) -> Pair:
         warnings.append("instruction_text_differs")
     for name, text in (("reference", reference_text), ("target", target_text)):
         if not text:
-            raise AudioFault("text_missing", f"no {name} text")
+            raise RowFault("pair", "text_missing", f"no {name} text")
     return Pair(reference_path, target_path, system_text, reference_text, target_text, warnings)
 
 
 def _refuse_control_tokens(text: str) -> None:
     found = CONTROL_TOKEN.search(text)
     if found:
-        raise AudioFault("text_control_token", f"{found.group()!r} in {text[:60]!r}")
+        raise RowFault("pair", "text_control_token", f"{found.group()!r} in {text[:60]!r}")

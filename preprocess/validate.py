@@ -19,8 +19,9 @@ from preprocess.audio import AudioFault, AudioMeasures, decode, read_bytes
 from preprocess.config import PreprocessConfig
 from preprocess.join import HISTOGRAM_EDGES_S, check_rejects, histogram, write_rejects
 from preprocess.plan import JobRows, Request, ingest, refuse_foreign_folder
+from preprocess.reasons import RowFault, reject_of
 from preprocess.report import Progress, print_validation
-from preprocess.row_checks import RowFault, check_pair, check_row
+from preprocess.row_checks import check_pair, check_row
 from preprocess.text import arabic_share
 from preprocess.workers import Skip, run_tasks, usable_cores
 from shards.writer import Reject, write_json
@@ -68,7 +69,7 @@ class ValidateTask:
                 same_audio = reference_sha == target_sha
                 warnings.update(check_pair(checked, self._config.text, reference, target, same_audio))
             except RowFault as fault:
-                report.rejects.append(fault.as_reject(row))
+                report.rejects.append(reject_of(fault, row.row, row.id))
                 continue
             speakers[row.chat.speaker or "unknown"] += 1
             report.file_hashes += [reference_sha, target_sha]

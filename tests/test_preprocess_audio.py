@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from preprocess.audio import REASONS, WARNINGS, AudioFault, AudioLimits, decode, read_bytes
+from preprocess.audio import AudioFault, AudioLimits, decode, read_bytes
+from preprocess.reasons import REASONS, WARNINGS
 
 RATE = 24000
 

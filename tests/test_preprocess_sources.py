@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import zstandard
 
-from preprocess.audio import AudioFault
+from preprocess.reasons import RowFault
 from preprocess.sources import INSTRUCTION_PREFIX, SourceRow, find_pair, read_rows
 from shards.errors import DataError
 from shards.writer import Reject
@@ -170,7 +170,7 @@ def test_texts_that_differ_are_a_warning():
     ],
 )
 def test_rows_without_a_clear_pair(row, reason):
-    with pytest.raises(AudioFault) as fault:
+    with pytest.raises(RowFault) as fault:
         pair_of(row)
     assert fault.value.reason == reason
 

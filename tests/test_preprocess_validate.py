@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from preprocess.audio import REASONS, WARNINGS
+from preprocess.reasons import REASONS, WRITTEN_WARNINGS
 from preprocess.text import TextSection, arabic_share, clean, text_fault
 from shards.manifest import open_dataset
 from shards.reader import SampleReader
@@ -93,7 +93,7 @@ def test_every_fault_is_reported_and_the_job_itself_agrees(run_command, rows, ti
     assert dataset.rejects == expected
     assert dataset.warnings == report["warnings"]
     assert set(dataset.rejects) <= set(REASONS)
-    assert set(dataset.warnings) <= set(WARNINGS)
+    assert set(dataset.warnings) <= WRITTEN_WARNINGS
     facts = {sample.facts.row: sample.facts for sample in SampleReader(tmp_path / "out").read_all(index)}
     assert facts[6].texts[facts[6].target_text] == "نص آخر"
     assert facts[1].extra == {"id": "same"}

@@ -1,0 +1,89 @@
+"""Why a row is rejected, and what is only warned about: every code of stage one, with one plain line each.
+
+In: a code. Out: the code, when it stands in the lists below; anything else is a mistake of ours and raises at once. Every
+reject is made by `reject`, every fault and warning is checked here, so no code reaches rejects.jsonl or dataset.json that
+preprocess/README.md does not explain (tests/test_preprocess_reasons.py compares them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from shards.writer import Reject
+
+# Reason code -> what it means. The closed list of why a row is rejected (rejects.jsonl).
+REASONS = {
+    "row_invalid": "the row does not have the ChatML form; the detail names the path inside",
+    "duplicate_id": "an earlier row has the same id",
+    "audio_count": "not exactly one reference and one target audio, or the target is not in an assistant turn",
+    "text_missing": "no reference text or no target text",
+    "text_control_token": "a text contains <|...|>, which would become a control token",
+    "text_too_short": "a text has fewer than text.min_chars characters",
+    "text_too_long": "a text has more than text.max_chars characters",
+    "text_too_fast": "more than text.max_chars_per_s characters per second: text and audio do not belong together",
+    "text_not_arabic": "fewer Arabic letters than text.min_arabic_share",
+    "audio_missing": "the file does not exist or is not a regular file",
+    "audio_unreadable": "no decoder knows the file, or the file system does not give it",
+    "audio_truncated": "the file ends before its header says",
+    "audio_not_finite": "samples that are NaN or infinite",
+    "audio_silent": "no sample reaches -60 dB of full scale",
+    "audio_clipped": "more than preprocess.max_clipped_share of the samples stand at full scale or beyond",
+    "audio_too_short": "shorter than preprocess.min_duration_s",
+    "audio_too_long": "longer than preprocess.max_duration_s",
+    "reference_is_target": "reference and target are the same audio: that teaches copying, not cloning",
+    "worker_died": "the process that worked on this row was killed each time",
+}
+
+# Warning code -> what it means. The row is kept; the sample and the data set count it.
+ROLE_WARNINGS = {  # of an audio or its text; written with the role in front: target_low_sample_rate
+    "low_sample_rate": "below 16 kHz: half of what the codec could carry is not there",
+    "quiet": "the peak stays below -30 dB of full scale",
+    "dc_offset": "the wave does not swing around zero",
+    "leading_silence": "more than a second before the first sound",
+    "trailing_silence": "more than a second after the last sound: the model learns to stop late",
+}
+TEXT_WARNINGS = {
+    "target_text_from_instruction": "the assistant's turn has no text; the user's last text was taken",
+    "instruction_text_differs": "the instruction asks for another text than the assistant's, which was taken",
+    "invisible_marks_removed": "byte order marks or bidirectional controls were removed from a text",
+    "normalized_nfc": "text.normalize changed a text (Unicode composition)",
+    "normalized_tatweel": "text.normalize removed tatweel",
+    "normalized_digits": "text.normalize wrote Arabic-Indic digits as ASCII",
+}
+ROLES = ("reference", "target")
+WARNINGS = {**ROLE_WARNINGS, **TEXT_WARNINGS}
+WRITTEN_WARNINGS = frozenset({f"{role}_{code}" for role in ROLES for code in ROLE_WARNINGS} | TEXT_WARNINGS.keys())
+
+
+def known_reason(reason: str) -> str:
+    """The reason itself. Raises ValueError for one that REASONS does not explain."""
+    if reason not in REASONS:
+        raise ValueError(f"reject reason {reason!r} is not in preprocess/reasons.py; add it there with its line")
+    return reason
+
+
+def known_warnings(codes: Iterable[str]) -> list[str]:
+    """The codes as a sample stores them. Raises ValueError for one that is not explained."""
+    codes = list(codes)
+    for code in codes:
+        if code not in WRITTEN_WARNINGS:
+            raise ValueError(f"warning code {code!r} is not in preprocess/reasons.py; add it there with its line")
+    return codes
+
+
+def reject(row: int, row_id: str, stage: str, reason: str, detail: str, path: str | None = None) -> Reject:
+    """The only maker of rejects in stage one. `stage` is where it was found: intake, pair, text, audio or worker."""
+    return Reject(row=row, id=row_id, stage=stage, reason=known_reason(reason), detail=detail, path=path)
+
+
+class RowFault(Exception):
+    """Why one row is rejected; `reason` is one of REASONS."""
+
+    def __init__(self, stage: str, reason: str, detail: str, path: str | None = None) -> None:
+        super().__init__(detail)
+        self.stage, self.reason, self.detail, self.path = stage, known_reason(reason), detail, path
+
+
+def reject_of(fault: RowFault, row: int, row_id: str) -> Reject:
+    """The line of rejects.jsonl for a fault of this row."""
+    return reject(row, row_id, fault.stage, fault.reason, fault.detail, fault.path)
