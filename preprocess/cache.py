@@ -21,7 +21,7 @@ from preprocess.audio import AudioMeasures
 
 
 class EncodedCodes(msgspec.Struct, frozen=True):
-    """Codec codes of a file and what decoding told about it."""
+    """Codec codes of a file and what decoding found out about it."""
 
     codes_npy: bytes  # .npy uint16 [8, T]
     num_frames: int

@@ -126,7 +126,7 @@ def convert_command(kind: str, source: Path, chatml: Path, seed: int) -> None:
         if made.lonely_clips:
             first = made.lonely_clips[0]
             click.echo(
-                f"left out: {len(made.lonely_clips)} clips whose speaker has no other clip; first {first}", err=True
+                f"skipped: {len(made.lonely_clips)} clips whose speaker has no other clip; first {first}", err=True
             )
 
 

@@ -93,7 +93,7 @@ def cuda_devices() -> list[str]:
     import torch
 
     if not torch.cuda.is_available():
-        raise ConfigError("--device cuda: no CUDA device is visible; use --device cpu, or look at nvidia-smi")
+        raise ConfigError("--device cuda: no CUDA device is visible; use --device cpu, or see what nvidia-smi says")
     return [f"cuda:{number}" for number in range(torch.cuda.device_count())]
 
 

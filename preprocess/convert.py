@@ -5,7 +5,7 @@
     folder     x.wav beside x.txt or x.lab; the speaker is the folder a file lies in
 
 Every clip becomes a target; its reference is another clip of the same speaker, drawn with a seed, never itself. A speaker
-with one clip only cannot be cloned from another one: those clips are left out and counted.
+with one clip only cannot be cloned from another one: those clips are skipped and counted.
 """
 
 from __future__ import annotations

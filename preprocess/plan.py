@@ -201,7 +201,7 @@ def _remove_job(out: Path) -> None:
         (out / name).unlink(missing_ok=True)
     for name in ("shards", "job", "encoded"):
         if (out / name).exists():
-            shutil.rmtree(out / name)  # what cannot be deleted is told, not left under the next job
+            shutil.rmtree(out / name)  # what cannot be deleted is an error, not left under the next job
     removed.unlink()
 
 

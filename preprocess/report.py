@@ -69,7 +69,7 @@ class Progress:
         return self._audio_s / max(1e-9, time.monotonic() - self._start)
 
     def _num_rows(self) -> int:
-        return max(self._rows, self._samples + self._rejects)  # Ray tells of whole shards only
+        return max(self._rows, self._samples + self._rejects)  # Ray reports whole shards only
 
     def _line(self) -> str:
         rate = self._num_rows() / max(1e-9, time.monotonic() - self._start)
@@ -122,7 +122,7 @@ def print_validation(report: dict[str, Any], out: Path) -> None:
         ("warnings", _counts(report["warnings"]) or "none"),
     ]
     _print_table(rows)
-    _print_line(f"{out}/report.json holds this, {out}/rejects.jsonl every row that was left out")
+    _print_line(f"{out}/report.json holds this, {out}/rejects.jsonl every rejected row")
 
 
 def _print_table(rows: list[tuple[str, str]]) -> None:

@@ -170,5 +170,5 @@ def _work(pipe: Connection, prepare: Prepare, setup: Any) -> None:
         pipe.send(
             ("fault", DataError(f"{error.filename or 'OUT'}: {error.strerror}; the same command continues this job"))
         )
-    except Exception as error:  # our own bug: told with the place it happened
+    except Exception as error:  # our own bug: reported with the place it happened
         pipe.send(("fault", RuntimeError(f"{error}\n{traceback.format_exc()}")))

@@ -2,7 +2,7 @@
 
 Every command reads the same file. Each section is a frozen struct beside the code that uses it; this module holds the
 three sections both stages must agree on and the reader. Values are never coerced ("1e-4" is not a number), unknown keys
-are errors that name the nearest known key, and all problems of a file are told together. A command checks the sections
+are errors that name the nearest known key, and all problems of a file are reported together. A command checks the sections
 it reads and leaves the others alone, so stage one runs on a machine where stage two's options are not settled yet.
 """
 

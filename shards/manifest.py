@@ -95,7 +95,7 @@ def open_dataset(folder: Path) -> tuple[Dataset, np.ndarray]:
 
 
 def check_fingerprints(dataset: Dataset, expected: Fingerprints) -> None:
-    """Refuse features made by another codec, tokenizer or mel recipe than the model's; every difference is told."""
+    """Refuse features made by another codec, tokenizer or mel recipe than the model's; every difference is named."""
     pairs = [
         ("codec", "model.codec", dataset.fingerprints.codec, expected.codec),
         ("tokenizer", "model.base", dataset.fingerprints.tokenizer, expected.tokenizer),

@@ -62,7 +62,7 @@ class SampleReader:
         try:
             return os.pread(self._descriptor(shard), num_bytes, offset)
         except OSError as error:
-            raise ShardError(f"{where}: cannot be read: {error.strerror}; look at the disk or its mount") from None
+            raise ShardError(f"{where}: cannot be read: {error.strerror}; check the disk or its mount") from None
 
     def _descriptor(self, shard: int) -> int:
         if self._pid != os.getpid():  # after a fork: the parent's table is not ours

@@ -27,7 +27,7 @@ TAR_BLOCK = 512
 
 
 class Reject(msgspec.Struct, frozen=True, kw_only=True):
-    """A row that was left out, and why. `path` is the audio file concerned, if one is."""
+    """A rejected row, and why. `path` is the audio file concerned, if one is."""
 
     row: int
     id: str

@@ -5,7 +5,7 @@ Run in the native environment by `make test-boson`. Written into OUT:
     tiny/               what `tiny` writes
     NAME.wave.npy       waves [S] float32, S a multiple of 960, NAME in WAVES
     codec.NAME.npy, codec.NAME.decoded.npy, tiny.NAME.npy, tiny.NAME.decoded.npy    codes [8, T], decoded waves [S]
-    road/               shards/, run/, merged/ and codes.npy of the real commands with `tiny`'s model
+    end-to-end/         shards/, run/, merged/ and codes.npy of the real commands with `tiny`'s model
 All weights are random and calibrated as `tiny`'s are.
 """
 
@@ -43,7 +43,7 @@ BOSON_CONFIG: dict[str, Any] = {
     "semantic_techer": "hubert_base_general",
     "semantic_config": {"num_hidden_layers": 2},
 }
-ROAD = {
+END_TO_END = {
     "preprocess": ("preprocess.cli", "{list} {out}/shards --limit 4 --set preprocess.samples_per_shard=3"),
     "train": ("train.cli", "{out}/shards {out}/run --set train.max_steps=4 --set train.log_every=1"),
     "checkpoints": ("tools.checkpoints.cli", "merge {out}/run {out}/merged"),
@@ -59,7 +59,7 @@ def run_end_to_end(out: Path, config: Path) -> None:
     """From ChatML to speech by the four commands, in this environment, everything into `out`."""
     repository = Path(__file__).parent.parent
     places = {"out": out, "list": DATA / "chatml.json", "speech": SPEECH}
-    for name, (module, arguments) in ROAD.items():
+    for name, (module, arguments) in END_TO_END.items():
         given = [part.format_map(places) for part in arguments.split()]
         given += [] if name == "checkpoints" else ["--config", str(config)]
         code = f"import sys; sys.argv = {[name, *given]!r}; from {module} import main; main()"

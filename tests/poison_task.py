@@ -32,7 +32,7 @@ class Poison:
         if what == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         elif what == "fault":
-            raise DataError("told in one line")
+            raise DataError("said in one line")
         elif what == "full":
             raise OSError(28, "No space left on device", "shard-000001.tar")
         elif what == "bug":

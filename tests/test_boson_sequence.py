@@ -118,7 +118,7 @@ def test_clone_equals_boson_with_the_released_conversation(samples, tokenizer, b
     equal_to_boson(sequence, sample, clone_row(sample, RELEASED_SYSTEM_PROMPT), boson_tokenizer)
 
 
-def test_bosons_collator_destroys_labels_and_our_builder_does_not(samples, tokenizer, boson_tokenizer):
+def test_bosons_collator_destroys_labels_and_ours_does_not(samples, tokenizer, boson_tokenizer):
     """Why everything above is made anew for every batch; and the reason our builder holds no labels between calls."""
     sample = samples[0]
     codes = [sample.reference_codes, sample.target_codes]

@@ -110,7 +110,7 @@ def test_a_config_that_lacks_a_size_is_refused(boson_folder, tmp_path):
         load_codec(tmp_path)
 
 
-def test_without_any_implementation_one_line_says_what_to_install(tiny_dir, monkeypatch):
+def test_without_an_implementation_one_line_says_what_to_install(tiny_dir, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", SimpleNamespace(__version__="4.50.0"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(CheckpointError, match=r"^nothing here can run the codec: transformers 4\.50\.0 .*boson extra$"):

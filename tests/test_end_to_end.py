@@ -1,4 +1,4 @@
-"""The heart of the suite: the whole road by its real commands, on real Arabic speech, ending in the proof of overfitting.
+"""The heart of the suite: end to end by the real commands, on real Arabic speech, ending in the proof of overfitting.
 
 If a tiny model trained on four samples and merged does not speak these samples' codes and stop by itself, something
 between ChatML and speech is wrong: the shift, the delay, the end of speech, the template, the merge.
@@ -40,7 +40,7 @@ num_workers = 1
 
 
 @pytest.fixture(scope="module")
-def road(tmp_path_factory, tiny_dir, arabic_mini, run_command) -> Path:
+def demo(tmp_path_factory, tiny_dir, arabic_mini, run_command) -> Path:
     """A folder with shards/, run/ and merged/ made by the commands."""
     folder = tmp_path_factory.mktemp("end-to-end")
     models = (tiny_dir / "pipeline.toml").read_text().split("[preprocess]")[0]
@@ -59,39 +59,39 @@ def road(tmp_path_factory, tiny_dir, arabic_mini, run_command) -> Path:
 
 
 @pytest.mark.slow
-def test_overfit_model_speaks_its_targets_and_stops(road: Path, run_command):
-    dataset, index = open_dataset(road / "shards")
+def test_overfit_model_speaks_its_targets_and_stops(demo: Path, run_command):
+    dataset, index = open_dataset(demo / "shards")
     assert dataset.num_samples == NUM_SAMPLES
     equal = total = 0
     for row in index:
-        sample = SampleReader(road / "shards").read(row)
+        sample = SampleReader(demo / "shards").read(row)
         facts = sample.facts
         result = run_command(
             "speak",
-            road / "merged",
+            demo / "merged",
             *("--reference", facts.reference.path, "--reference-text", facts.texts[facts.reference_text]),
             *("--text", facts.texts[facts.target_text], "--greedy", "--max-seconds", 12, "--json"),
-            *("--out", road / "speech.wav", "--codes", road / "codes.npy", "--config", road / "pipeline.toml"),
+            *("--out", demo / "speech.wav", "--codes", demo / "codes.npy", "--config", demo / "pipeline.toml"),
         )
         assert result.returncode == 0, result.stderr
         spoken = json.loads(result.stdout)
         assert spoken["stopped"], "speech must end by itself"
-        codes = np.load(road / "codes.npy")
+        codes = np.load(demo / "codes.npy")
         num_frames = max(codes.shape[1], sample.target_codes.shape[1])
         shorter = min(codes.shape[1], sample.target_codes.shape[1])
         equal += int((codes[:, :shorter] == sample.target_codes[:, :shorter]).all(axis=0).sum())
         total += num_frames
-        with wave.open(str(road / "speech.wav")) as file:
+        with wave.open(str(demo / "speech.wav")) as file:
             assert (file.getframerate(), file.getnchannels()) == (24000, 1)
             assert file.getnframes() == codes.shape[1] * 960
     assert equal / total >= 0.95, f"{equal} of {total} frames are equal in all 8 codebooks"
 
 
 @pytest.mark.slow
-def test_target_codes_are_worth_learning(road: Path):
+def test_target_codes_are_worth_learning(demo: Path):
     """The proof above would be empty if the tiny codec gave every clip the same codes."""
-    _, index = open_dataset(road / "shards")
-    samples = [SampleReader(road / "shards").read(row) for row in index]
+    _, index = open_dataset(demo / "shards")
+    samples = [SampleReader(demo / "shards").read(row) for row in index]
     for sample in samples:
         assert all(len(np.unique(book)) > 20 for book in sample.target_codes)
     first, second = samples[0].target_codes, samples[1].target_codes
@@ -100,20 +100,20 @@ def test_target_codes_are_worth_learning(road: Path):
 
 
 @pytest.mark.slow
-def test_merged_model_equals_base_with_adapter_and_loads_in_transformers(road: Path, tiny_dir, tokenizer):
+def test_merged_equals_base_with_adapter_and_loads_in_transformers(demo: Path, tiny_dir, tokenizer):
     from train.model.lora import load_adapter
     from train.run_folder.checkpoint_folders import complete_checkpoints
 
     transformers = pytest.importorskip("transformers", minversion="5.3", reason="the native class came with 5.3")
-    _, index = open_dataset(road / "shards")
-    sample = SampleReader(road / "shards").read(index[0])
+    _, index = open_dataset(demo / "shards")
+    sample = SampleReader(demo / "shards").read(index[0])
     sequence = SequenceBuilder(tokenizer, SequenceSection()).training(sample)
     batch = pack([sequence], [0], ["k"])
     adapted = load_model(tiny_dir / "model", torch.float32)
-    load_adapter(adapted, complete_checkpoints(road / "run")[-1] / "adapter")
-    merged = load_model(road / "merged", torch.float32)
+    load_adapter(adapted, complete_checkpoints(demo / "run")[-1] / "adapter")
+    merged = load_model(demo / "merged", torch.float32)
     native = transformers.HiggsAudioV2ForConditionalGeneration.from_pretrained(
-        road / "merged", use_text_head=True, dtype=torch.float32
+        demo / "merged", use_text_head=True, dtype=torch.float32
     )
     is_audio = torch.from_numpy(sequence.token_ids == 128016)
     with torch.no_grad():
@@ -132,17 +132,17 @@ def test_merged_model_equals_base_with_adapter_and_loads_in_transformers(road: P
 
 
 @pytest.mark.slow
-def test_sampled_speech_is_reproducible_by_seed(road: Path, run_command):
+def test_sampled_speech_is_reproducible_by_seed(demo: Path, run_command):
     def speak(seed: int) -> np.ndarray:
         result = run_command(
             "speak",
-            road / "merged",
+            demo / "merged",
             *("--reference", "tests/data/arabic-mini/spk_03_06.flac", "--reference-text", "نص", "--text", "نص آخر"),
-            *("--seed", seed, "--temperature", 1.5, "--max-seconds", 2, "--codes", road / "sampled.npy"),
-            *("--out", road / "sampled.wav", "--config", road / "pipeline.toml"),
+            *("--seed", seed, "--temperature", 1.5, "--max-seconds", 2, "--codes", demo / "sampled.npy"),
+            *("--out", demo / "sampled.wav", "--config", demo / "pipeline.toml"),
         )
         assert result.returncode == 0, result.stderr
-        return np.load(road / "sampled.npy")
+        return np.load(demo / "sampled.npy")
 
     first, again, other = speak(1), speak(1), speak(2)
     np.testing.assert_array_equal(first, again)
@@ -160,28 +160,28 @@ def test_sampled_speech_is_reproducible_by_seed(road: Path, run_command):
         ({"--set": "model.codec=tests"}, "no codec here"),
     ],
 )
-def test_mistakes_in_speak_give_one_clear_line(road: Path, run_command, changes, message):
+def test_mistakes_in_speak_give_one_clear_line(demo: Path, run_command, changes, message):
     given = {
         "--reference": "tests/data/arabic-mini/spk_03_06.flac",
         "--reference-text": "نص",
         "--text": "نص",
-        "--out": road / "never.wav",
-        "--config": road / "pipeline.toml",
+        "--out": demo / "never.wav",
+        "--config": demo / "pipeline.toml",
     }
-    model = changes.get("MODEL", road / "merged")
+    model = changes.get("MODEL", demo / "merged")
     options = {**given, **{name: value for name, value in changes.items() if name != "MODEL"}}
     result = run_command("speak", model, *[part for option in options.items() for part in option])
     assert result.returncode == 1
     assert message in result.stderr
     assert "Traceback" not in result.stderr
-    assert not (road / "never.wav").exists()
+    assert not (demo / "never.wav").exists()
 
 
 @pytest.mark.slow
-def test_mistakes_in_merge_give_one_clear_line(road: Path, run_command, tmp_path):
+def test_mistakes_in_merge_give_one_clear_line(demo: Path, run_command, tmp_path):
     for run, out, message in [
         (tmp_path, tmp_path / "out", "no complete checkpoint here"),
-        (road / "run", road / "merged", "exists and is not empty"),
+        (demo / "run", demo / "merged", "exists and is not empty"),
     ]:
         result = run_command("checkpoints", "merge", run, out)
         assert result.returncode == 1

@@ -80,7 +80,7 @@ def test_the_kernel_agrees_with_the_padded_way(heads):
 
 
 @pytest.mark.parametrize(("compiled", "recompute"), [(False, False), (True, False), (True, True)])
-def test_bf16_steps_on_the_gpu_learn_what_fp32_steps_on_the_cpu_do(model_dir, batches, world, compiled, recompute):
+def test_bf16_steps_on_the_gpu_learn_as_fp32_on_the_cpu(model_dir, batches, world, compiled, recompute):
     """As `train.model.build` makes the model: sharded over one rank, so that LoRA computes in bf16 from fp32 masters."""
     torch._dynamo.reset()
     expected, expected_gradients = learn(

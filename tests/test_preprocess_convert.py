@@ -114,7 +114,7 @@ def test_the_command_and_stage_one_after_it(clips: Path, run_command, tiny_dir):
     made = run_command("preprocess", "convert", "folder", clips, clips / "list.jsonl")
     assert made.returncode == 0, made.stderr
     assert "5 rows of 2 speakers" in made.stderr
-    assert "left out: 1 clips whose speaker has no other clip" in made.stderr
+    assert "skipped: 1 clips whose speaker has no other clip" in made.stderr
     checked = run_command("preprocess", clips / "list.jsonl", clips / "out", "--validate-only")
     assert checked.returncode == 0, checked.stderr
     wrong = run_command("preprocess", "convert", "csv", clips / "nowhere.csv", clips / "x.json")

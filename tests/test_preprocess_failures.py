@@ -1,4 +1,4 @@
-"""Mishaps beyond a user's plain mistakes: --new-job on a foreign folder, cut-off compressed lists, half-written shards."""
+"""Failures beyond a user's plain mistakes: --new-job on a foreign folder, cut-off compressed lists, half-written shards."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_a_long_file_is_refused_by_its_header(monkeypatch):
     assert fault.value.reason == "audio_too_long"
 
 
-def test_a_row_with_more_tokens_than_the_index_counts_is_left_out(run_command, arabic_mini, tiny_dir, tmp_path):
+def test_a_row_too_long_for_the_index_is_rejected(run_command, arabic_mini, tiny_dir, tmp_path):
     rows = json.loads(arabic_mini.read_text())[:3]
     rows[1]["messages"][0]["content"] = "كلمة " * 70000
     (tmp_path / "list.json").write_text(json.dumps(rows))

@@ -1,4 +1,4 @@
-"""Stage one as a job: same bytes whoever makes it and however often it is killed; mistakes are told; damage is found."""
+"""Stage one as a job: same bytes whoever makes it and however often it is killed; mistakes are named; damage is found."""
 
 from __future__ import annotations
 

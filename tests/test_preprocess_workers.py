@@ -1,4 +1,4 @@
-"""The pool: no task is lost, no kill hangs it, and a row that kills its worker is found and left out."""
+"""The pool: no task is lost, no kill hangs it, and a row that kills its worker is found and rejected."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_workers_that_keep_dying_end_the_job(poison):
 @pytest.mark.parametrize(
     ("what", "error", "message"),
     [
-        ("fault", DataError, "told in one line"),
+        ("fault", DataError, "said in one line"),
         ("full", DataError, "shard-000001.tar: No space left on device; the same command continues this job"),
         ("bug", RuntimeError, "KeyError: 'ours'"),
     ],

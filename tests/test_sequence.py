@@ -34,7 +34,7 @@ def test_delay_pattern_is_the_released_one():
     assert delay(SMALL).tolist() == [[1024, 1, 2, 3, 1025, 1025], [1024, 1024, 11, 12, 13, 1025]]
 
 
-def test_targets_are_the_next_column_with_one_end_of_speech_per_codebook():
+def test_targets_are_the_next_column_with_one_end_per_codebook():
     columns, targets = delay(SMALL), next_columns(SMALL)
     assert targets.tolist() == [[1, 2, 3, 1025, -100, -100], [-100, 11, 12, 13, 1025, -100]]
     learned = targets[:, :-1] != IGNORE
@@ -48,7 +48,7 @@ def test_undelay_inverts_delay_and_drops_markers(num_frames):
     np.testing.assert_array_equal(undelay(delay(codes)), codes)
 
 
-def test_undelay_of_speech_that_was_cut_keeps_only_complete_frames():
+def test_undelay_of_cut_speech_keeps_only_complete_frames():
     codes = np.random.default_rng(0).integers(0, 1024, (8, 50))
     cut = delay(codes)[:, :30]  # the model never said end of speech
     np.testing.assert_array_equal(undelay(cut), codes[:, :22])

@@ -6,7 +6,7 @@ from shards.config import read_config
 from train.loop import RunOptions, train
 
 
-def test_an_adapter_is_spoken_with_the_layout_it_was_trained_with(short_data, short_config, tiny_dir, tmp_path):
+def test_an_adapter_is_spoken_with_its_training_layout(short_data, short_config, tiny_dir, tmp_path):
     from tools.speaker import SpeakConfig, load_speaker
 
     last = train(

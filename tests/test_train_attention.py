@@ -168,7 +168,7 @@ def test_the_kernel_is_used_only_where_it_runs_and_agrees(model_dir, monkeypatch
     def fails(*_: object) -> float:
         raise RuntimeError("FlashAttention only supports Ampere GPUs or newer.\nmore")
 
-    for measure, kind, told in (
+    for measure, kind, logged in (
         (lambda *_: 0.004, "varlen", None),
         (lambda *_: 0.3, "padded", "documents are padded, since varlen_attn is 0.3 apart"),
         (lambda *_: float("nan"), "padded", "documents are padded, since varlen_attn is nan apart"),
@@ -178,7 +178,7 @@ def test_the_kernel_is_used_only_where_it_runs_and_agrees(model_dir, monkeypatch
         monkeypatch.setattr(attention, "disagreement", measure)
         with caplog.at_level(logging.WARNING, logger="train"):
             assert choose_attention(config, cuda, torch.bfloat16, is_compiled=True) == kind
-        assert (told in caplog.text) if told else not caplog.text
+        assert (logged in caplog.text) if logged else not caplog.text
 
 
 def test_documents_go_to_a_device_whole(batches):

@@ -120,9 +120,7 @@ def test_best_points_at_the_lowest_held_out_loss_and_is_kept(tmp_path):
     assert best_checkpoint(run) == run / "checkpoints" / "checkpoint-4"
 
 
-def test_a_folder_that_cannot_be_made_loses_one_checkpoint_and_not_the_run(
-    short_data, short_config, tmp_path, monkeypatch
-):
+def test_a_folder_that_cannot_be_made_costs_one_checkpoint_only(short_data, short_config, tmp_path, monkeypatch):
     make = Path.mkdir
 
     def full(path: Path, *given, **named) -> None:
@@ -137,7 +135,7 @@ def test_a_folder_that_cannot_be_made_loses_one_checkpoint_and_not_the_run(
     assert "checkpoint-2: not saved: [Errno 28] No space left" in (run / "logs" / "training.log").read_text()
 
 
-def test_a_fault_right_after_a_checkpoint_was_begun_does_not_cost_it(short_data, short_config, tmp_path, monkeypatch):
+def test_a_fault_after_a_checkpoint_was_begun_does_not_cost_it(short_data, short_config, tmp_path, monkeypatch):
     """The checkpoint of step 4 is still being written when step 5 is not finite: the run goes on from 4 all the same."""
     from train.run_folder import checkpoint
 

@@ -184,7 +184,7 @@ def test_only_the_first_faults_are_told_one_by_one(dataset, builder, caplog):
         for _ in range(source.planner.num_steps(0)):
             next(feed)
     assert feed.num_bad == 30
-    assert caplog.text.count("left out: ") == MAX_LOGGED_FAULTS
+    assert caplog.text.count("skipped: ") == MAX_LOGGED_FAULTS
     assert caplog.text.count("from here on they are only counted") == 1
 
 
@@ -216,7 +216,7 @@ def test_a_killed_loader_process_is_told_with_what_to_do(dataset, builder):
 
 
 def kill_and_read_on(loaded_packs) -> None:
-    """torch tells it from a signal handler, wherever the process is, or from the queue."""
+    """torch raises it from a signal handler, wherever the process is, or from the queue."""
     try:
         for process in multiprocessing.active_children():
             process.kill()
@@ -232,7 +232,7 @@ def test_other_errors_are_not_taken_for_a_dead_loader():
     assert dead_loader(RuntimeError()) is None
 
 
-def test_a_file_system_that_forgot_its_descriptors_is_asked_again(dataset, monkeypatch):
+def test_a_stale_file_handle_is_opened_again(dataset, monkeypatch):
     """ESTALE after a server's restart. Two errors in a row are damage of that one sample, not the end of the run."""
     index = np.load(dataset / "index.npy")
     reader = SampleReader(dataset)

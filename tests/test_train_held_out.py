@@ -78,7 +78,7 @@ def test_parts_are_disjoint_by_speaker_and_fixed(counts, seed, fraction):
     )
 
 
-def test_the_share_is_near_what_was_asked_for_and_changes_with_the_seed():
+def test_the_share_is_near_what_was_asked_and_follows_the_seed():
     index = index_of([20] * 200)
     chosen = [choose_speakers(index, seed, 0.05) for seed in range(3)]
     assert [len(speakers) for speakers in chosen] == [10, 10, 10]

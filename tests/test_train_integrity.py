@@ -67,20 +67,20 @@ def keys_of(ended) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_damaged_sample_is_left_out_and_named_and_both_ranks_finish(run_ranks, dataset, num_workers):
+def test_a_damaged_sample_is_skipped_and_both_ranks_finish(run_ranks, dataset, num_workers):
     whole = run_ranks([dataset, dataset])
     flip_payload(dataset, 5)
     ended = run_ranks([dataset, dataset], "max_bad_fraction=0.1", f"num_workers={num_workers}")
     assert [status for status, _, _ in ended] == [0, 0], ended
     assert keys_of(ended) == [key for key in keys_of(whole) if key != "000000000005"]
     said = "".join(stderr for _, stderr, _ in ended)
-    assert said.count("left out: shards/000/shard-000000.tar: sample 000000000005") == 1
+    assert said.count("skipped: shards/000/shard-000000.tar: sample 000000000005") == 1
     assert "checksum differs from the index" in said
     assert [written["metrics/bad_samples"] for _, _, written in ended] == [1, 1], "both ranks know"
 
 
 @pytest.mark.slow
-def test_too_much_damage_on_one_rank_stops_both_with_the_same_line(run_ranks, dataset):
+def test_too_much_damage_on_one_rank_stops_both(run_ranks, dataset):
     for row in range(6):
         flip_payload(dataset, row)
     ended = run_ranks([dataset, dataset], "max_bad_fraction=0.05", num_steps=20)
@@ -91,7 +91,7 @@ def test_too_much_damage_on_one_rank_stops_both_with_the_same_line(run_ranks, da
 
 
 @pytest.mark.slow
-def test_another_data_set_on_one_rank_stops_both_with_both_values(run_ranks, dataset, make_dataset, samples, tmp_path):
+def test_another_data_set_on_one_rank_stops_both(run_ranks, dataset, make_dataset, samples, tmp_path):
     other = make_dataset(tmp_path / "other", [*samples[1:], samples[0]])
     ended = run_ranks([dataset, other])
     assert [status for status, _, _ in ended] == [1, 1]

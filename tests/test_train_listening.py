@@ -143,9 +143,9 @@ def test_without_held_out_data_it_speaks_training_samples(dataset, settings, tmp
     train(settings("train.listening_samples=1", "train.max_steps=1"), dataset, tmp_path / "run", RunOptions())
     (folder,) = (tmp_path / "run" / "listening").iterdir()
     assert {path.name for path in folder.iterdir()} == {"text.txt"}
-    told = (tmp_path / "run" / "logs" / "training.log").read_text()
-    assert "step-000001.wav: not written: [Errno 28] No space left on device; training goes on" in told
-    assert "x as long as recorded" in told
+    logged = (tmp_path / "run" / "logs" / "training.log").read_text()
+    assert "step-000001.wav: not written: [Errno 28] No space left on device; training goes on" in logged
+    assert "x as long as recorded" in logged
 
 
 def test_each_sample_is_of_another_speaker_and_short_first(dataset, make_dataset, make_sample, tmp_path):
@@ -166,7 +166,7 @@ def test_a_stream_speaks_too(dataset, settings, tmp_path):
     assert len(list((tmp_path / "run" / "listening").glob("*/step-000001.wav"))) == 3
 
 
-def test_a_signal_breaks_off_evaluation_and_speech_but_not_the_checkpoint(dataset, settings, tmp_path, monkeypatch):
+def test_a_signal_breaks_off_evaluation_but_not_the_checkpoint(dataset, settings, tmp_path, monkeypatch):
     """A signal in the middle of an evaluation: nothing more is evaluated or spoken, and the run saves and stops."""
     import os
     import signal
@@ -209,7 +209,7 @@ def test_speech_is_broken_off_within_a_second_of_it(model_dir, tokenizer, make_s
     assert 25 <= speech.codes.shape[1] <= 50
 
 
-def test_speaking_takes_nothing_from_the_throughput_told(dataset, settings, tmp_path, monkeypatch):
+def test_speaking_takes_nothing_from_the_throughput_logged(dataset, settings, tmp_path, monkeypatch):
     """Every look takes eleven days here; the steps between them do not."""
     from train import loop, step
 

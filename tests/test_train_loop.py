@@ -105,9 +105,7 @@ def test_mistakes_give_one_clear_line(
         ]
 
 
-def test_a_loader_process_that_dies_within_a_step_ends_the_run_with_a_line(
-    short_data, short_config, tmp_path, monkeypatch
-):
+def test_a_loader_process_that_dies_ends_the_run_with_a_line(short_data, short_config, tmp_path, monkeypatch):
     """torch raises from the handler of SIGCHLD, here in the middle of the second step."""
     real = loop.train_step
     steps = []

@@ -81,7 +81,7 @@ def test_the_update_is_added_as_peft_adds_it(model_dir, options):
         assert (ours[0] - base(x)).abs().max() > 1e-2, "an adapter without effect would prove nothing"
 
 
-def test_fp32_weights_on_a_base_in_bf16_are_added_in_fp32_by_peft(model_dir):
+def test_fp32_lora_on_a_bf16_base_is_added_in_fp32_by_peft(model_dir):
     model = load_model(model_dir, torch.bfloat16)
     add_lora(model, LoraSection(rank=4), "base", seed=0)
     layer = model.audio_lm_head

@@ -194,7 +194,7 @@ class KeptForBackward:
         return self.last
 
 
-def test_layers_are_recomputed_only_if_packs_do_not_fit_otherwise(dataset, settings, tmp_path, monkeypatch):
+def test_layers_are_recomputed_only_if_packs_do_not_fit(dataset, settings, tmp_path, monkeypatch):
     def taken(name: str, limit: int, *options: str) -> int:
         """Bytes of the last probe, that of the budget in force."""
         meter = KeptForBackward(limit)

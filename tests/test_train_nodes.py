@@ -79,7 +79,7 @@ def wait_for_listener(port: int) -> None:
 
 
 def wait_for_steps(run: Path, steps: int, nodes: list[Started]) -> None:
-    """Until the run has logged so many steps; which node's console tells them is not known beforehand."""
+    """Until the run has logged so many steps; which node's console shows them is not known beforehand."""
     end = time.monotonic() + 240
     while not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_text().splitlines()) < steps:
         assert time.monotonic() < end, "the steps never came"
@@ -88,7 +88,7 @@ def wait_for_steps(run: Path, steps: int, nodes: list[Started]) -> None:
 
 
 @pytest.mark.slow
-def test_two_nodes_train_as_one_process_and_one_that_dies_ends_the_other(start_nodes, alone, tmp_path):
+def test_two_nodes_train_as_one_process_and_end_together(start_nodes, alone, tmp_path):
     run = tmp_path / "run"
     nodes = start_nodes(run, 2)
     wait_for_steps(run, 5, nodes)
@@ -117,22 +117,22 @@ def test_only_what_a_collective_says_is_taken_for_a_lost_rank():
 
 
 @pytest.mark.slow
-def test_a_run_folder_on_each_nodes_own_disk_is_refused_before_anything_is_trained(start_nodes, tmp_path):
+def test_a_run_folder_on_each_nodes_own_disk_is_refused(start_nodes, tmp_path):
     folders = tmp_path / "node-0", tmp_path / "node-1"
     for folder in folders:
         folder.mkdir()
     ended = [node.end(limit_s=120) for node in start_nodes("run", 1, folders=folders)]
     assert [status for status, _ in ended] == [1, 1]
-    told = [line for _, messages in ended for line in messages.splitlines() if line.startswith("error")]
-    assert told  # at least by rank 0: the other launcher may end its rank meanwhile
-    assert all("run: rank 1 on " in line and "RUN must be one folder for all ranks" in line for line in told)
+    lines = [line for _, messages in ended for line in messages.splitlines() if line.startswith("error")]
+    assert lines  # at least by rank 0: the other launcher may end its rank meanwhile
+    assert all("run: rank 1 on " in line and "RUN must be one folder for all ranks" in line for line in lines)
     assert not list(tmp_path.glob("node-*/run/.seen*"))
     assert not list(tmp_path.glob("node-*/run/checkpoints"))
 
 
 @pytest.mark.slow
 def test_a_signal_to_one_nodes_launcher_saves_on_all(start_nodes, alone, tmp_path):
-    """As the README says: torchrun passes USR1 on if it is told so. Slurm sends it to every node; one must be enough."""
+    """As the README says: torchrun passes USR1 on if asked to. Slurm sends it to every node; one must be enough."""
     run = tmp_path / "run"
     nodes = start_nodes(run, 1, "--signals-to-handle", "SIGTERM,SIGUSR1")
     wait_for_steps(run, 3, nodes)

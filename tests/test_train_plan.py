@@ -126,7 +126,7 @@ def test_a_step_holds_the_same_packs_for_every_world_size(lengths, world_size, m
         assert together == alone[step]
 
 
-def test_packs_that_cannot_be_shared_are_refused_with_both_values():
+def test_packs_that_cannot_be_shared_are_refused():
     planner = plan_of(make_index([100] * 100), packs_per_step=6)
     with pytest.raises(ConfigError, match=r"packs_per_step = 6 cannot be shared by 4 ranks; take a multiple of 4"):
         next(planner.rank_packs(0, 0, 4))
@@ -195,10 +195,10 @@ def test_packs_are_well_filled():
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.lognormal(np.log(430), 0.35, 20000), 80, 1100).astype(np.int64)
     planner = plan_of(make_index(lengths), batch_tokens=8192, packs_per_step=8)
-    assert lengths.sum() / (planner.num_packs(0) * 8192) > 0.98  # 98.97 % measured in research on such lengths
+    assert lengths.sum() / (planner.num_packs(0) * 8192) > 0.98  # 98.97 % measured with such lengths, NOTES.md
 
 
-def test_too_long_samples_are_counted_and_the_first_of_them_named():
+def test_too_long_samples_are_counted_and_the_first_named():
     lengths = np.full(40, 100)
     lengths[[17, 20]] = 1001
     planner = plan_of(make_index(lengths))

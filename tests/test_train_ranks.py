@@ -98,7 +98,7 @@ def alone(train_run) -> Path:
         "four-compiled",
     ],
 )
-def test_neither_ranks_nor_accumulation_nor_options_change_a_step(alone, train_run, gpus, settings):
+def test_ranks_accumulation_and_options_do_not_change_a_step(alone, train_run, gpus, settings):
     """Four packs make a step: one rank accumulates four, two ranks two each, four ranks one each."""
     run = train_run("run", gpus, *settings)
     same_history(run, history(alone))
@@ -172,7 +172,7 @@ def test_a_step_is_the_same_however_its_samples_are_accumulated(one_pack, run_of
 
 
 @pytest.mark.slow
-def test_the_saved_adapter_has_two_tensors_per_target_whatever_the_ranks(alone, train_run):
+def test_the_adapter_has_two_tensors_per_target_on_any_ranks(alone, train_run):
     run = train_run("shapes", 2, "train.max_steps=1", "train.shard_base=true")
     saved = load_file(run / "checkpoints" / "checkpoint-1" / "adapter" / "adapter_model.safetensors")
     assert len(saved) == 2 * (4 * 10 + 1)  # ten linear layers in each of four, and the audio head
@@ -194,9 +194,7 @@ def test_a_mistake_that_all_ranks_see_is_told_once(command_of, repository, tmp_p
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_not_finite_ends_all_ranks_and_keeps_the_checkpoint_begun_before_it(
-    command_of, repository, tmp_path
-):
+def test_a_loss_not_finite_ends_all_ranks_and_keeps_the_checkpoint(command_of, repository, tmp_path):
     run = tmp_path / "run"
     harmful = ["train.learning_rate=1e30", "train.warmup_steps=0", "train.save_every=1"]
     process = Started([*command_of(run, 2, *harmful), "--skip-preflight"], repository)
@@ -209,7 +207,7 @@ def test_a_loss_that_is_not_finite_ends_all_ranks_and_keeps_the_checkpoint_begun
 
 
 @pytest.mark.slow
-def test_a_file_named_train_in_the_current_folder_is_not_run_instead(command_of, repository, tmp_path):
+def test_a_file_named_train_in_this_folder_is_not_run_instead(command_of, repository, tmp_path):
     (tmp_path / "train.py").write_text("raise SystemExit('the wrong train')")
     command = command_of(tmp_path / "run", 2, "train.max_steps=1")
     command[2] = f"import sys; sys.path[:] = [p for p in sys.path if p not in ('', {str(tmp_path)!r})]; {command[2]}"
@@ -268,16 +266,16 @@ def test_slurms_variables_become_torchs():
     assert {nodes: first_host(nodes) for nodes in names} == names
 
 
-def test_the_allocator_is_told_to_grow_its_blocks_unless_the_user_has_settings(repository):
+def test_the_allocator_grows_its_blocks_unless_the_user_says(repository):
     assert allocator_settings({}) == {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
     assert allocator_settings({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}) == {}
-    told = (
+    script = (
         "import os, sys, train.launch\n"
         "train.launch.is_worker = lambda: print(os.environ['PYTORCH_ALLOC_CONF'], 'torch' in sys.modules) or exit(0)\n"
         f"{TRAIN}"
     )
     arguments = ["RUN", "RUN", "--set", "train.loader=stream", "--set", "train.max_steps=1"]
-    done = subprocess.run([sys.executable, "-c", told, *arguments], capture_output=True, text=True, cwd=repository)
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, cwd=repository)
     assert done.stdout == "expandable_segments:True False\n", done.stderr
 
 
@@ -306,7 +304,7 @@ def start(command_of, repository):
 
 
 @pytest.mark.slow
-def test_killed_outright_and_continued_with_other_numbers_of_ranks(start, train_run, uninterrupted, tmp_path):
+def test_killed_and_continued_with_other_numbers_of_ranks(start, train_run, uninterrupted, tmp_path):
     """kill -9 of everything at 2 ranks, then at 1, then to the end with 4."""
     run = tmp_path / "run"
     for gpus, step in ((2, random.randint(3, 6)), (1, random.randint(7, 11))):
@@ -359,7 +357,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(start, train_run, uninterru
 
 
 @pytest.mark.slow
-def test_a_launcher_that_was_stopped_before_its_ranks_could_save_says_so(command_of, repository, tmp_path):
+def test_a_launcher_stopped_before_its_ranks_could_save_says_so(command_of, repository, tmp_path):
     """The last checkpoint meets a full disk: a script that starts the run again must not read a clean stop."""
     run = tmp_path / "run"
     process = Started(command_of(run, 2, *LONG, "train.save_every=99"), repository)
@@ -370,7 +368,7 @@ def test_a_launcher_that_was_stopped_before_its_ranks_could_save_says_so(command
     status, messages = process.end(limit_s=60)
     assert status == 1, messages
     assert "not saved" in messages
-    assert "error: stopped by SIGTERM, and nothing was saved then; what the ranks said above tells why" in messages
+    assert "error: stopped by SIGTERM, and nothing was saved then; what the ranks said above says why" in messages
 
 
 @pytest.mark.slow
@@ -383,7 +381,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(train_run, command_of, unint
     state.write_bytes(data)
     process = Started(command_of(run, 1, *LONG), repository)
     messages = process.wait_for("resumed from")
-    assert f"{newest}: passed over: state/{state.name} is not what was written" in messages
+    assert f"{newest}: skipped: state/{state.name} is not what was written" in messages
     assert "checkpoint-4" in messages.splitlines()[-1]
     status, _ = process.end(limit_s=120)
     assert status == 0
@@ -392,7 +390,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(train_run, command_of, unint
 
 
 @pytest.mark.slow
-def test_a_full_disk_keeps_the_last_good_checkpoint_and_training_goes_on(command_of, repository, tmp_path):
+def test_a_full_disk_keeps_the_last_checkpoint_and_training_goes_on(command_of, repository, tmp_path):
     """Files larger than 200 kB cannot be written from the third step on: a real fault of the operating system."""
     run = tmp_path / "run"
     limited = (

@@ -121,7 +121,7 @@ def test_the_cache_stays_within_its_size(published, builder, tmp_path):
     assert sum(path.stat().st_size for path in cache.rglob("*.tar")) <= room
 
 
-def test_a_cache_too_small_for_two_windows_is_refused_with_numbers(published, builder, tmp_path):
+def test_a_cache_too_small_for_two_windows_is_refused(published, builder, tmp_path):
     with pytest.raises(
         ConfigError, match=r"windows 0 and 1 of file://.*train.cache_gb allows 1e-05; raise it or lower"
     ):

@@ -43,7 +43,7 @@ def test_a_step_does_not_depend_on_how_it_is_cut_into_packs(ready, tiny_dir, sho
         torch.testing.assert_close(getattr(two, name), getattr(one, name), rtol=1e-5, atol=1e-6)
 
 
-def test_the_collector_does_not_look_at_what_was_there_before_the_first_step():
+def test_the_collector_skips_what_the_imports_left():
     before = gc.get_freeze_count()
     inside = []
 
@@ -74,7 +74,7 @@ def test_only_lora_moves(ready):
             assert parameter.dtype == torch.float32
 
 
-def test_a_weight_changes_exactly_its_term_and_contrastive_reaches_lora(ready):
+def test_a_weight_changes_its_term_and_contrastive_reaches_lora(ready):
     model, optimizer, batches, _ = ready
     results = {}
     for name, section in {

@@ -128,7 +128,7 @@ def test_ranks_pass_at_their_own_pace(foreign, builder):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_the_same_run_draws_the_same_order_and_a_resumed_one_another(foreign, builder, num_workers):
+def test_the_same_run_draws_the_same_order_a_resumed_one_another(foreign, builder, num_workers):
     share = LoaderShare(num_workers=num_workers)
     first = keys(take(open_stream(foreign, builder), 12, share))
     assert keys(take(open_stream(foreign, builder), 12, share)) == first
@@ -177,7 +177,7 @@ def test_a_cut_shard_is_told_and_the_others_go_on(foreign, builder, num_bytes):
     assert any("part-1.tar" in reason for reason in reasons), reasons
 
 
-def test_shards_without_a_sample_are_an_error_and_no_endless_loop(tmp_path, builder):
+def test_shards_without_a_sample_are_an_error_not_a_loop(tmp_path, builder):
     (tmp_path / "empty.tar").write_bytes(b"\0" * 10240)
     (tmp_path / "rubbish.tar").write_bytes(b"no tar at all" * 100)
     for name in ("empty", "rubbish"):

@@ -1,4 +1,4 @@
-"""Whisper conditioning end to end: the tower in a pack, states stored by stage one, a base without a tower, the whole road."""
+"""Whisper conditioning end to end: the tower in a pack, states stored by stage one, a base without a tower, end to end."""
 
 from __future__ import annotations
 
@@ -74,9 +74,7 @@ def hearing_model(model_dir, decided):
     return model
 
 
-def test_rows_stand_in_front_of_the_references_codes_and_count_in_the_length(
-    samples, tokenizer, make_dataset, tmp_path
-):
+def test_whisper_rows_stand_before_the_reference_and_count(samples, tokenizer, make_dataset, tmp_path):
     for layout in ("clone", "as_written"):
         section = SequenceSection(layout=layout, conditioning="whisper+codes")
         plain = SequenceBuilder(tokenizer, SequenceSection(layout=layout))
@@ -137,7 +135,7 @@ def test_stored_states_equal_the_tower(model_dir, decided, samples, tokenizer, w
         pack([builder.training(samples[0]), builder.training(stored[1])], [0, 1], ["a", "b"])
 
 
-def test_a_pack_that_only_fills_up_a_step_still_uses_the_projection(model_dir, decided):
+def test_a_filler_pack_still_uses_the_projection(model_dir, decided):
     """Sharded ranks must give gradients of the same weights, on zero rows if need be."""
     from train.data.loader import FILLER
 
@@ -211,7 +209,7 @@ def test_what_does_not_fit_is_refused(features, decided, model_dir, make_dataset
         add_lora(model, section, "b", 0, decided)
 
 
-def test_held_out_shards_may_hold_mels_where_the_others_hold_states(
+def test_held_out_shards_may_hold_mels_where_others_hold_states(
     whisper, decided, model_dir, make_dataset, samples, tokenizer, tmp_path
 ):
     encoder = WhisperEncoder(whisper, "cpu")

@@ -93,7 +93,7 @@ def main(
 
 
 def exit_with(error: Exception) -> NoReturn:
-    """One line, and the exit status. A fault that all ranks share is told by the first; the others wait for it to do so."""
+    """One line, and the exit status. A fault that all ranks share is printed by the first; the others wait for it to do so."""
     from train.launch import STOPPED, mark_well_ended
     from train.signals import Stopped
 

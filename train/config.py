@@ -33,36 +33,47 @@ class LossSection(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TrainSection(msgspec.Struct, frozen=True, kw_only=True):
+    # Packs and steps
     seed: NonNegative = 0
     batch_tokens: Positive | Literal["auto"] = 16384  # "auto": the most that fits
+    packs_per_step: Positive = 8
+    num_epochs: Positive = 3
+    max_steps: NonNegative = 0  # 0: num_epochs decides
     memory_share: Annotated[float, msgspec.Meta(gt=0.0, le=1.0)] = 0.9  # of the free memory that a step may take
     max_supervised_tokens: NonNegative = 0  # of a pack; 0: no limit of its own
     max_references: NonNegative = 0  # of a pack; 0: no limit
-    packs_per_step: Positive = 8
-    shuffle_window: Positive = 1048576  # samples
-    order: Literal["random", "short_to_long"] = "random"
-    max_bad_fraction: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] = 0.001
-    num_epochs: Positive = 3
-    max_steps: NonNegative = 0  # 0: num_epochs decides
+
+    # Optimizer
     learning_rate: Annotated[float, msgspec.Meta(gt=0.0)] = 1e-4
     warmup_steps: NonNegative | Literal["auto"] = "auto"  # 3 % of all steps
     schedule: Literal["cosine", "linear", "constant"] = "cosine"  # after the warm-up
     weight_decay: Weight = 0.0
     max_grad_norm: Annotated[float, msgspec.Meta(gt=0.0)] = 1.0
+
+    # Validation and the listening set
     validation_fraction: Annotated[float, msgspec.Meta(ge=0.0, lt=1.0)] = 0.0  # of the samples, by speaker
     validation_data: str = ""  # another data set instead
     eval_every: Positive = 500
     listening_samples: NonNegative = 4  # spoken at every evaluation; 0: none
     patience: NonNegative = 0  # evaluations without a lower held-out audio loss; 0: never stop early
+
+    # Checkpoints and logs
     save_every: Positive = 500
     keep_checkpoints: Positive = 3
     log_every: Positive = 10
     tensorboard: bool = False
+
+    # Order and loading of data
     loader: Literal["plan", "stream"] = "plan"
+    order: Literal["random", "short_to_long"] = "random"
+    shuffle_window: Positive = 1048576  # samples
     shuffle_buffer: Positive = 2000  # samples, per loader process of a stream
     num_workers: NonNegative = 2
+    max_bad_fraction: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] = 0.001
     cache_dir: str = "~/.cache/higgs-voice-pipeline/shards"  # copies of remote shards
     cache_gb: Annotated[float, msgspec.Meta(gt=0.0)] = 200.0
+
+    # Device
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # bf16 on CUDA, fp32 on CPU
     shard_base: bool = False

@@ -116,11 +116,11 @@ def launch(num_workers: int, arguments: list[str]) -> None:
     os.environ[WELL_ENDED] = str(Path(folder) / "well-ended")
     try:
         elastic_launch(config, sys.executable)("-m", "train", *arguments)
-    except SignalException as error:  # it was passed on, and the ranks have ended; how, only a file of theirs tells
+    except SignalException as error:  # it was passed on, and the ranks have ended; how, only a file of theirs says
         message = f"stopped by {error.sigval.name}"
         if Path(os.environ[WELL_ENDED]).exists():
             raise WorkerFailed(message, STOPPED) from None
-        raise WorkerFailed(f"{message}, and nothing was saved then; what the ranks said above tells why", 1) from None
+        raise WorkerFailed(f"{message}, and nothing was saved then; what the ranks said above says why", 1) from None
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         how = f"killed by signal {-failure.exitcode}" if failure.exitcode < 0 else f"exit status {failure.exitcode}"

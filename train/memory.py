@@ -32,7 +32,7 @@ from train.model.lora import lora_parameters
 from train.model.loss import LossCounts, step_losses
 from train.world import World
 
-MOST_TOKENS = 32768  # "auto" goes no further: matrix products are as fast from 8k rows on (research/train.md 1.2)
+MOST_TOKENS = 32768  # "auto" goes no further: matrix products are as fast from 8k rows on (arithmetic)
 FIRST_TOKENS = 2048  # the first probe, if no sample is longer
 MAX_GROWTH = 4  # at most so many times the last budget that fitted: what grows faster than tokens must not surprise
 BUDGET_MULTIPLE = 128

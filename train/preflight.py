@@ -228,6 +228,6 @@ def report(verdicts: list[Verdict]) -> None:
     failed = [f"{verdict.what}: {verdict.found}" for verdict in verdicts if not verdict.ok and not verdict.only_warns]
     if failed:
         raise PipelineError(
-            f"preflight stopped the run before anything was trained: {'; '.join(failed)}; look at a sample with "
+            f"preflight stopped the run before anything was trained: {'; '.join(failed)}; read a sample with "
             "inspect-shards show KEY --sequence, or train anyway with --skip-preflight"
         )

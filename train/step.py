@@ -121,16 +121,16 @@ def stop_unless_finite(step: int, total: Tensor, grad_norm: Tensor, batches: lis
     named = [key for found in suspects if found for key in found] or keys
     raise PipelineError(
         f"step {step + 1}: loss {own_loss}, gradient norm {norm}: not finite, stopped before the update; samples "
-        f"{', '.join(named[:8])}{' ...' if len(named) > 8 else ''}; lower train.learning_rate or look at them with "
+        f"{', '.join(named[:8])}{' ...' if len(named) > 8 else ''}; lower train.learning_rate or read them with "
         "inspect-shards show"
     )
 
 
 @contextmanager
 def garbage_collection_paused() -> Iterator[None]:
-    """What is there before the first step stays until the last, so Python's collector need not look at it during them.
+    """What is there before the first step stays until the last, so Python's collector need not scan it during them.
 
-    One look at the 370,000 objects that the imports alone leave takes 0.2 s (2 cores, NOTES.md), comes on every rank at
+    One scan of the 370,000 objects that the imports alone leave takes 0.2 s (2 cores, NOTES.md), comes on every rank at
     another time, and all ranks wait for it.
     """
     gc.collect()

@@ -1,6 +1,6 @@
 """Ranks: joining a launch, and agreeing.
 
-In: torchrun's or Slurm's environment, or none. Out: a `World`. What ranks tell each other goes through gloo, on the CPU, so
+In: torchrun's or Slurm's environment, or none. Out: a `World`. What ranks exchange goes through gloo, on the CPU, so
 that it never waits for the GPU. One process on CPU needs none of this and runs without a process group.
 """
 

@@ -32,7 +32,7 @@ def native_state(boson: dict[str, Tensor]) -> dict[str, Tensor]:
         if name.endswith(".weight_g"):
             v = boson.get(name[: -len("g")] + "v")
             if v is None:
-                folded[name] = tensor  # half a pair: told as unexpected, and the product as missing
+                folded[name] = tensor  # half a pair: reported as unexpected, and the product as missing
                 continue
             norm = v.flatten(1).norm(dim=1).view(-1, *[1] * (v.dim() - 1))
             folded[name[: -len("_g")]] = v * (tensor / norm)

@@ -1,1 +1,1 @@
-"""`bench`: speed of stage one, of the data road and of the training step, as ratios measured in one run."""
+"""`bench`: speed of stage one, of data loading and of the training step, as ratios measured in one run."""

@@ -19,7 +19,7 @@ def main() -> None:
 @click.option("--list-mb", default=200, help="Size of the generated ChatML list.")
 @click.option("--workers", type=int, help="Most workers to try; default one per usable core.")
 @click.option("--codec", default="full", type=click.Choice(["full", "tiny"]), help="Random weights of this size.")
-@click.option("--rounds", default=3, help="Each job is run this often, in turn; medians are told.")
+@click.option("--rounds", default=3, help="Each job is run this often, in turn; medians are printed.")
 def preprocess_command(
     out: Path, speech: Path, clips: int, list_mb: int, workers: int | None, codec: str, rounds: int
 ) -> None:
@@ -38,7 +38,7 @@ def preprocess_command(
 @click.option("--batch-tokens", type=int, help="Of our packs. Default 4096, 16384 on a GPU.")
 @click.option("--rank", default=16, help="Of LoRA, for every side.")
 @click.option("--threads", default=1, help="CPU threads, for every side.")
-@click.option("--rounds", default=3, help="Every side is run this often, in turn; medians are told.")
+@click.option("--rounds", default=3, help="Every side is run this often, in turn; medians are printed.")
 def train_command(
     out: Path, size: str, samples: int | None, batch_tokens: int | None, rank: int, threads: int, rounds: int
 ) -> None:
@@ -58,7 +58,7 @@ def train_command(
 @click.option("--out", default="out/bench-data.json", type=click.Path(path_type=Path), help="The JSON file.")
 @click.option("--samples", default=1000, help="Samples written to shards and loaded three times over.")
 @click.option("--batch-tokens", default=16384, help="Tokens of a pack.")
-@click.option("--rounds", default=3, help="Each loader is run this often, in turn; medians are told.")
+@click.option("--rounds", default=3, help="Each loader is run this often, in turn; medians are printed.")
 @click.option(
     "--quick", is_flag=True, help="Small sizes, to see that it runs: 4,000 and 10,000 rows, 60 samples, one round."
 )

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-# Each times itself, so that imports and loading models are left out.
+# Each times itself, so that imports and loading models do not count.
 CODE_OF_INTAKE = """
 import json, sys, time
 from pathlib import Path
@@ -257,7 +257,7 @@ def _median_s(call: Callable[[], Any], repeats: int) -> float:
 
 
 def bench_jobs(max_workers: int, rounds: int, work: Path, config: Path, audio_s: float) -> dict[str, Any]:
-    """Whole jobs, one row a shard; rates are taken from the first finished shard to the last, so start-up is left out."""
+    """Whole jobs, one row a shard; rates are taken from the first finished shard to the last, so start-up does not count."""
     measured: dict[int, list[float]] = {workers: [] for workers in range(1, max_workers + 1)}
     num_files, copies = 0, []
     for number in range(rounds):  # in turn, so that a change of the machine's speed meets all of them

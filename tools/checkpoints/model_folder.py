@@ -98,7 +98,7 @@ def write_model_folder(
     codec: str | None = None,
     voice: Voice | None = None,
 ) -> None:
-    """`state` under native names. `codec` is told to vLLM-Omni, which reads `audio_tokenizer_id`."""
+    """`state` under native names. `codec` is written for vLLM-Omni, which reads `audio_tokenizer_id`."""
     dtype = str(state["audio_lm_head.weight"].dtype).removeprefix("torch.")
     if layout == "boson":
         state = {boson_name(name): tensor for name, tensor in state.items()}

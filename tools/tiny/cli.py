@@ -17,7 +17,6 @@ import click
 if TYPE_CHECKING:
     from train.model.config import ModelConfig
 
-VOCAB_SIZE = 128256
 NUM_TEXT_TOKENS = 128000
 
 # Special tokens of the released tokenizer by offset from 128000; the others are reserved.

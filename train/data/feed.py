@@ -1,7 +1,7 @@
 """Steps on the device: loaded_packs of the loader go in, one `StepBatches` per optimizer step comes out.
 
 The next pack is copied to the GPU on a stream of its own while the present one is computed. Targets are counted here, on
-the CPU side, so that a step needs no synchronisation for them. Before a step is handed out the ranks tell each other
+the CPU side, so that a step needs no synchronisation for them. Before a step is handed out the ranks exchange
 whether all is well: a fault of one rank stops all of them with its message instead of leaving them in a collective. The
 price is one exchange of short strings per step.
 """
@@ -39,7 +39,7 @@ class StepBatches:
 
 
 class RankReport(msgspec.Struct, frozen=True):
-    """What a rank tells the others before a step."""
+    """What a rank sends the others before a step."""
 
     step: int
     epoch: int
@@ -60,7 +60,7 @@ class DamageLimits:
 
 
 class Feed:
-    """One step after another, without end. Counts what was left out, over all ranks."""
+    """One step after another, without end. Counts what was skipped, over all ranks."""
 
     def __init__(
         self,
@@ -96,7 +96,7 @@ class Feed:
         loaded_packs = [loaded for loaded, _ in found]
         faults = [fault for loaded in loaded_packs for fault in loaded.faults]
         for fault in faults:
-            self._warn(f"left out: {fault}")
+            self._warn(f"skipped: {fault}")
         num_bad = sum(fault.is_damage for fault in faults)
         mine = RankReport(
             step=self._step,
@@ -114,7 +114,7 @@ class Feed:
         return StepBatches(epoch, [batch for _, batch in found], counts, mine.samples)
 
     def values(self) -> dict[str, float]:
-        """What was left out so far, for the metrics."""
+        """What was skipped so far, for the metrics."""
         return {
             "metrics/bad_samples": self.num_bad,
             "metrics/too_long_samples": self.num_too_long,
@@ -148,7 +148,7 @@ class Feed:
             raise PipelineError(
                 f"{self._bad_in_epoch} of {whole} samples are damaged, more than train.max_bad_fraction = "
                 f"{self._limits.max_bad_fraction:g}; the log names them and `inspect-shards verify` looks at every byte; "
-                "mend the shards or raise the limit"
+                "fix the shards or raise the limit"
             )
         return max(report.epoch for report in reports)
 
@@ -156,7 +156,7 @@ class Feed:
         if self._num_logged < MAX_LOGGED_FAULTS:
             log.warning("%s", line)
         elif self._num_logged == MAX_LOGGED_FAULTS:
-            log.warning("more samples are left out; from here on they are only counted (metrics/bad_samples)")
+            log.warning("more samples are skipped; from here on they are only counted (metrics/bad_samples)")
         self._num_logged += 1
 
 

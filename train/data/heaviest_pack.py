@@ -31,7 +31,7 @@ STREAMED_SAMPLES = 512  # read from a stream for the purpose
 
 
 class PackCosts(NamedTuple):
-    """Bytes, roughly: good enough to tell which of many packs is the heaviest."""
+    """Bytes, roughly: good enough to know which of many packs is the heaviest."""
 
     token: float
     place: float  # of the padded documents in attention

@@ -59,7 +59,7 @@ class RawSample(NamedTuple):
 
 
 class Fault(NamedTuple):
-    """A sample that was left out of its pack, and why."""
+    """A sample that was skipped in its pack, and why."""
 
     shard: str
     key: str
@@ -266,7 +266,7 @@ def only_the_parent_ends(_: int) -> None:
 
 
 def dead_loader(error: RuntimeError) -> PipelineError | None:
-    """What to tell when torch says that a loader process is gone: it does so wherever the process happens to be."""
+    """What to say when torch says that a loader process is gone: it does so wherever the process happens to be."""
     said = str(error).splitlines()[0] if str(error) else ""
     if not said.startswith("DataLoader worker"):
         return None

@@ -28,7 +28,7 @@ from train.data.packing import PlanSettings, best_fit
 
 PLAN_VERSION = 1  # raise it when the same settings give other packs: a cached or resumed plan is then refused
 CHUNK = 1 << 16  # rows looked at together, where all rows are looked at
-MAX_NAMED_KEYS = 5  # too long samples told by key
+MAX_NAMED_KEYS = 5  # too long samples named by key
 
 Lengths = Callable[[np.ndarray], np.ndarray]  # index rows [n] -> tokens [n] int64
 Keep = Callable[[np.ndarray], np.ndarray]  # index rows [n] -> bool [n]
@@ -56,7 +56,7 @@ class Planner:
         self._lengths = lengths
         self._keep = keep
         self.settings = settings
-        self.num_samples = self.num_tokens = self.num_too_long = 0  # of one epoch; too long ones are left out of it
+        self.num_samples = self.num_tokens = self.num_too_long = 0  # of one epoch; too long ones are skipped
         self.too_long_keys: list[str] = []  # the first of them
         self._shard_starts = np.zeros(1, np.int64)  # [shards + 1]
         self._length_counts = np.zeros(settings.batch_tokens + 1, np.int64)  # [batch_tokens + 1] samples of each length
@@ -86,7 +86,7 @@ class Planner:
             )
 
     def fingerprint(self) -> str:
-        """Equal where plans are equal, as far as numbers of the whole index and the settings tell."""
+        """Equal where plans are equal, as far as numbers of the whole index and the settings can show."""
         facts = (PLAN_VERSION, self.settings, self.num_samples, self.num_tokens, self.num_too_long)
         digest = hashlib.sha256(repr(facts).encode())
         digest.update(self._length_counts.tobytes())

@@ -164,7 +164,7 @@ class PlannedSource:
                 ", ..." if planner.num_too_long > len(planner.too_long_keys) else ""
             )
             log.info(
-                "left out: %d samples longer than train.batch_tokens = %d%s: %s",
+                "skipped: %d samples longer than train.batch_tokens = %d%s: %s",
                 planner.num_too_long,
                 section.batch_tokens,
                 f" or with more targets than train.max_supervised_tokens = {section.max_supervised_tokens}"

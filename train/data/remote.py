@@ -99,7 +99,7 @@ class RemoteShards:
         try:
             self.fetch(shards, wanted)
         except ShardError:
-            return  # fetched again, and told, when the window begins
+            return  # fetched again, and logged, when the window begins
 
     def _is_here(self, shard: int) -> bool:
         path = shard_path(self.folder, shard, ".tar")

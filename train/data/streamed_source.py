@@ -140,7 +140,7 @@ class StreamedSource:
                 sample = unpack_sample(raw.key, raw.members)
                 self._builder.prompt(sample)
             except (ShardError, ValueError, IndexError) as error:  # a foreign sample's facts may contradict it
-                log.warning("listening set: left out: %s", raw.reason or error)
+                log.warning("listening set: skipped: %s", raw.reason or error)
             else:
                 samples.append(sample)
         return samples
@@ -216,7 +216,7 @@ def read_shards(urls: list[str]) -> Iterator[RawSample]:
 class WholeTar:
     """A file that webdataset reads, from any place fsspec knows; one that stops before its end mark is an error.
 
-    Tars cut at a header look like shorter tars to Python's tarfile and to webdataset (research/data.md 4.6).
+    Tars cut at a header look like shorter tars to Python's tarfile and to webdataset (tried with webdataset 1.0.2).
     """
 
     def __init__(self, url: str, mode: str = "rb", bufsize: int = 0) -> None:
@@ -251,11 +251,11 @@ def shuffled(size: int, seed: int, first_step: int, rank: int) -> Callable[[Iter
 
 
 def pack_online(section: TrainSection):
-    """Stage: sequences -> packs within the budgets; a sequence that fits no pack is left out and told."""
+    """Stage: sequences -> packs within the budgets; a sequence that fits no pack is skipped and logged."""
 
     def stage(items: Iterable[BuiltSample]) -> Iterator[LoadedPack | PipelineError]:
         packs = OnlinePacks[BuiltSample](plan_settings(section))
-        aside: list[BuiltSample | Fault] = []  # told with the next pack
+        aside: list[BuiltSample | Fault] = []  # logged with the next pack
         try:
             for item in items:
                 if item.sequence is None:

@@ -94,5 +94,5 @@ def choose_samples(reader: SampleReader, index: np.ndarray, keep: Keep | None, n
         try:
             samples.append(reader.read(row))
         except ShardError as error:
-            log.warning("listening set: left out: %s", error)
+            log.warning("listening set: skipped: %s", error)
     return samples

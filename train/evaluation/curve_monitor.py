@@ -1,4 +1,4 @@
-"""Warnings a person would give who looks at the curves: each is told once, in words, with what to do."""
+"""Warnings a person would give who looks at the curves: each is logged once, in words, with what to do."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 log = logging.getLogger("train")
 COPYING_BELOW = 1.0  # nats per code; guessing is 6.93, and clear speech is not that predictable before it was seen
 WAITING_ABOVE = 0.05
-RISING = 3  # evaluations without a new best before it is told
+RISING = 3  # evaluations without a new best before it is logged
 
 
 class CurveMonitor:
@@ -40,7 +40,7 @@ class CurveMonitor:
             self._warn_once(
                 "copying",
                 f"step {step}: audio loss {values['loss/audio_loss']:.2f} although no sample was seen twice yet: this is how "
-                "a model looks that copies its input; listen before you go on, and look at a sample with inspect-shards "
+                "a model looks that copies its input; listen before you go on, and read a sample with inspect-shards "
                 "show KEY --sequence (tiny or repeated data does the same)",
             )
         if step > 1 and values["metrics/data_wait_fraction"] > WAITING_ABOVE:

@@ -97,7 +97,7 @@ class Evaluation:
             num_samples += len(host.keys)
             num_bad += len(loaded.faults)
             for fault in loaded.faults:
-                log.warning("held-out data: left out: %s", fault)
+                log.warning("held-out data: skipped: %s", fault)
         return EvalSums(sums.tolist(), counts.tolist(), num_samples, num_bad)
 
     def _together(self, found: Iterator[tuple[LoadedPack, PackedBatch]]) -> Iterator[tuple[LoadedPack, PackedBatch]]:

@@ -3,7 +3,7 @@
     RUN/listening/000000000012/    text.txt, reference.wav, target.wav (both through the codec: the best that can come),
                                then step-000000.wav (the base model), step-000500.wav, ...
 
-In: samples, held-out ones where there are any. Out: the files, and two numbers that losses do not tell: how many samples
+In: samples, held-out ones where there are any. Out: the files, and two numbers that losses do not show: how many samples
 ended by themselves, and how long they are against the recorded target. The real generation path speaks, with the defaults
 of `speak` and a fixed seed. All ranks speak each sample together, since weights may be sharded; the price is that eight
 GPUs need as long for it as one. Training is left as it was, to the last bit.

@@ -26,7 +26,7 @@ from train.model.config import ModelConfig
 log = logging.getLogger("train")
 AttentionKind = Literal["padded", "separate", "varlen"]
 CAUSAL = (-1, 0)  # of varlen_attn: everything before, nothing after
-# torch 2.11 takes fewer key-value heads without a word, later ones ask to be told.
+# torch 2.11 takes fewer key-value heads without a word, later ones need enable_gqa.
 GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 CHUNK = 128  # queries; 64 to 128 take 0.70-0.75 of the time of all at once (documents of 300-640, one core, NOTES.md)
 # Of the largest value. In bf16 two sound kernels were 0.009-0.013 apart (CPU, three head sizes), a wrong mask or a missing

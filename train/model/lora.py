@@ -12,7 +12,6 @@ projection of low rank. It is saved as peft saves `modules_to_save`.
 from __future__ import annotations
 
 import difflib
-import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -221,8 +220,3 @@ def load_adapter(model: nn.Module, folder: Path) -> LoraConfig:
         dtype = saved[name].dtype if ".lora_" in name else parameter.dtype
         parameter.data = saved[name].to(parameter.device, dtype)
     return known
-
-
-def adapter_base(folder: Path) -> str:
-    """Which base model an adapter was trained on."""
-    return json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]

@@ -100,7 +100,7 @@ def contrastive_loss_sum(audio_hidden: Tensor, segments: Tensor, speakers: Tenso
 
     audio_hidden [Na, d]; segments [Na] int64: 2 s for the reference columns of sample s, 2 s + 1 for its target's;
     speakers [S] int64. A target must find its own reference among those of the other speakers in the pack; pairs of
-    one speaker are left out of the negatives. A sample without a negative adds exactly 0 (`num_contrastive_pairs`).
+    one speaker are no negatives. A sample without a negative adds exactly 0.
     """
     num_samples = speakers.shape[0]
     sums = audio_hidden.new_zeros((2 * num_samples, audio_hidden.shape[1]), dtype=torch.float32)

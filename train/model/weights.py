@@ -1,6 +1,6 @@
 """Loads a checkpoint folder of either layout into the model, strictly.
 
-In: safetensors, one file or sharded with an index, in the native layout (transformers) or the older one (boson), told
+In: safetensors, one file or sharded with an index, in the native layout (transformers) or the older one (boson), known
 apart by their tensor names. Every missing, unexpected or wrongly shaped tensor is listed; nothing is skipped but what the
 caller leaves out by name. Tensors are read one by one and cast, so the peak is one model, not two.
 """

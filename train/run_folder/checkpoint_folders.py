@@ -24,7 +24,7 @@ JUDGED_BY = "eval/audio_loss"
 
 
 def newest_sound(run_dir: Path, world: World) -> Path | None:
-    """The newest checkpoint whose files are what COMPLETE says; damaged ones are told and passed over."""
+    """The newest checkpoint whose files are what COMPLETE says; damaged ones are logged and skipped."""
     found: Path | None = None
     if world.is_first:
         for folder in reversed(complete_checkpoints(run_dir)):
@@ -32,7 +32,7 @@ def newest_sound(run_dir: Path, world: World) -> Path | None:
             if not faults:
                 found = folder
                 break
-            log.warning("%s: passed over: %s; going on from the one before it", folder, faults[0])
+            log.warning("%s: skipped: %s; going on from the one before it", folder, faults[0])
     return world.gather(found)[0]
 
 
