@@ -16,7 +16,8 @@ import msgspec
 import numpy as np
 import soundfile
 
-from preprocess.reasons import known_reason
+from preprocess.reasons import AudioFault
+from preprocess.segment import WHOLE, Segment
 
 CODEC_RATE = 24000
 WHISPER_RATE = 16000
@@ -27,15 +28,8 @@ SILENCE_BELOW_PEAK = 0.02  # -34 dB of the clip's peak counts as leading or trai
 LONG_SILENCE_S = 1.0
 DC_OFFSET = 0.02
 LOW_SAMPLE_RATE = 16000
-
-
-class AudioFault(Exception):
-    """A file that cannot be used; `reason` is one of `reasons.REASONS`."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(detail)
-        self.reason = known_reason(reason)
-        self.detail = detail
+EXACT_SEEK = frozenset({"WAV", "WAVEX", "FLAC", "AIFF", "AU", "CAF", "W64", "RF64"})  # libsndfile's names
+BLOCK = 1 << 18  # samples
 
 
 class AudioMeasures(msgspec.Struct, frozen=True):
@@ -86,15 +80,21 @@ def read_bytes(path: str) -> bytes:
         raise AudioFault("audio_unreadable", str(error.strerror)) from None
 
 
-def decode(data: bytes, limits: AudioLimits) -> AudioFile:
-    """Decode and check a file's bytes. Raises AudioFault."""
-    samples, declared, sample_rate = _samples(data, limits.max_duration_s)  # [S, channels]
+def decode(data: bytes, limits: AudioLimits, segment: Segment = WHOLE) -> AudioFile:
+    """Decode and check a file's bytes, or the segment of them that the row means. Raises AudioFault.
+
+    The limits hold for the segment; of a longer file no more than the segment is kept in memory.
+    """
+    segment.check()
+    samples, declared, sample_rate = _samples(data, limits.max_duration_s, segment)  # [S, channels]
     missing = _missing_riff_bytes(data)
     if missing:
         raise AudioFault("audio_truncated", f"{missing} bytes fewer than its RIFF header says")
     if _ogg_is_cut(data):
         raise AudioFault("audio_truncated", "its last Ogg page does not end the stream")
-    if 0 < declared < 1 << 40 and len(samples) != declared:
+    if len(samples) <= limits.max_duration_s * sample_rate:
+        segment.check_read(len(samples), sample_rate)
+    if segment.is_whole and 0 < declared < 1 << 40 and len(samples) != declared:
         raise AudioFault("audio_truncated", f"{len(samples)} of {declared} samples could be read")
     duration_s = len(samples) / sample_rate
     if duration_s < limits.min_duration_s:
@@ -132,14 +132,19 @@ def _measure(wave: np.ndarray, sample_rate: int, num_channels: int, clipped_shar
     return AudioMeasures(duration_s, sample_rate, num_channels, clipped_share, leading_s, trailing_s, warnings)
 
 
-def _samples(data: bytes, max_duration_s: float) -> tuple[np.ndarray, int, int]:
-    """(samples [S, channels] float32, samples the header declares, rate): libsndfile first, PyAV for what it lacks."""
+def _samples(data: bytes, max_duration_s: float, segment: Segment) -> tuple[np.ndarray, int, int]:
+    """(samples [S, channels] float32 of the segment, samples the header declares for the file, rate).
+
+    libsndfile first, PyAV for what it lacks.
+    """
     try:
-        with soundfile.SoundFile(io.BytesIO(data)) as file:
+        with _Stream(io.BytesIO(data)) as file:
             duration_s = file.frames / file.samplerate
-            if file.frames < 1 << 40 and duration_s > 2 * max_duration_s:  # hours of audio would fill the memory
+            if segment.is_whole and file.frames < 1 << 40 and duration_s > 2 * max_duration_s:
+                # hours of audio would fill the memory
                 raise AudioFault("audio_too_long", f"{duration_s:.3f} s by its header, at most {max_duration_s:g} s")
-            return file.read(dtype="float32", always_2d=True), file.frames, file.samplerate
+            samples = _read_segment(file, segment, max_duration_s)
+            return samples, file.frames, file.samplerate
     except (soundfile.LibsndfileError, RuntimeError) as error:
         if not _is_mp4_or_webm(data):
             raise AudioFault("audio_unreadable", f"{len(data)} bytes: {error}") from None
@@ -153,9 +158,39 @@ def _samples(data: bytes, max_duration_s: float) -> tuple[np.ndarray, int, int]:
             stream = container.streams.audio[0]
             to_float = av.AudioResampler(format="fltp")
             frames = [part.to_ndarray() for frame in container.decode(stream) for part in to_float.resample(frame)]
-            return np.concatenate(frames, axis=1).T.astype(np.float32), 0, int(stream.rate)
+            samples = np.concatenate(frames, axis=1).T.astype(np.float32)
+            return samples[segment.start(stream.rate) : segment.end(stream.rate)], 0, int(stream.rate)
     except (av.FFmpegError, IndexError, ValueError) as error:
         raise AudioFault("audio_unreadable", f"{len(data)} bytes: {error}") from None
+
+
+class _Stream(soundfile.SoundFile):
+    """A sound file that is read from front to back.
+
+    soundfile seeks after each read of a seekable file, and libsndfile's MP3 decoder does not come back to the same samples.
+    """
+
+    def seekable(self) -> bool:
+        return False
+
+
+def _read_segment(file: _Stream, segment: Segment, max_duration_s: float) -> np.ndarray:
+    """samples [S, channels] float32 of the segment; at most twice the longest that is allowed."""
+    start, end = segment.start(file.samplerate), segment.end(file.samplerate)
+    skip = start
+    if file.format in EXACT_SEEK:
+        file.seek(min(start, file.frames))
+        skip = max(0, start - file.frames)
+    while skip > 0 and len(dropped := file.read(min(skip, BLOCK), dtype="float32")):
+        skip -= len(dropped)  # packed formats seek to a neighbour, so what lies before is decoded and dropped
+    wanted = round(2 * max_duration_s * file.samplerate)
+    if end is not None:
+        wanted = min(wanted, end - start)
+    blocks: list[np.ndarray] = []
+    while wanted > 0 and skip == 0 and len(block := file.read(min(wanted, BLOCK), dtype="float32", always_2d=True)):
+        blocks.append(block)
+        wanted -= len(block)
+    return np.concatenate(blocks) if blocks else np.zeros((0, file.channels), np.float32)
 
 
 def _is_mp4_or_webm(data: bytes) -> bool:

@@ -1,7 +1,8 @@
 """Each distinct audio file is encoded once, however many rows use it and whichever worker meets it first.
 
-Keyed by the sha256 of the file's bytes, kept in OUT/encoded until the job is finished: a clip that is the target of one
-row and the reference of others is decoded and encoded for the first of them only. A worker that wants a file another
+Keyed by the sha256 of the file's bytes (and the segment of it, `Segment.key`), kept in OUT/encoded until the job is
+finished: a clip that is the target of one row and the reference of others is decoded and encoded for the first of them
+only. A worker that wants a file another
 one is encoding waits for it (flock, which the kernel releases when its holder dies). The price is two small files per
 distinct clip while the job runs.
 """
@@ -45,9 +46,9 @@ class Cache:
         self.num_encoded = 0
         self.num_reused = 0
 
-    def get(self, kind: type[Entry], sha256: str, encode: Callable[[], Entry]) -> Entry:
+    def get(self, kind: type[Entry], key: str, encode: Callable[[], Entry]) -> Entry:
         """The stored entry, or the one `encode` makes."""
-        path = self._folder / sha256[:2] / f"{sha256}.{kind.__name__}"
+        path = self._folder / key[:2] / f"{key}.{kind.__name__}"
         entry = _read(path, kind)
         if entry is None:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -30,6 +30,7 @@ REASONS = {
     "audio_clipped": "more than preprocess.max_clipped_share of the samples stand at full scale or beyond",
     "audio_too_short": "shorter than preprocess.min_duration_s",
     "audio_too_long": "longer than preprocess.max_duration_s",
+    "audio_segment": "offset and duration of an audio item name a part that the file does not have",
     "reference_is_target": "reference and target are the same audio: that teaches copying, not cloning",
     "worker_died": "the process that worked on this row was killed each time",
 }
@@ -74,6 +75,15 @@ def known_warnings(codes: Iterable[str]) -> list[str]:
 def reject(row: int, row_id: str, stage: str, reason: str, detail: str, path: str | None = None) -> Reject:
     """The only maker of rejects in stage one. `stage` is where it was found: intake, pair, text, audio or worker."""
     return Reject(row=row, id=row_id, stage=stage, reason=known_reason(reason), detail=detail, path=path)
+
+
+class AudioFault(Exception):
+    """A file, or a row's pair, that cannot be used; `reason` is one of REASONS."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = known_reason(reason)
+        self.detail = detail
 
 
 class RowFault(Exception):

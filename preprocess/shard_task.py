@@ -14,14 +14,15 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from preprocess.audio import CODEC_RATE, WHISPER_RATE, AudioFault, decode, read_bytes
+from preprocess.audio import CODEC_RATE, WHISPER_RATE, decode, read_bytes
 from preprocess.cache import Cache, EncodedCodes, EncodedWhisper
 from preprocess.codec_server import RemoteCodec, RemoteWhisper
 from preprocess.config import PreprocessConfig
 from preprocess.features import WhisperEncoder, stored_mel
 from preprocess.plan import JobRows
-from preprocess.reasons import RowFault, reject_of
+from preprocess.reasons import AudioFault, RowFault, reject_of
 from preprocess.row_checks import check_pair, check_row
+from preprocess.segment import Segment
 from preprocess.sources import SourceRow
 from preprocess.workers import Skip
 from shards.artifacts import load_tokenizer
@@ -94,12 +95,14 @@ class ShardTask:
     def _sample(self, key: str, row: SourceRow, cache: Cache) -> Sample:
         checked = check_row(row, self._config.text)
         row, pair = checked.row, checked.pair
-        reference, reference_sha = self._codes(pair.reference_path, cache)
-        target, target_sha = self._codes(pair.target_path, cache)
-        same_audio = reference_sha == target_sha
+        reference, reference_sha = self._codes(pair.reference_path, pair.reference_segment, cache)
+        target, target_sha = self._codes(pair.target_path, pair.target_segment, cache)
+        same_audio = reference_sha == target_sha and pair.reference_segment.shares_with(pair.target_segment)
         warnings = check_pair(checked, self._config.text, reference.measures, target.measures, same_audio)
         kind = self._config.features.whisper
-        whisper = self._whisper(pair.reference_path, reference_sha, cache) if kind != "none" else None
+        whisper = None
+        if kind != "none":
+            whisper = self._whisper(pair.reference_path, pair.reference_segment, reference_sha, cache)
 
         turns, texts = stored_turns(row)
         roles = [_index_of(texts, text) for text in (pair.reference_text, pair.target_text)]
@@ -116,8 +119,8 @@ class ShardTask:
             reference_text=roles[0],
             target_text=roles[1],
             num_as_written_tokens=0,
-            reference=_audio_facts(pair.reference_path, reference_sha, reference),
-            target=_audio_facts(pair.target_path, target_sha, target),
+            reference=_audio_facts(pair.reference_path, pair.reference_segment, reference_sha, reference),
+            target=_audio_facts(pair.target_path, pair.target_segment, target_sha, target),
             mel=MelFacts(whisper.num_samples, whisper.floor) if whisper else None,
             start_index=row.chat.start_index,
             misc=row.chat.misc,
@@ -139,30 +142,30 @@ class ShardTask:
         facts = msgspec.structs.replace(facts, num_as_written_tokens=num_tokens)
         return dataclasses.replace(sample, facts=facts)
 
-    def _codes(self, path: str, cache: Cache) -> tuple[EncodedCodes, str]:
+    def _codes(self, path: str, segment: Segment, cache: Cache) -> tuple[EncodedCodes, str]:
         try:
             data = read_bytes(path)
             sha256 = hashlib.sha256(data).hexdigest()
 
             def encode() -> EncodedCodes:
-                audio = decode(data, self._limits)
+                audio = decode(data, self._limits, segment)
                 codes = self._codec.encode(audio.at(CODEC_RATE))
                 return EncodedCodes(write_npy(codes), codes.shape[1], audio.measures)
 
-            return cache.get(EncodedCodes, sha256, encode), sha256
+            return cache.get(EncodedCodes, segment.key(sha256), encode), sha256
         except AudioFault as fault:
             raise RowFault("audio", fault.reason, fault.detail, path) from None
 
-    def _whisper(self, path: str, sha256: str, cache: Cache) -> EncodedWhisper:
+    def _whisper(self, path: str, segment: Segment, sha256: str, cache: Cache) -> EncodedWhisper:
         def encode() -> EncodedWhisper:
-            wave = decode(read_bytes(path), self._limits).at(WHISPER_RATE)
+            wave = decode(read_bytes(path), self._limits, segment).at(WHISPER_RATE)
             features, floor = stored_mel(wave)
             if self._whisper_encoder:
                 features = self._whisper_encoder.encode(features, floor, len(wave))
             return EncodedWhisper(compress(write_npy(features.astype("<f2"))), len(wave), floor)
 
         try:
-            return cache.get(EncodedWhisper, sha256, encode)
+            return cache.get(EncodedWhisper, segment.key(sha256), encode)
         except AudioFault as fault:
             raise RowFault("audio", fault.reason, fault.detail, path) from None
 
@@ -192,7 +195,7 @@ def _index_of(texts: list[str], text: str) -> int:
     return texts.index(text)
 
 
-def _audio_facts(path: str, sha256: str, encoded: EncodedCodes) -> AudioFacts:
+def _audio_facts(path: str, segment: Segment, sha256: str, encoded: EncodedCodes) -> AudioFacts:
     measures = encoded.measures
     return AudioFacts(
         path=path,
@@ -204,4 +207,5 @@ def _audio_facts(path: str, sha256: str, encoded: EncodedCodes) -> AudioFacts:
         clipped_share=measures.clipped_share,
         leading_silence_s=measures.leading_silence_s,
         trailing_silence_s=measures.trailing_silence_s,
+        offset_s=msgspec.UNSET if segment.is_whole else segment.offset_s,
     )

@@ -20,6 +20,7 @@ import msgspec
 import zstandard
 
 from preprocess.reasons import RowFault, reject
+from preprocess.segment import WHOLE, Segment
 from shards.errors import DataError
 from shards.sample import AudioItem, ChatRow, TextItem
 from shards.writer import Reject
@@ -177,6 +178,8 @@ class Pair(msgspec.Struct, frozen=True):
     reference_text: str
     target_text: str
     warnings: list[str]
+    reference_segment: Segment = WHOLE
+    target_segment: Segment = WHOLE
 
 
 def find_pair(chat: ChatRow) -> Pair:
@@ -188,6 +191,7 @@ def find_pair(chat: ChatRow) -> Pair:
     """
     reference_path = target_path = ""
     audios: list[tuple[str, str]] = []  # (role, path)
+    segments: list[Segment] = []
     user_text = reference_text = target_text = ""
     system_text: str | None = None
     for message in chat.messages:
@@ -196,6 +200,7 @@ def find_pair(chat: ChatRow) -> Pair:
         for item in items:
             if isinstance(item, AudioItem):
                 audios.append((message.role, item.audio_url))
+                segments.append(Segment(item.offset or 0.0, item.duration))
                 if len(audios) == 1:
                     reference_text = user_text
                 continue
@@ -226,7 +231,7 @@ def find_pair(chat: ChatRow) -> Pair:
     for name, text in (("reference", reference_text), ("target", target_text)):
         if not text:
             raise RowFault("pair", "text_missing", f"no {name} text")
-    return Pair(reference_path, target_path, system_text, reference_text, target_text, warnings)
+    return Pair(reference_path, target_path, system_text, reference_text, target_text, warnings, *segments)
 
 
 def _refuse_control_tokens(text: str) -> None:

@@ -15,13 +15,14 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from preprocess.audio import AudioFault, AudioMeasures, decode, read_bytes
+from preprocess.audio import AudioMeasures, decode, read_bytes
 from preprocess.config import PreprocessConfig
 from preprocess.join import HISTOGRAM_EDGES_S, check_rejects, histogram, write_rejects
 from preprocess.plan import JobRows, Request, ingest, refuse_foreign_folder
-from preprocess.reasons import RowFault, reject_of
+from preprocess.reasons import AudioFault, RowFault, reject_of
 from preprocess.report import Progress, print_validation
 from preprocess.row_checks import check_pair, check_row
+from preprocess.segment import Segment
 from preprocess.text import arabic_share
 from preprocess.workers import Skip, run_tasks, usable_cores
 from shards.writer import Reject, write_json
@@ -64,9 +65,9 @@ class ValidateTask:
                 begins(position)
                 checked = check_row(row, self._config.text)
                 pair = checked.pair
-                reference, reference_sha = self._measure(pair.reference_path)
-                target, target_sha = self._measure(pair.target_path)
-                same_audio = reference_sha == target_sha
+                reference, reference_sha = self._measure(pair.reference_path, pair.reference_segment)
+                target, target_sha = self._measure(pair.target_path, pair.target_segment)
+                same_audio = reference_sha == target_sha and pair.reference_segment.shares_with(pair.target_segment)
                 warnings.update(check_pair(checked, self._config.text, reference, target, same_audio))
             except RowFault as fault:
                 report.rejects.append(reject_of(fault, row.row, row.id))
@@ -80,10 +81,10 @@ class ValidateTask:
         report.warnings, report.speakers = dict(warnings), dict(speakers)
         return report
 
-    def _measure(self, path: str) -> tuple[AudioMeasures, str]:
+    def _measure(self, path: str, segment: Segment) -> tuple[AudioMeasures, str]:
         try:
             data = read_bytes(path)
-            return decode(data, self._limits).measures, hashlib.sha256(data).hexdigest()
+            return decode(data, self._limits, segment).measures, hashlib.sha256(data).hexdigest()
         except AudioFault as fault:
             raise RowFault("audio", fault.reason, fault.detail, path) from None
 

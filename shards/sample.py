@@ -31,6 +31,8 @@ class TextItem(msgspec.Struct, tag_field="type", tag="text"):
 
 class AudioItem(msgspec.Struct, tag_field="type", tag="audio"):
     audio_url: Annotated[str, msgspec.Meta(min_length=1)]
+    offset: float | None = None  # seconds; boson's AudioContent has both, too
+    duration: float | None = None
 
 
 class Message(msgspec.Struct):
@@ -66,6 +68,7 @@ class AudioFacts(msgspec.Struct, frozen=True):
     clipped_share: float = 0.0  # of samples at full scale or beyond
     leading_silence_s: float = 0.0
     trailing_silence_s: float = 0.0
+    offset_s: float | msgspec.UnsetType = msgspec.UNSET  # where the row's segment begins; unset: the whole file
 
 
 class MelFacts(msgspec.Struct, frozen=True):

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from preprocess.audio import AudioFault, AudioLimits, decode, read_bytes
-from preprocess.reasons import REASONS, WARNINGS
+from preprocess.audio import AudioLimits, decode, read_bytes
+from preprocess.reasons import REASONS, WARNINGS, AudioFault
 
 RATE = 24000
 

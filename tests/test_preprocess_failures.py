@@ -15,8 +15,9 @@ import soundfile
 import zstandard
 
 from preprocess import report
-from preprocess.audio import AudioFault, AudioLimits, decode, read_bytes
+from preprocess.audio import AudioLimits, decode, read_bytes
 from preprocess.plan import _remove_job
+from preprocess.reasons import AudioFault
 from preprocess.sources import SourceRow, read_rows
 from shards import writer
 from shards.encoders.codec import codec_layout

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from preprocess.audio import AudioFault
 from preprocess.reasons import (
     REASONS,
     ROLE_WARNINGS,
     TEXT_WARNINGS,
     WRITTEN_WARNINGS,
+    AudioFault,
     RowFault,
     known_warnings,
     reject,

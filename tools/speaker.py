@@ -120,7 +120,8 @@ def with_mel(sample: Sample, wave: np.ndarray) -> Sample:
 
 def read_reference(path: Path) -> AudioFile:
     """The reference, read and checked as stage one does."""
-    from preprocess.audio import AudioFault, AudioLimits, decode, read_bytes
+    from preprocess.audio import AudioLimits, decode, read_bytes
+    from preprocess.reasons import AudioFault
     from shards.errors import DataError
 
     try:
