@@ -1,8 +1,12 @@
-"""`tiny OUT`: a small random model of the true architecture, for the demo and the tests, without any download.
+"""`tiny OUT`: a small model and codec of the true architecture, for the demo and the tests, without any download.
 
 Writes OUT/model (native layout: config, safetensors, tokenizer, Whisper feature extractor), OUT/codec, and
-OUT/pipeline.toml that points at them. Same seed, same bytes. The special token ids, codebooks and frame rates are the
-released ones; only the sizes are small. What such a model says is noise until it is trained.
+OUT/pipeline.toml that points at them. Same seed and clips, same bytes. The special token ids, codebooks and frame rates
+are the released ones; only the sizes are small. The model is random: what it says is nonsense until it is trained.
+
+The codec is fitted to the first 41 s of the sample speech, or of --fit: these clips can be heard (below 6 kHz), other
+voices are heard only roughly (tools/tiny/fitted_codec.py). Tests that do not listen take the random codec of `write_tiny`,
+which is smaller and encodes faster.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
+    from tools.tiny.clips import Clips
     from train.model.config import ModelConfig
 
 NUM_TEXT_TOKENS = 128000
@@ -51,8 +56,11 @@ NAMED_SPECIAL_TOKENS = {
     27: "</SE_e>",
 }
 
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
+SAMPLE_SPEECH = REPOSITORY / "tests" / "data" / "arabic-mini" / "chatml.json"
+
 PIPELINE_TOML = """\
-# Made by `tiny`: the tiny random model of this folder, and settings with which it learns eight clips by heart in about
+# Made by `tiny`: the tiny model and codec of this folder, and settings with which it learns eight clips by heart in about
 # two minutes on two cores.
 # The pipeline.toml at the top of the project is the one to copy for real work; it explains every key.
 [model]
@@ -84,18 +92,62 @@ num_workers = 1
 @click.option("--seed", default=0, help="Same seed, same bytes.")
 @click.option("--hidden-size", default=128, help="Model width; a multiple of 32.")
 @click.option("--layers", default=4, help="Decoder layers.")
-def main(out: Path, seed: int, hidden_size: int, layers: int) -> None:
-    """Write a tiny random Higgs Audio v2 model and codec into OUT."""
+@click.option(
+    "--fit",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER|LIST",
+    help="Clips that the codec shall give back: a folder, or a ChatML list.  [default: the sample speech]",
+)
+def main(out: Path, seed: int, hidden_size: int, layers: int, fit: Path | None) -> None:
+    """Write a tiny random Higgs Audio v2 model into OUT, and a codec that gives back the clips it was fitted to."""
+    from shards.errors import PipelineError
+
     if hidden_size < 32 or hidden_size % 32 or layers < 1:
         click.echo("error: --hidden-size must be a positive multiple of 32 and --layers at least 1", err=True)
         sys.exit(2)
-    write_tiny(out, seed, hidden_size, layers)
-    click.echo(f"{out}/model, {out}/codec and {out}/pipeline.toml: random weights, for trying the pipeline", err=True)
+    try:
+        clips = clips_to_fit(fit)
+    except PipelineError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    write_tiny(out, seed, hidden_size, layers, clips)
+    for skipped in clips.skipped:
+        click.echo(f"skipped: {skipped}", err=True)
+    click.echo(f"{out}/codec: {fit_in_words(clips)}", err=True)
+    click.echo(f"{out}/model and {out}/pipeline.toml: random weights, for trying the pipeline", err=True)
 
 
-def write_tiny(out: Path, seed: int = 0, hidden_size: int = 128, num_layers: int = 4) -> None:
-    """Write the three things into `out`."""
+def clips_to_fit(fit: Path | None) -> Clips:
+    """The clips of --fit, or the sample speech. Raises DataError."""
+    from shards.errors import DataError
+    from tools.tiny.clips import read_clips
+    from tools.tiny.fitted_codec import NUM_ENTRIES
+
+    if fit:
+        return read_clips(fit, NUM_ENTRIES)
+    if not SAMPLE_SPEECH.is_file():
+        raise DataError(f"{SAMPLE_SPEECH}: the sample speech is not here; name clips with --fit FOLDER or --fit LIST")
+    return read_clips(SAMPLE_SPEECH, NUM_ENTRIES, base=REPOSITORY)
+
+
+def fit_in_words(clips: Clips) -> str:
+    """What the codec can and cannot: "gives back 9 clips and the start of spk_01_24.flac; ..."."""
+    from shards.encoders.codec import HOP, pad_to_frames
+    from tools.tiny.fitted_codec import NUM_ENTRIES
+
+    num_frames = sum(len(pad_to_frames(wave)) // HOP for wave in clips.waves)
+    whole = len(clips.paths) - (num_frames > NUM_ENTRIES)
+    start = f" and the start of {clips.paths[-1].name}" if num_frames > NUM_ENTRIES else ""
+    held = f"gives back {whole} clip{'s' * (whole != 1)}{start}, below 6 kHz"
+    return f"{held}; other sounds only roughly ({clips.num_left} more clips left out, {len(clips.skipped)} skipped)"
+
+
+def write_tiny(
+    out: Path, seed: int = 0, hidden_size: int = 128, num_layers: int = 4, clips: Clips | None = None
+) -> None:
+    """Write the three things into `out`. The codec is fitted to `clips`; without them it is random."""
     from tools.tiny.codec import write_codec
+    from tools.tiny.fitted_codec import write_fitted_codec
 
     config = tiny_config(hidden_size, num_layers)
     model_dir, codec_dir = out / "model", out / "codec"
@@ -103,7 +155,10 @@ def write_tiny(out: Path, seed: int = 0, hidden_size: int = 128, num_layers: int
     write_model(model_dir, config, seed)
     write_tokenizer(model_dir)
     write_feature_extractor(model_dir)
-    write_codec(codec_dir, seed)
+    if clips:
+        write_fitted_codec(codec_dir, seed, clips.waves)
+    else:
+        write_codec(codec_dir, seed)
     text = PIPELINE_TOML.format(model=json.dumps(str(model_dir)), codec=json.dumps(str(codec_dir)))
     (out / "pipeline.toml").write_text(text, encoding="utf-8")
 

@@ -5,7 +5,7 @@ little. So its two feature branches are scaled to equal strength and every codeb
 synthetic, speech-like signal: codes then follow the sound. It reconstructs nothing; decoded audio is noise.
 
 Whichever implementation of the codec is installed computes the features; weights are drawn by name, so the files are the
-same, byte for byte.
+same, byte for byte. `tools/tiny/fitted_codec.py` has the one that can be listened to.
 """
 
 from __future__ import annotations
@@ -55,12 +55,16 @@ CALIBRATION_S = 24  # 600 frames, each codebook of 1024 entries drawn from them 
 
 def write_codec(folder: Path, seed: int) -> None:
     """Write config.json and model.safetensors in the native layout. Same seed, same bytes, in either environment."""
+    save_codec(folder, TINY_CONFIG, calibrated_codec(TINY_CONFIG, seed))
+
+
+def save_codec(folder: Path, config: dict[str, Any], state: dict[str, Tensor]) -> None:
+    """Write config.json and model.safetensors of native names."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    state = calibrated_codec(TINY_CONFIG, seed)
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(TINY_CONFIG, indent=1) + "\n", encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
 def calibrated_codec(config: dict[str, Any], seed: int) -> dict[str, Tensor]:
@@ -72,13 +76,13 @@ def calibrated_codec(config: dict[str, Any], seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name in sorted(state):
-            state[name].copy_(_random(name, state[name].shape, generator))
+            state[name].copy_(random_weights(name, state[name].shape, generator))
         wave = speech_like(generator)
-        _calibrate(state, _joint_features(model, wave), config["acoustic_model_config"]["hidden_size"], generator)
+        _calibrate(state, joint_features(model, wave), config["acoustic_model_config"]["hidden_size"], generator)
     return {name: tensor.contiguous() for name, tensor in state.items()}
 
 
-def _random(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
+def random_weights(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
     """Weights by name and shape alone, because the two implementations draw theirs in different orders.
 
     Standard deviation 1 / sqrt(fan in); biases 0; norms and snakes 1. The second convolution of a residual unit of the
@@ -97,7 +101,7 @@ def _random(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
     return scale * torch.randn(shape, generator=generator) / math.sqrt(math.prod(shape[1:]))
 
 
-def _joint_features(model: nn.Module, wave: Tensor) -> Tensor:
+def joint_features(model: nn.Module, wave: Tensor) -> Tensor:
     """wave [1, 1, S] -> what the codec's first linear layer uses_whisper, acoustic before semantic [T, d]."""
     heard: list[Tensor] = []
     (joint,) = [layer for name, layer in model.named_modules() if name in ("fc", "fc_prior")]
