@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 
 from shards.errors import DataError, ShardError
+from shards.folder_lock import hold_folder
 from shards.index import read_index
 from shards.manifest import Dataset, Job, read_record
 from shards.reader import verify
@@ -29,18 +30,21 @@ def pending_shards(out: Path, job: Job) -> list[int]:
 def finalize(out: Path) -> Dataset:
     """Join what several machines made into one data set, after checking every byte of it.
 
-    Raises ShardError naming the first missing or damaged shard.
+    Raises ShardError naming the first missing or damaged shard, PipelineError when a task still works in OUT.
     """
     if not (out / "job.json").is_file():
         raise ShardError(f"{out}: no job.json, so no job of `preprocess`; give its OUT folder")
-    job = read_record(out / "job.json", Job)
-    _refuse_missing(out, job)
-    faults = [fault for shard in range(job.num_shards) for fault in verify(out, _marker(out, shard))]
-    if faults:
-        told = "; ".join(faults[:2])  # the shard, and the first sample of it that is not readable
-        raise ShardError(f"{len(faults)} faults: {told}; remove that shard's .done.json and run its `preprocess` again")
-    dataset = join_dataset(out, job, job.config["preprocess"]["max_reject_fraction"])
-    shutil.rmtree(out / "encoded", ignore_errors=True)
+    with hold_folder(out):
+        job = read_record(out / "job.json", Job)
+        _refuse_missing(out, job)
+        faults = [fault for shard in range(job.num_shards) for fault in verify(out, _marker(out, shard))]
+        if faults:
+            told = "; ".join(faults[:2])  # the shard, and the first sample of it that is not readable
+            raise ShardError(
+                f"{len(faults)} faults: {told}; remove that shard's .done.json and run its `preprocess` again"
+            )
+        dataset = join_dataset(out, job, job.config["preprocess"]["max_reject_fraction"])
+        shutil.rmtree(out / "encoded", ignore_errors=True)
     return dataset
 
 
@@ -92,6 +96,7 @@ def join_dataset(out: Path, job: Job, max_reject_fraction: float) -> Dataset:
 
 def remove_partial_files(out: Path) -> None:
     """Delete what killed workers left half written; every shard has its marker by now, so nobody is writing one."""
+    shutil.rmtree(out / "job.planning", ignore_errors=True)
     for partial in (out / "shards").glob("*/*.tmp.*"):
         partial.unlink(missing_ok=True)
 

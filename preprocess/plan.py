@@ -28,10 +28,14 @@ from preprocess.config import PreprocessConfig, deciding_keys
 from preprocess.reasons import reject
 from preprocess.sources import SourceRow, read_rows
 from shards.errors import DataError
+from shards.folder_lock import PREFIX as LOCK_PREFIX
+from shards.folder_lock import hold_folder
 from shards.index import hash64
 from shards.manifest import Fingerprints, Job, read_record
 from shards.sample import write_npy
 from shards.writer import Reject, sync, temporary, write_bytes, write_json
+
+MAX_PLANNING_S = 24 * 3600.0  # a list of 100 million rows takes an hour or two
 
 
 class Request(msgspec.Struct, frozen=True):
@@ -48,25 +52,60 @@ class Request(msgspec.Struct, frozen=True):
     num_tasks: int = 1
 
 
-def plan_job(request: Request, config: PreprocessConfig, fingerprints: Fingerprints) -> Job:
-    """Begin a job or recognise the one that stands in OUT. Raises DataError when they differ."""
+class JobIdentity(msgspec.Struct, frozen=True):
+    """What makes two jobs the same one."""
+
+    config: dict[str, Any]
+    fingerprints: Fingerprints
+    input_sha256: str
+
+    def digest(self) -> str:
+        return hashlib.sha256(msgspec.json.encode(self, order="sorted")).hexdigest()
+
+
+def identify_job(request: Request, config: PreprocessConfig, fingerprints: Fingerprints) -> JobIdentity:
+    return JobIdentity({**deciding_keys(config), "limit": request.limit}, fingerprints, _file_sha256(request.data))
+
+
+@contextmanager
+def hold_out(request: Request, identity: JobIdentity | None) -> Iterator[None]:
+    """OUT is ours alone; the tasks of one array (`identity`) share it. Raises PipelineError naming who else holds it."""
     out = request.out
-    wanted: dict[str, Any] = {
-        "config": {**deciding_keys(config), "limit": request.limit},
-        "fingerprints": fingerprints,
-        "input_sha256": _file_sha256(request.data),
-    }
+    is_ours = (out / "job.json").is_file() or (request.new_job and (out / "job.removed.json").is_file())
+    if not is_ours:
+        refuse_foreign_folder(out)  # before a lock file is written there
+    task = f"task {request.task_index} of {request.num_tasks}"
+    shared = (identity.digest(), task) if identity and request.num_tasks > 1 else (None, None)
+    with hold_folder(out, *shared):
+        yield
+
+
+def plan_job(request: Request, config: PreprocessConfig, identity: JobIdentity) -> Job:
+    """Begin a job or recognise the one that stands in OUT. Raises DataError when they differ.
+
+    Of an array, the first task plans and the others wait for it: the list is read once.
+    """
+    if request.num_tasks == 1:
+        return _plan_job(request, config, identity)
+    with hold_folder(request.out / "job.planning", wait_s=MAX_PLANNING_S):
+        return _plan_job(request, config, identity)
+
+
+def _plan_job(request: Request, config: PreprocessConfig, identity: JobIdentity) -> Job:
+    out = request.out
     if request.new_job:
         _remove_job(out)
     if (out / "job.json").is_file():
         job = read_record(out / "job.json", Job)
-        _refuse_other_job(out, job, wanted)
+        _refuse_other_job(out, job, identity)
         return job
     refuse_foreign_folder(out)
     size = config.preprocess.samples_per_shard
     num_rows, num_valid = ingest(request, config.preprocess.seed)
     job = Job(
-        **wanted,
+        config=identity.config,
+        fingerprints=identity.fingerprints,
+        input_sha256=identity.input_sha256,
         input_path=str(request.data),
         num_rows=num_rows,
         num_shards=-(-num_valid // size),
@@ -154,13 +193,11 @@ def _duplicates(ids: np.ndarray) -> list[tuple[int, int]]:
     return [(int(line), int(first[inverse[line]])) for line in repeated]
 
 
-def _refuse_other_job(out: Path, job: Job, wanted: dict[str, Any]) -> None:
-    before = {**_flat(job.config), **_flat(msgspec.to_builtins(job.fingerprints)), "input": job.input_sha256}
-    after = {
-        **_flat(wanted["config"]),
-        **_flat(msgspec.to_builtins(wanted["fingerprints"])),
-        "input": wanted["input_sha256"],
-    }
+def _refuse_other_job(out: Path, job: Job, identity: JobIdentity) -> None:
+    before, after = (
+        {**_flat(one.config), **_flat(msgspec.to_builtins(one.fingerprints)), "input": one.input_sha256}
+        for one in (job, identity)
+    )
     names = sorted(before.keys() | after.keys())
     differing = [
         f"{name} was {_short(before.get(name))}, is {_short(after.get(name))}"
@@ -178,7 +215,12 @@ def refuse_foreign_folder(out: Path) -> None:
         return
     if not out.is_dir():
         raise DataError(f"{out}: is a file; OUT must be a folder")
-    ours = ("job", "report.json", "rejects.jsonl")  # of --validate-only, or of a job whose planning was killed
+    ours = (
+        LOCK_PREFIX,
+        "job",
+        "report.json",
+        "rejects.jsonl",
+    )  # of --validate-only, or of a job whose planning was killed
     foreign = sorted(path.name for path in out.iterdir() if not path.name.startswith(ours))
     if foreign:
         raise DataError(

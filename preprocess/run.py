@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from preprocess.codec_server import CodecServers, cuda_devices
 from preprocess.config import PreprocessConfig
 from preprocess.join import join_dataset, pending_shards
-from preprocess.plan import Request, plan_job
+from preprocess.plan import Request, hold_out, identify_job, plan_job
 from preprocess.report import Progress, print_share, print_summary
 from preprocess.shard_task import ShardTask, TaskResult, TaskSetup
 from preprocess.sources import read_rows
@@ -44,30 +44,33 @@ def preprocess(request: Request, config: PreprocessConfig) -> Dataset | None:
         whisper=whisper_fingerprint(whisper_dir) if whisper_dir else None,
     )
 
-    # 2. The plan: read the list once, shuffle, cut into shards; or recognise the job that stands in OUT.
-    job = plan_job(request, config, fingerprints)
+    # 2. OUT is held until the end; the tasks of one array hold it together.
+    identity = identify_job(request, config, fingerprints)
+    with hold_out(request, identity):
+        # 3. The plan: read the list once, shuffle, cut into shards; or recognise the job that stands in OUT.
+        job = plan_job(request, config, identity)
 
-    # 3. This machine's shards that are not there yet, on all cores.
-    mine = range(request.task_index, job.num_shards, request.num_tasks)
-    pending = [shard for shard in pending_shards(request.out, job) if shard in mine]
-    setup = TaskSetup(
-        config, str(request.out), str(model_dir), str(codec_dir), str(whisper_dir) if whisper_dir else None
-    )
-    progress = Progress(len(mine), len(mine) - len(pending), config.preprocess.samples_per_shard)
-    try:
-        for result in make_shards(request, config, setup, pending, progress.row):
-            progress.add(result)
-    finally:
-        progress.close()
+        # 4. This machine's shards that are not there yet, on all cores.
+        mine = range(request.task_index, job.num_shards, request.num_tasks)
+        pending = [shard for shard in pending_shards(request.out, job) if shard in mine]
+        setup = TaskSetup(
+            config, str(request.out), str(model_dir), str(codec_dir), str(whisper_dir) if whisper_dir else None
+        )
+        progress = Progress(len(mine), len(mine) - len(pending), config.preprocess.samples_per_shard)
+        try:
+            for result in make_shards(request, config, setup, pending, progress.row):
+                progress.add(result)
+        finally:
+            progress.close()
 
-    # 4. The data set: one index, one list of rejects, dataset.json last.
-    if request.num_tasks > 1:
-        print_share(request, len(mine), len(pending_shards(request.out, job)))
-        return None
-    dataset = join_dataset(request.out, job, config.preprocess.max_reject_fraction)
-    shutil.rmtree(request.out / "encoded", ignore_errors=True)
+        # 5. The data set: one index, one list of rejects, dataset.json last.
+        if request.num_tasks > 1:
+            print_share(request, len(mine), len(pending_shards(request.out, job)))
+            return None
+        dataset = join_dataset(request.out, job, config.preprocess.max_reject_fraction)
+        shutil.rmtree(request.out / "encoded", ignore_errors=True)
 
-    # 5. What happened.
+    # 6. What happened.
     print_summary(dataset, request.out, progress, time.monotonic() - started)
     return dataset
 

@@ -18,13 +18,14 @@ import numpy as np
 from preprocess.audio import AudioMeasures, decode, read_bytes
 from preprocess.config import PreprocessConfig
 from preprocess.join import HISTOGRAM_EDGES_S, check_rejects, histogram, write_rejects
-from preprocess.plan import JobRows, Request, ingest, refuse_foreign_folder
+from preprocess.plan import JobRows, Request, hold_out, ingest
 from preprocess.reasons import AudioFault, RowFault, reject_of
 from preprocess.report import Progress, print_validation
 from preprocess.row_checks import check_pair, check_row
 from preprocess.segment import Segment
 from preprocess.text import arabic_share
 from preprocess.workers import Skip, run_tasks, usable_cores
+from shards.errors import DataError
 from shards.writer import Reject, write_json
 
 PERCENTILES = {"min": 0, "p1": 1, "median": 50, "p99": 99, "max": 100}
@@ -91,7 +92,13 @@ class ValidateTask:
 
 def validate(request: Request, config: PreprocessConfig) -> dict[str, Any]:
     """Run all checks and return the report. Raises DataError when more rows are rejected than the limit allows."""
-    refuse_foreign_folder(request.out)
+    if (request.out / "job.json").is_file():
+        raise DataError(f"{request.out}: holds a job; give --validate-only an OUT of its own")
+    with hold_out(request, None):
+        return _validate(request, config)
+
+
+def _validate(request: Request, config: PreprocessConfig) -> dict[str, Any]:
     num_rows, num_usable = ingest(request, config.preprocess.seed)
     size = config.preprocess.samples_per_shard
     tasks = list(range(-(-num_usable // size)))

@@ -16,7 +16,7 @@ import pytest
 
 from preprocess.codec_server import CodecServers, RemoteCodec
 from preprocess.config import PreprocessConfig
-from preprocess.plan import Request, plan_job
+from preprocess.plan import Request, identify_job, plan_job
 from preprocess.run import make_with_codec_servers, preprocess
 from preprocess.shard_task import TaskSetup
 from shards.artifacts import codec_fingerprint, mel_fingerprint, tokenizer_fingerprint
@@ -58,7 +58,8 @@ def test_codec_processes_give_the_same_bytes(arabic_mini, config, job, tiny_dir,
     out = tmp_path / "out"
     model_dir, codec_dir = tiny_dir / "model", tiny_dir / "codec"
     fingerprints = Fingerprints(codec_fingerprint(codec_dir), tokenizer_fingerprint(model_dir), mel_fingerprint())
-    plan_job(Request(arabic_mini, out, limit=NUM_ROWS), config, fingerprints)
+    request = Request(arabic_mini, out, limit=NUM_ROWS)
+    plan_job(request, config, identify_job(request, config, fingerprints))
     setup = TaskSetup(config, str(out), str(model_dir), str(codec_dir))
     results = list(make_with_codec_servers(["cpu", "cpu"], 2, setup, [0, 1, 2, 3]))
     assert sum(result.done.num_samples for result in results) == NUM_ROWS
