@@ -28,6 +28,7 @@ SILENCE_BELOW_PEAK = 0.02  # -34 dB of the clip's peak counts as leading or trai
 LONG_SILENCE_S = 1.0
 DC_OFFSET = 0.02
 LOW_SAMPLE_RATE = 16000
+MIN_SAMPLE_RATE, MAX_SAMPLE_RATE = 4000, 384000  # telephones have 8000; beyond lie damaged headers
 EXACT_SEEK = frozenset({"WAV", "WAVEX", "FLAC", "AIFF", "AU", "CAF", "W64", "RF64"})  # libsndfile's names
 BLOCK = 1 << 18  # samples
 
@@ -52,13 +53,15 @@ class AudioFile:
     measures: AudioMeasures
 
     def at(self, sample_rate: int) -> np.ndarray:
-        """The wave [S] float32 at another rate."""
-        if sample_rate == self.measures.sample_rate:
+        """The wave [ceil(S * sample_rate / own rate)] float32 at another rate, resampled by RESAMPLER."""
+        own_rate = self.measures.sample_rate
+        if sample_rate == own_rate:
             return self.wave
-        import torch
-        from torchaudio.functional import resample
+        import soxr
 
-        return resample(torch.from_numpy(self.wave), self.measures.sample_rate, sample_rate).numpy()
+        wave = soxr.resample(self.wave, own_rate, sample_rate, quality="HQ")
+        length = -(-len(self.wave) * sample_rate // own_rate)
+        return np.pad(wave, (0, max(0, length - len(wave))))[:length]  # soxr rounds the length to the nearest
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,9 @@ def decode(data: bytes, limits: AudioLimits, segment: Segment = WHOLE) -> AudioF
         segment.check_read(len(samples), sample_rate)
     if segment.is_whole and 0 < declared < 1 << 40 and len(samples) != declared:
         raise AudioFault("audio_truncated", f"{len(samples)} of {declared} samples could be read")
+    if not MIN_SAMPLE_RATE <= sample_rate <= MAX_SAMPLE_RATE:
+        detail = f"{sample_rate} Hz; accepted are {MIN_SAMPLE_RATE} to {MAX_SAMPLE_RATE} Hz"
+        raise AudioFault("audio_sample_rate", detail)
     duration_s = len(samples) / sample_rate
     if duration_s < limits.min_duration_s:
         raise AudioFault("audio_too_short", f"{duration_s:.3f} s, at least {limits.min_duration_s:g} s")

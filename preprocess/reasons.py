@@ -30,6 +30,7 @@ REASONS = {
     "audio_clipped": "more than preprocess.max_clipped_share of the samples stand at full scale or beyond",
     "audio_too_short": "shorter than preprocess.min_duration_s",
     "audio_too_long": "longer than preprocess.max_duration_s",
+    "audio_sample_rate": "a sample rate outside 4 to 384 kHz: no recording of speech, or a damaged header",
     "audio_segment": "offset and duration of an audio item name a part that the file does not have",
     "reference_is_target": "reference and target are the same audio: that teaches copying, not cloning",
     "worker_died": "the process that worked on this row was killed each time",

@@ -1,7 +1,7 @@
 """Where models come from and how they are named: folders or pinned hub repositories, and their fingerprints.
 
-A fingerprint is the sha256 of the files that decide a result: tokenizer.json for token ids, config and weights for codec
-codes. It names files, not mathematics, so the same codec stored in another layout counts as another codec; the price of
+A fingerprint is the sha256 of what decides a result: tokenizer.json for token ids; config, weights and the resampler for
+codec codes. It names files, not mathematics, so the same codec stored in another layout counts as another codec; the price of
 a check that never needs to run the model.
 """
 
@@ -22,6 +22,7 @@ WHISPER_FEATURES = {"feature_size": 128, "sampling_rate": 16000, "hop_length": 1
 # Other formats of the same weights in hub repositories: Whisper large-v3 alone has 20 GB of them.
 NOT_NEEDED = ("*.msgpack", "*.h5", "*.onnx*", "*.fp32*", "pytorch_model*")
 SAMPLED_BYTES = 4096  # of a tensor
+RESAMPLER = "soxr HQ"  # how stage one brings audio to 24 and 16 kHz
 MEL_FORMAT = "float16, ceil(n/160)+2 frames, floor, zstd"
 
 
@@ -61,7 +62,7 @@ def codec_fingerprint(codec_dir: Path) -> str:
     config = codec_dir / "config.json"
     if not weights or not config.is_file():
         raise ConfigError(f"{codec_dir}: no codec here: expected config.json and model.safetensors or model.pth")
-    return _sha256_of_files((config, *weights))
+    return hashlib.sha256(f"{_sha256_of_files((config, *weights))} {RESAMPLER}".encode()).hexdigest()
 
 
 def whisper_fingerprint(whisper_dir: Path) -> str:
@@ -93,7 +94,7 @@ def weights_fingerprint(model_dir: Path) -> str:
 
 
 def mel_fingerprint() -> str:
-    recipe = json.dumps({**WHISPER_FEATURES, "format": MEL_FORMAT}, sort_keys=True)
+    recipe = json.dumps({**WHISPER_FEATURES, "format": MEL_FORMAT, "resampler": RESAMPLER}, sort_keys=True)
     return hashlib.sha256(recipe.encode()).hexdigest()
 
 
