@@ -5,14 +5,15 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import json
 from pathlib import Path
 from typing import Any
 
 import click
 
+from shards.terminal import explained, print_json, print_line
+
+CONTINUES = "the same command continues this job"
 PATH = click.Path(path_type=Path)
 
 
@@ -79,7 +80,7 @@ def run_command(
     """
     if (task_index is None) != (num_tasks is None) or (task_index or 0) >= (num_tasks or 1):
         raise click.UsageError("--task-index I and --num-tasks N belong together, with I from 0 to N - 1")
-    with explained():
+    with explained(CONTINUES):
         from preprocess.config import PreprocessConfig
         from preprocess.plan import Request
         from shards.config import read_config
@@ -97,14 +98,14 @@ def run_command(
             preprocess(asked, config)
     written = asked.out / ("report.json" if validate_only else "dataset.json")
     if as_json and written.is_file():
-        click.echo(written.read_text(encoding="utf-8"), nl=False)
+        print_json(json.loads(written.read_bytes()), indent=1)
 
 
 @main.command("finalize")
 @click.argument("out", type=PATH)
 def finalize_command(out: Path) -> None:
     """Check every shard in OUT and write dataset.json, after the last task of an array has ended."""
-    with explained():
+    with explained(CONTINUES):
         from preprocess.join import finalize
         from preprocess.report import print_summary
 
@@ -122,30 +123,10 @@ def convert_command(kind: str, source: Path, chatml: Path, seed: int) -> None:
         from preprocess.convert import convert
 
         made = convert(kind, source, chatml, seed)
-        click.echo(f"{chatml}: {made.num_rows} rows of {made.num_speakers} speakers", err=True)
+        print_line(f"{chatml}: {made.num_rows} rows of {made.num_speakers} speakers")
         if made.lonely_clips:
             first = made.lonely_clips[0]
-            click.echo(
-                f"skipped: {len(made.lonely_clips)} clips whose speaker has no other clip; first {first}", err=True
-            )
-
-
-@contextmanager
-def explained() -> Iterator[None]:
-    """Faults a person can act on become one line and exit status 1."""
-    from shards.errors import PipelineError
-
-    try:
-        yield
-    except PipelineError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(1)
-    except OSError as error:
-        click.echo(f"error: {error.filename or 'OUT'}: {error.strerror}; the same command continues this job", err=True)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        click.echo("interrupted; the same command continues this job", err=True)
-        sys.exit(130)
+            print_line(f"skipped: {len(made.lonely_clips)} clips whose speaker has no other clip; first {first}")
 
 
 if __name__ == "__main__":

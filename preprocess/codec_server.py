@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import threading
-import traceback
 from collections import defaultdict
 from multiprocessing.connection import Client, Connection, Listener, wait
 from pathlib import Path
@@ -21,6 +21,7 @@ import numpy as np
 from preprocess.features import WhisperEncoder
 from shards.encoders.codec import Codec, load_codec, pad_to_frames
 from shards.errors import ConfigError, PipelineError
+from shards.terminal import print_traceback
 
 MAX_BATCH_S = 240  # seconds of audio encoded at once: about 10 GB of activations at full size, an estimate
 
@@ -109,7 +110,7 @@ def _serve(parent: Connection, codec_dir: str, whisper_dir: str | None, device: 
             _answer_mels(whisper, [request for request in requests if isinstance(request[1], tuple)])
             _answer_waves(codec, [request for request in requests if not isinstance(request[1], tuple)])
     except Exception:
-        traceback.print_exc()
+        print_traceback(*sys.exc_info())
         os._exit(1)  # the accepting thread must not keep a dead server alive
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from shards.manifest import Dataset
+from shards.terminal import print_line, print_table
 
 PLAIN_LINE_EVERY_S = 10.0
 
@@ -59,7 +61,7 @@ class Progress:
             self._bar.update(self._task, completed=self._done, description=self._line())
         elif time.monotonic() - self._last_line > PLAIN_LINE_EVERY_S:
             self._last_line = time.monotonic()
-            print(f"shards {self._done}/{self._num_shards} | {self._line()} | ETA {self._eta()}", file=sys.stderr)
+            print_line(f"shards {self._done}/{self._num_shards} | {self._line()} | ETA {self._eta()}")
 
     def close(self) -> None:
         if self._bar:
@@ -94,16 +96,17 @@ def print_summary(dataset: Dataset, out: Path, progress: Progress | None, elapse
         rows.append(("encoded", encoded if any_new else "nothing: all shards were there already"))
         rows.append(("speed", f"{progress.audio_hours_per_hour():.0f} audio-hours per hour, {elapsed_s:.1f} s in all"))
     rows += [("rejects", _counts(dataset.rejects) or "none"), ("warnings", _counts(dataset.warnings) or "none")]
-    _print_table(rows)
-    _print_line(f"{out}/dataset.json is complete; next: inspect-shards summary {out}, then train {out} RUN")
+    print_table(rows)
+    folder = shlex.quote(str(out))
+    print_line(f"{out}/dataset.json is complete; next: inspect-shards summary {folder}, then train {folder} RUN")
 
 
 def print_share(request: Any, num_mine: int, num_left: int) -> None:
     """What one task of an array says at its end. request: a `plan.Request`."""
-    _print_line(
+    print_line(
         f"task {request.task_index} of {request.num_tasks}: its {num_mine} shards are done; {num_left} are left in all"
     )
-    _print_line(f"when no shard is left: preprocess finalize {request.out}")
+    print_line(f"when no shard is left: preprocess finalize {shlex.quote(str(request.out))}")
 
 
 def print_validation(report: dict[str, Any], out: Path) -> None:
@@ -121,24 +124,8 @@ def print_validation(report: dict[str, Any], out: Path) -> None:
         ("rejects", _counts(report["rejects"]) or "none"),
         ("warnings", _counts(report["warnings"]) or "none"),
     ]
-    _print_table(rows)
-    _print_line(f"{out}/report.json holds this, {out}/rejects.jsonl every rejected row")
-
-
-def _print_table(rows: list[tuple[str, str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(show_header=False, box=None, pad_edge=False)
-    for name, value in rows:
-        table.add_row(name, value)
-    Console(stderr=True, soft_wrap=True).print(table)
-
-
-def _print_line(text: str) -> None:
-    from rich.console import Console
-
-    Console(stderr=True, soft_wrap=True).print(text, highlight=False)
+    print_table(rows)
+    print_line(f"{out}/report.json holds this, {out}/rejects.jsonl every rejected row")
 
 
 def _counts(counts: dict[str, Any]) -> str:

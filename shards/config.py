@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import msgspec
 
 from shards.errors import ConfigError
+from shards.printable import redact_values
 
 SECTIONS = ("model", "features", "sequence", "text", "preprocess", "lora", "loss", "train", "wandb")
 
@@ -89,9 +90,9 @@ def read_config(kind: type[Config], path: Path | None, overrides: Iterable[str] 
 
 
 def to_toml(config: msgspec.Struct) -> str:
-    """The resolved configuration as TOML text; `read_config` of it gives the same configuration."""
+    """The resolved configuration as TOML text; `read_config` of it gives the same one, but for tokens in URLs, now `***`."""
     lines: list[str] = []
-    for section, values in msgspec.to_builtins(config).items():
+    for section, values in redact_values(msgspec.to_builtins(config)).items():
         lines.append(f"[{section}]")
         # JSON strings, numbers, booleans and flat lists are valid TOML values.
         lines += [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]

@@ -31,6 +31,7 @@ from pathlib import Path
 import msgspec
 
 from shards.errors import PipelineError
+from shards.terminal import print_line
 
 PREFIX = ".lock."  # of every file that this module writes; whoever asks whether a folder is empty leaves these out
 NO_FLOCK = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
@@ -53,17 +54,13 @@ class Holder(msgspec.Struct, frozen=True, kw_only=True):
     has_flock: bool = True
 
 
-def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr)
-
-
 @contextmanager
 def hold_folder(
     folder: Path,
     share: str | None = None,
     name: str | None = None,
     wait_s: float = 0.0,
-    tell: Callable[[str], None] = _to_stderr,
+    tell: Callable[[str], None] = print_line,
 ) -> Iterator[None]:
     """Hold `folder`, made if it is missing, until the block ends; alone, or together with holders of the same `share`.
 

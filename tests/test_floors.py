@@ -29,6 +29,25 @@ WINGS = {
 SPINE_FOR_WINGS = {"config", "world"}
 TORCH_IN_SHARDS = "encoders"  # the only folder of `shards` that may import torch
 DRAWERS = {"utils", "util", "common", "helpers", "helper", "manager", "misc"}
+# Everything that is shown passes shards/terminal.py, which makes it printable. Exceptions hold no text from outside: stage
+# one's bar shows counts, the signal handler may only write constant bytes.
+OUTPUT = "shards/terminal.py"
+OUTPUT_CALLS = {
+    "print",
+    "click.echo",
+    "click.secho",
+    "sys.stdout.write",
+    "sys.stderr.write",
+    "pprint.pprint",
+    "traceback.print_exc",
+    "warnings.warn",
+    "logging.Formatter",
+    "logging.basicConfig",
+}
+OUTPUT_EXCEPTIONS = {
+    "preprocess/report.py": {"rich.console", "rich.progress"},
+    "train/signals.py": {"os.write"},
+}
 PROMISED_DEPENDENCIES = {"torch", "transformers"}
 
 
@@ -51,7 +70,7 @@ def violations(root: Path) -> list[str]:
             floors = {name.split(".")[0] for name in imported_modules(path)}
             forbidden = floors & (set(MAY_IMPORT) | {"tests"}) - allowed
             found += [f"{path.relative_to(root)} imports {name}" for name in sorted(forbidden)]
-    return found + wing_violations(root) + torch_violations(root)
+    return found + wing_violations(root) + torch_violations(root) + output_violations(root)
 
 
 def wing_violations(root: Path) -> list[str]:
@@ -78,6 +97,22 @@ def torch_violations(root: Path) -> list[str]:
     return found
 
 
+def output_violations(root: Path) -> list[str]:
+    """Places that show something to a person without shards/terminal.py."""
+    found = []
+    for path in modules(root):
+        name = path.relative_to(root).as_posix()
+        nodes = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+        used = {call for call in (ast.unparse(node.func) for node in nodes) if call in OUTPUT_CALLS}
+        used |= {"os.write" for node in nodes if ast.unparse(node).startswith(("os.write(1,", "os.write(2,"))}
+        used |= {
+            module for module in imported_modules(path) if module.split(".")[0] == "rich" and module.count(".") == 1
+        }
+        used -= OUTPUT_EXCEPTIONS.get(name, set())
+        found += [f"{name} uses {what}; print with shards.terminal" for what in sorted(used) if name != OUTPUT]
+    return found
+
+
 def modules(root: Path) -> list[Path]:
     return [path for floor in MAY_IMPORT for path in sorted((root / floor).rglob("*.py"))]
 
@@ -96,6 +131,16 @@ def test_the_checker_sees_a_planted_violation(tmp_path: Path):
         "train/bad.py imports preprocess",
         "train/bad.py imports tools",
     ]
+
+
+def test_the_checker_sees_output_past_the_terminal(tmp_path: Path):
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "tools" / "bad.py").write_text(
+        "import click, sys\nfrom rich.console import Console\n"
+        "def f(x):\n    print(x)\n    click.echo(x, err=True)\n    sys.stderr.write(x)\n    Console().print(x)\n"
+    )
+    used = [line.split(" uses ")[1].split(";")[0] for line in output_violations(tmp_path)]
+    assert used == ["click.echo", "print", "rich.console", "sys.stderr.write"]
 
 
 def test_packages_are_ours(repository: Path):

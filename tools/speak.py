@@ -7,8 +7,6 @@ sequence builder as in training, with the settings that the merged folder (`higg
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from pathlib import Path
 
@@ -16,6 +14,7 @@ import click
 import numpy as np
 
 from shards.config import read_config
+from shards.terminal import explained, print_json, print_line
 from tools.speaker import SpeakConfig, load_speaker
 
 
@@ -61,9 +60,7 @@ def main(
     as_json: bool,
 ) -> None:
     """Say TEXT in the voice of REFERENCE with MODEL."""
-    from shards.errors import PipelineError
-
-    try:
+    with explained():
         config = read_config(SpeakConfig, config_path, overrides)
         from shards.encoders.codec import write_wave
         from shards.sequence import FRAMES_PER_SECOND, SAMPLE_RATE
@@ -77,9 +74,6 @@ def main(
         write_wave(out, wave)
         if codes_path:
             np.save(codes_path, speech.codes)
-    except PipelineError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(1)
     audio_s = len(wave) / SAMPLE_RATE
     facts = {
         "out": str(out),
@@ -89,9 +83,9 @@ def main(
         "seconds": seconds,
     }
     if as_json:
-        click.echo(json.dumps(facts))
+        print_json(facts)
     ending = "" if speech.stopped else f"; cut at --max-seconds {max_seconds:g}, the model did not end by itself"
-    click.echo(f"{out}: {audio_s:.2f} s of speech in {seconds:.1f} s{ending}", err=True)
+    print_line(f"{out}: {audio_s:.2f} s of speech in {seconds:.1f} s{ending}")
 
 
 if __name__ == "__main__":

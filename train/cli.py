@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
+
+from shards.terminal import make_stray_lines_printable, print_line, system_fault
 
 
 @click.command(context_settings={"show_default": True})
@@ -58,6 +61,7 @@ def main(
         slurm_ranks,
     )
 
+    make_stray_lines_printable()
     os.environ.update({**slurm_ranks(os.environ), **allocator_settings(os.environ)})  # before torch is imported
     try:
         overrides = (*overrides, *flag_overrides(**flags))
@@ -83,16 +87,18 @@ def main(
     except WorkerFailed as error:
         if error.exitcode == STOPPED:
             sys.exit(STOPPED)
-        click.echo(f"error: {error}", err=True)
+        print_line(f"error: {error}")
         sys.exit(1)
     except PipelineError as error:
-        exit_with(error)
+        exit_with(error, str(error))
+    except OSError as error:
+        exit_with(error, f"{system_fault(error)}; the same command goes on from the last checkpoint")
     mark_well_ended()
     if checkpoint and os.environ.get("RANK", "0") == "0":
-        click.echo(f"done: {checkpoint}; next: checkpoints merge {run} OUT", err=True)
+        print_line(f"done: {checkpoint}; next: checkpoints merge {shlex.quote(str(run))} OUT")
 
 
-def exit_with(error: Exception) -> NoReturn:
+def exit_with(error: Exception, message: str) -> NoReturn:
     """One line, and the exit status. A fault that all ranks share is printed by the first; the others wait for it to do so."""
     from train.launch import STOPPED, mark_well_ended
     from train.signals import Stopped
@@ -103,9 +109,9 @@ def exit_with(error: Exception) -> NoReturn:
     if isinstance(error, Stopped):
         mark_well_ended()
         if rank == "0":
-            click.echo(str(error), err=True)
+            print_line(message)
         sys.exit(STOPPED)
-    click.echo(f"error: {error}" if rank == "0" else f"error on rank {rank}: {error}", err=True)
+    print_line(f"error: {message}" if rank == "0" else f"error on rank {rank}: {message}")
     sys.exit(1)
 
 

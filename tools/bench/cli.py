@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from shards.terminal import explained
+
 
 @click.group()
 def main() -> None:
@@ -26,7 +28,8 @@ def preprocess_command(
     """Stage one: intake, codec, parallel efficiency, deduplication, and the plain way of today beside it."""
     from tools.bench.preprocess import Settings, bench
 
-    bench(Settings(speech, clips, list_mb, workers, codec, rounds), out)
+    with explained():
+        bench(Settings(speech, clips, list_mb, workers, codec, rounds), out)
 
 
 @main.command("train", context_settings={"show_default": True})
@@ -51,7 +54,8 @@ def train_command(
     size = ("full" if on_gpu else "middle") if size == "auto" else size
     samples = samples or (432 if on_gpu else 16)
     batch_tokens = batch_tokens or (16384 if on_gpu else 4096)
-    bench(Settings(size, samples, batch_tokens, rank, threads, rounds, "cuda" if on_gpu else "cpu"), out)
+    with explained():
+        bench(Settings(size, samples, batch_tokens, rank, threads, rounds, "cuda" if on_gpu else "cpu"), out)
 
 
 @main.command("data", context_settings={"show_default": True})
@@ -68,7 +72,8 @@ def data_command(out: Path, samples: int, batch_tokens: int, rounds: int, quick:
 
     rows = [400_000, 1_000_000, 10_000_000]
     settings = Settings([4_000, 10_000], 60, 4096, 1) if quick else Settings(rows, samples, batch_tokens, rounds)
-    bench(settings, out)
+    with explained():
+        bench(settings, out)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from shards.terminal import print_line, print_table
+
 MEL_S = 6.0  # seconds of reference whose mel is stored: read, not decoded, as training with codes does
 CODE = "import json, sys; from tools.bench import data as b; print('RESULT', json.dumps(b.{name}(*sys.argv[1:])), flush=True)"
 
@@ -65,7 +67,7 @@ def bench(settings: Settings, out: Path) -> dict[str, Any]:
         for kind in ("stream", "padded", "online")
     }
     write_json(out, figures)
-    print_table(figures, out)
+    print_figures(figures, out)
     return figures
 
 
@@ -307,20 +309,18 @@ def count_of(work: str) -> int:
 # --- telling --------------------------------------------------------------------------------------------------------
 
 
-def print_table(figures: dict[str, Any], out: Path) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
+def print_figures(figures: dict[str, Any], out: Path) -> None:
     budget = figures["settings"]["batch_tokens"]
-    table = Table(title=f"bench data: {figures['machine']}, packs of {budget} tokens")
-    for heading in ("what", "figure", "beside it"):
-        table.add_column(heading)
-    for rows, plan in figures["planning"].items():
-        table.add_row(
-            f"plan {int(rows):,} rows",
-            f"{plan['scan_s'] + plan['plan_s']:.2f} s, {plan['peak_mb'] - plan['before_mb']:.0f} MB at most, "
-            f"{plan['index_mb']:.0f} MB of them the mapped index; {plan['fill']:.1%} full",
-            f"{plan['num_windows']} windows; random padded batches {plan['padded_useful']:.1%} useful",
+    title = f"bench data: {figures['machine']}, packs of {budget} tokens"
+    rows: list[tuple[str, ...]] = []
+    for num_rows, plan in figures["planning"].items():
+        rows.append(
+            (
+                f"plan {int(num_rows):,} rows",
+                f"{plan['scan_s'] + plan['plan_s']:.2f} s, {plan['peak_mb'] - plan['before_mb']:.0f} MB at most, "
+                f"{plan['index_mb']:.0f} MB of them the mapped index; {plan['fill']:.1%} full",
+                f"{plan['num_windows']} windows; random padded batches {plan['padded_useful']:.1%} useful",
+            )
         )
     names = {
         "plan": "plan",
@@ -333,6 +333,6 @@ def print_table(figures: dict[str, Any], out: Path) -> None:
         ratio = "" if kind == "plan" else f"plan is {figures['ratios'][f'plan_over_{kind}']:.2f} x"
         memory = f", worker {values['worker_mb']:.0f} MB of its own" if "worker_mb" in values else ""
         useful = "" if kind == "online" else f", {values['useful_tokens']:.1%} useful tokens"
-        table.add_row(f"{name}, one process", f"{values['samples_per_s']:.0f} samples/s{useful}{memory}", ratio)
-    Console().print(table)
-    Console(stderr=True).print(f"written to {out}", highlight=False)
+        rows.append((f"{name}, one process", f"{values['samples_per_s']:.0f} samples/s{useful}{memory}", ratio))
+    print_table(rows, headings=("what", "figure", "beside it"), title=title, to_stdout=True)
+    print_line(f"written to {out}")

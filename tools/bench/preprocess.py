@@ -21,6 +21,8 @@ from typing import Any
 
 import numpy as np
 
+from shards.terminal import print_line, print_table
+
 # Each times itself, so that imports and loading models do not count.
 CODE_OF_INTAKE = """
 import json, sys, time
@@ -100,7 +102,7 @@ def bench(settings: Settings, out: Path) -> dict[str, Any]:
         figures["codec"] = bench_codec(work / "codec")
         figures["jobs"] = bench_jobs(settings.workers or usable_cores(), settings.rounds, work, config, audio_s)
     write_json(out, figures)
-    print_table(figures, out)
+    print_figures(figures, out)
     return figures
 
 
@@ -285,28 +287,26 @@ def bench_jobs(max_workers: int, rounds: int, work: Path, config: Path, audio_s:
 # --- telling --------------------------------------------------------------------------------------------------------
 
 
-def print_table(figures: dict[str, Any], out: Path) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
+def print_figures(figures: dict[str, Any], out: Path) -> None:
     intake, codec, jobs = figures["intake"], figures["codec"], figures["jobs"]
-    table = Table(title=f"bench preprocess: {figures['machine']}, codec {figures['settings']['codec']}")
-    for heading in ("what", "figure", "beside it"):
-        table.add_column(heading)
-    table.add_row(
-        f"intake of a {intake['list_mb']:.0f} MB list",
-        f"{intake['mb_per_s']:.0f} MB/s, peak {intake['peak_mb']:.0f} MB",
-        f"json.load {intake['json_load_mb_per_s']:.0f} MB/s, peak {intake['json_load_peak_mb']:.0f} MB",
+    title = f"bench preprocess: {figures['machine']}, codec {figures['settings']['codec']}"
+    rows: list[tuple[str, ...]] = []
+    rows.append(
+        (
+            f"intake of a {intake['list_mb']:.0f} MB list",
+            f"{intake['mb_per_s']:.0f} MB/s, peak {intake['peak_mb']:.0f} MB",
+            f"json.load {intake['json_load_mb_per_s']:.0f} MB/s, peak {intake['json_load_peak_mb']:.0f} MB",
+        )
     )
     shares = ", ".join(
         f"{name[:-6].replace('_', ' ')} {value:.0%}" for name, value in codec.items() if name.endswith("_share")
     )
-    table.add_row("codec, one core", f"{codec['audio_s_per_core_s']:.2f} audio-s per core-s", shares)
+    rows.append(("codec, one core", f"{codec['audio_s_per_core_s']:.2f} audio-s per core-s", shares))
     for workers, rate in jobs["audio_s_per_s"].items():
         efficiency = f"efficiency {jobs['parallel_efficiency'][workers]:.0%}"
-        table.add_row(f"job with {workers} workers", f"{rate:.2f} distinct audio-s per s", efficiency)
-    table.add_row("every clip used twice", f"{jobs['deduplication_gain']:.2f} x", "against encoding every use")
+        rows.append((f"job with {workers} workers", f"{rate:.2f} distinct audio-s per s", efficiency))
+    rows.append(("every clip used twice", f"{jobs['deduplication_gain']:.2f} x", "against encoding every use"))
     plain = f"plain loop {jobs['plain_loop_audio_s_per_s']:.2f} audio-s per s"
-    table.add_row("whole job against a plain loop", f"{jobs['gain_over_plain_loop']:.2f} x", plain)
-    Console().print(table)
-    Console(stderr=True).print(f"written to {out}", highlight=False)
+    rows.append(("whole job against a plain loop", f"{jobs['gain_over_plain_loop']:.2f} x", plain))
+    print_table(rows, headings=("what", "figure", "beside it"), title=title, to_stdout=True)
+    print_line(f"written to {out}")

@@ -21,6 +21,8 @@ from typing import Any
 
 import numpy as np
 
+from shards.terminal import print_json, print_line, print_table
+
 SIDES = ("ours", "padded batches of 2", "padded batches of 4")
 TEXT, REFERENCE, TARGET = (40, 220), (60, 260), (60, 260)  # positions of one sample; the audio ones with their markers
 WARM_UP = {"cpu": 1, "cuda": 3}  # steps before time is taken; on a GPU the first ones compile
@@ -48,7 +50,7 @@ def bench(settings: Settings, out: Path) -> None:
     rounds: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
     for number in range(settings.rounds):
         for side in SIDES:
-            print(f"round {number + 1} of {settings.rounds}: {side}", file=sys.stderr, flush=True)
+            print_line(f"round {number + 1} of {settings.rounds}: {side}")
             rounds[side].append(run_side(side, settings))
     sides = {
         side: {name: float(np.median([result[name] for result in results])) for name in results[0]}
@@ -64,7 +66,7 @@ def bench(settings: Settings, out: Path) -> None:
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, figures)
-    print_table(figures, out)
+    print_figures(figures, out)
 
 
 def run_side(side: str, settings: Settings) -> dict[str, float]:
@@ -302,29 +304,29 @@ def synchronise(settings: Settings) -> None:
 # --- telling --------------------------------------------------------------------------------------------------------
 
 
-def print_table(figures: dict[str, Any], out: Path) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
+def print_figures(figures: dict[str, Any], out: Path) -> None:
     settings = figures["settings"]
     title = f"bench train: {settings['size']} size, rank {settings['rank']}, {settings['threads']} threads, {settings['device']}"
-    table = Table(title=f"{title}; {figures['machine']}")
-    for heading in ("side", "samples/s", "tokens/s", "useful positions", "of matmul rate", "peak memory", "gain"):
-        table.add_column(heading)
+    title += f"; {figures['machine']}"
+    rows: list[tuple[str, ...]] = []
     ours = figures["sides"]["ours"]["samples_per_s"]
     for side, values in figures["sides"].items():
-        table.add_row(
-            side,
-            f"{values['samples_per_s']:.2f}",
-            f"{values['tokens_per_s']:.0f}",
-            f"{values['useful_share']:.0%}",
-            f"{values['matmul_share']:.0%}",
-            f"{values['peak_gb']:.2f} GB",
-            "" if side == "ours" else f"ours is {ours / values['samples_per_s']:.2f} x",
+        rows.append(
+            (
+                side,
+                f"{values['samples_per_s']:.2f}",
+                f"{values['tokens_per_s']:.0f}",
+                f"{values['useful_share']:.0%}",
+                f"{values['matmul_share']:.0%}",
+                f"{values['peak_gb']:.2f} GB",
+                "" if side == "ours" else f"ours is {ours / values['samples_per_s']:.2f} x",
+            )
         )
-    Console(width=None if sys.stdout.isatty() else 110).print(table)
-    Console(stderr=True).print(f"written to {out}", highlight=False)
+    width = None if sys.stdout.isatty() else 110
+    headings = ("side", "samples/s", "tokens/s", "useful positions", "of matmul rate", "peak memory", "gain")
+    print_table(rows, headings=headings, title=title, to_stdout=True, width=width)
+    print_line(f"written to {out}")
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(sys.argv[1], Settings(**json.loads(sys.argv[2])))))
+    print_json(measure(sys.argv[1], Settings(**json.loads(sys.argv[2]))))

@@ -12,13 +12,13 @@ made exactly as it was trained.
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+
+from shards.terminal import explained, print_json, print_line
 
 if TYPE_CHECKING:
     from tools.checkpoints.model_folder import Layout
@@ -52,11 +52,11 @@ def list_command(run: Path, as_json: bool) -> None:
             raise CheckpointError(f"{run}: no complete checkpoint here; give the RUN folder of `train`")
         metrics = {str(folder): json.loads((folder / "metrics.json").read_text()) for folder in folders}
         if as_json:
-            click.echo(json.dumps(metrics, indent=1))
+            print_json(metrics, indent=1)
             return
         for folder, values in metrics.items():
             losses = "  ".join(f"{name.split('/')[1]} {values[name]:.4f}" for name in sorted(values) if "_loss" in name)
-            click.echo(f"{folder}  {losses}")
+            print_line(f"{folder}  {losses}", to_stdout=True)
 
 
 @main.command()
@@ -69,9 +69,8 @@ def merge(run: Path, out: Path, layout: Layout) -> None:
         from tools.checkpoints.merge import merge_checkpoint
 
         step = merge_checkpoint(run, out, layout)
-    click.echo(
-        f"merged step {step} into {out}; next: speak {out} --reference WAV --reference-text TEXT --text TEXT", err=True
-    )
+    model = shlex.quote(str(out))
+    print_line(f"merged step {step} into {out}; next: speak {model} --reference WAV --reference-text TEXT --text TEXT")
 
 
 @main.command()
@@ -93,19 +92,7 @@ def convert(model: Path, out: Path, layout: Layout) -> None:
             raise CheckpointError(
                 f"{model}: neither config.json nor adapter_config.json; give a model or adapter folder"
             )
-    click.echo(f"{out}: {num_tensors} tensors in the {layout} layout", err=True)
-
-
-@contextmanager
-def explained() -> Iterator[None]:
-    """Faults a person can act on become one line and exit status 1."""
-    from shards.errors import PipelineError
-
-    try:
-        yield
-    except PipelineError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(1)
+    print_line(f"{out}: {num_tensors} tensors in the {layout} layout")
 
 
 if __name__ == "__main__":

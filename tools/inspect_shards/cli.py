@@ -9,21 +9,21 @@ verify DATASET      every byte against the markers; exit status 1 names the shar
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import click
 import msgspec
 import numpy as np
 
-from shards.errors import PipelineError, ShardError
+from shards.errors import ShardError
 from shards.index import read_index
 from shards.manifest import Dataset, open_dataset, read_record
+from shards.printable import printable
 from shards.reader import SampleReader, verify
 from shards.sample import Sample
+from shards.terminal import explained, print_json, print_line, print_table
 from shards.writer import ShardDone, sample_key, shard_path
 
 DATASET = click.argument("dataset", type=click.Path(path_type=Path))
@@ -44,15 +44,9 @@ def summary(dataset: Path, as_json: bool) -> None:
         record, index = open_dataset(dataset)
     facts = summary_facts(record, index)
     if as_json:
-        click.echo(json.dumps(facts, ensure_ascii=False, indent=1))
+        print_json(facts, indent=1)
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(show_header=False, box=None, pad_edge=False)
-    for name, value in facts.items():
-        table.add_row(name.replace("_", " "), _readable(value))
-    Console(soft_wrap=True).print(table)
+    print_table([(name.replace("_", " "), _readable(value)) for name, value in facts.items()], to_stdout=True)
 
 
 def summary_facts(record: Dataset, index: np.ndarray) -> dict[str, object]:
@@ -91,10 +85,11 @@ def list_command(dataset: Path, as_json: bool) -> None:
         for sample in SampleReader(dataset).read_all(index):
             facts = sample.facts
             if as_json:
-                click.echo(json.dumps({"key": sample.key, **msgspec.to_builtins(facts)}, ensure_ascii=False))
+                print_json({"key": sample.key, **msgspec.to_builtins(facts)})
             else:
                 text = facts.texts[facts.target_text]
-                click.echo(f"{sample.key}  {facts.id}  {facts.speaker}  {facts.target.duration_s:.2f} s  {text}")
+                seconds = f"{facts.target.duration_s:.2f} s"
+                print_line(printable(f"{sample.key}  {facts.id}  {facts.speaker}  {seconds}  {text}"), to_stdout=True)
 
 
 @main.command()
@@ -113,15 +108,15 @@ def show(
         sample = find_sample(dataset, index, key)
         if sequence:
             for line in describe_sequence(sample, config_path, overrides):
-                click.echo(line)
+                print_line(printable(line), to_stdout=True)
             return
     if as_json:
         facts = msgspec.to_builtins(sample.facts)
         codes = {"reference_codes": sample.reference_codes.tolist(), "target_codes": sample.target_codes.tolist()}
-        click.echo(json.dumps({"key": sample.key, **facts, **codes}, ensure_ascii=False))
+        print_json({"key": sample.key, **facts, **codes})
         return
     for line in describe(sample):
-        click.echo(line)
+        print_line(printable(line), to_stdout=True)
 
 
 def describe(sample: Sample) -> Iterator[str]:
@@ -184,12 +179,11 @@ def verify_command(dataset: Path, as_json: bool) -> None:
     if not faults and not np.array_equal(index, joined_index(dataset, record)):
         faults.append(f"{dataset}/index.npy: differs from the indexes of the shards")
     if as_json:
-        click.echo(json.dumps({"shards": len(record.shards), "faults": faults}, ensure_ascii=False))
+        print_json({"shards": len(record.shards), "faults": faults})
     for fault in faults:
-        click.echo(fault, err=True)
-    click.echo(
-        f"{len(record.shards)} shards, {len(index)} samples: {f'{len(faults)} faults' if faults else 'sound'}", err=True
-    )
+        print_line(printable(fault))
+    found = f"{len(faults)} faults" if faults else "sound"
+    print_line(f"{len(record.shards)} shards, {len(index)} samples: {found}")
     sys.exit(1 if faults else 0)
 
 
@@ -236,16 +230,6 @@ def _readable(value: object) -> str:
     if isinstance(value, dict):
         return "  ".join(f"{name}: {count}" for name, count in value.items())
     return str(value)
-
-
-@contextmanager
-def explained() -> Iterator[None]:
-    """Faults a person can act on become one line and exit status 1."""
-    try:
-        yield
-    except PipelineError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(1)
 
 
 if __name__ == "__main__":

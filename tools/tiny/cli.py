@@ -12,11 +12,12 @@ which is smaller and encodes faster.
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+
+from shards.terminal import explained, print_line
 
 if TYPE_CHECKING:
     from tools.tiny.clips import Clips
@@ -100,21 +101,15 @@ num_workers = 1
 )
 def main(out: Path, seed: int, hidden_size: int, layers: int, fit: Path | None) -> None:
     """Write a tiny random Higgs Audio v2 model into OUT, and a codec that gives back the clips it was fitted to."""
-    from shards.errors import PipelineError
-
     if hidden_size < 32 or hidden_size % 32 or layers < 1:
-        click.echo("error: --hidden-size must be a positive multiple of 32 and --layers at least 1", err=True)
-        sys.exit(2)
-    try:
+        raise click.UsageError("--hidden-size must be a positive multiple of 32 and --layers at least 1")
+    with explained():
         clips = clips_to_fit(fit)
-    except PipelineError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(1)
-    write_tiny(out, seed, hidden_size, layers, clips)
+        write_tiny(out, seed, hidden_size, layers, clips)
     for skipped in clips.skipped:
-        click.echo(f"skipped: {skipped}", err=True)
-    click.echo(f"{out}/codec: {fit_in_words(clips)}", err=True)
-    click.echo(f"{out}/model and {out}/pipeline.toml: random weights, for trying the pipeline", err=True)
+        print_line(f"skipped: {skipped}")
+    print_line(f"{out}/codec: {fit_in_words(clips)}")
+    print_line(f"{out}/model and {out}/pipeline.toml: random weights, for trying the pipeline")
 
 
 def clips_to_fit(fit: Path | None) -> Clips:

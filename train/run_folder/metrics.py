@@ -9,10 +9,14 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from shards.errors import ConfigError
+from shards.printable import redact, redact_values
+from shards.terminal import LineFormatter
 from shards.writer import write_bytes
 from train.config import WandbSection
 
@@ -32,7 +36,7 @@ def open_log(run_dir: Path, rank: int = 0) -> None:
         log.removeHandler(old)
     for handler in handlers:
         who = "" if rank == 0 else f"rank {rank}: "
-        handler.setFormatter(logging.Formatter(f"%(asctime)s {who}%(message)s", "%H:%M:%S"))
+        handler.setFormatter(LineFormatter(f"%(asctime)s {who}%(message)s", "%H:%M:%S"))
         log.addHandler(handler)
 
 
@@ -142,9 +146,15 @@ def start_wandb(run_dir: Path, section: WandbSection, config: dict[str, Any], re
     if is_online and resumes and id_path.is_file():
         known = {"id": id_path.read_text(encoding="utf-8").strip(), "resume": "allow"}
     try:
-        wandb_run = wandb.init(
-            project=section.project, mode=section.mode, dir=run_dir, name=run_dir.name, config=config, **known
-        )
+        with redacted_arguments():
+            wandb_run = wandb.init(
+                project=section.project,
+                mode=section.mode,
+                dir=run_dir,
+                name=redact(run_dir.name),
+                config=redact_values(config),
+                **known,
+            )
     except Exception as error:  # wandb raises many kinds; all mean "not logged in" or "not reachable" here
         raise ConfigError(
             f"wandb.mode = {section.mode!r}: {str(error).strip().splitlines()[0]}; "
@@ -153,3 +163,14 @@ def start_wandb(run_dir: Path, section: WandbSection, config: dict[str, Any], re
     if is_online:
         write_bytes(id_path, f"{wandb_run.id}\n".encode())
     return wandb_run
+
+
+@contextmanager
+def redacted_arguments() -> Iterator[None]:
+    """W&B keeps the command line of the process that starts it; tokens in it are hidden meanwhile."""
+    given = sys.argv
+    sys.argv = redact_values(given)
+    try:
+        yield
+    finally:
+        sys.argv = given

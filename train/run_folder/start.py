@@ -20,6 +20,7 @@ import torch
 
 from shards.config import to_toml
 from shards.errors import CheckpointError, PipelineError
+from shards.printable import redact, redact_values
 from shards.writer import write_bytes, write_json
 from train.config import TrainConfig
 from train.run_folder import checkpoint_folders
@@ -103,7 +104,9 @@ def begin_run(config: TrainConfig, run_dir: Path, step: int, world: World, wandb
     write_bytes(run_dir / "config.toml", to_toml(config).encode())
     write_json(run_dir / "environment.json", environment(world))
     if wandb_run:
-        wandb_run.config.update(msgspec.to_builtins(config), allow_val_change=True)  # what was "auto" is known now
+        wandb_run.config.update(
+            redact_values(msgspec.to_builtins(config)), allow_val_change=True
+        )  # what was "auto" is known now
     return Metrics(run_dir, step, wandb_run, config.train.tensorboard)
 
 
@@ -114,7 +117,7 @@ def environment(world: World) -> dict[str, str | int]:
 
     on_gpu = world.device.type == "cuda"
     return {
-        "command": shlex.join(sys.argv),
+        "command": redact(shlex.join(sys.argv)),
         "ranks": world.size,
         "device": torch.cuda.get_device_name(world.device) if on_gpu else platform.processor() or "cpu",
         "host": platform.node(),

@@ -1,0 +1,114 @@
+"""The one way out to people: lines, tables, JSON and faults of every command, and the format of every log line.
+
+All text passes `shards.printable` here, so no speaker, transcript, file name or URL can move a cursor, write to a clipboard,
+forge a line, end a command as bad rich markup, or leave a token in a log. tests/test_floors.py refuses `print`, `click.echo`
+and rich anywhere else.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import sys
+import traceback
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+import click
+
+from shards.errors import PipelineError
+from shards.printable import printable, printable_json, printable_lines, redact
+
+
+def print_line(text: str, *, to_stdout: bool = False) -> None:
+    """A line for a person, on stderr unless said otherwise. One that the terminal cannot encode is shown escaped."""
+    echo(printable_lines(text), to_stdout)
+
+
+def print_json(value: Any, indent: int | None = None) -> None:
+    """Data on stdout; nothing is left out of it."""
+    echo(printable_json(value, indent), to_stdout=True)
+
+
+def echo(text: str, to_stdout: bool) -> None:
+    stream = sys.stdout if to_stdout else sys.stderr
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    click.echo(text.encode(encoding, "backslashreplace").decode(encoding), err=not to_stdout)
+
+
+def print_table(
+    rows: Iterable[tuple[str, ...]],
+    *,
+    headings: tuple[str, ...] = (),
+    title: str = "",
+    to_stdout: bool = False,
+    width: int | None = None,
+) -> None:
+    """Rows of plain text: what stands in a cell is never read as markup. Without headings: a name and its value a line."""
+    shown = [tuple(printable(redact(value)) for value in row) for row in rows]
+    if not headings:
+        longest = max((len(name) for name, *_ in shown), default=0)
+        for name, *values in shown:
+            echo(f"{name:{longest}}  {'  '.join(values)}", to_stdout)
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(printable(redact(title))))
+    for heading in headings:
+        table.add_column(Text(heading))
+    for row in shown:
+        table.add_row(*(Text(value, overflow="fold") for value in row))
+    Console(stderr=not to_stdout, width=width).print(table)
+
+
+class LineFormatter(logging.Formatter):
+    """A log record as one printable line; a multi-line message is indented from its second line on."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable_lines(super().format(record))
+
+
+@contextmanager
+def explained(next_step: str = "") -> Iterator[None]:
+    """Faults a person can act on become one line and exit status 1; `next_step` says what to do about a disk's.
+
+    A fault of the program keeps its traceback, printed through here as well.
+    """
+    make_stray_lines_printable()
+    after = f"; {next_step}" if next_step else ""
+    try:
+        yield
+    except PipelineError as error:
+        print_line(f"error: {error}")
+        sys.exit(1)
+    except OSError as error:
+        if error.errno == errno.EPIPE:
+            raise  # `| head` is no fault; click ends the command quietly
+        print_line(f"error: {system_fault(error)}{after}")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print_line(f"interrupted{after}")
+        sys.exit(130)
+
+
+def system_fault(error: OSError) -> str:
+    """What the system refused and where: "PATH: No space left on device"."""
+    where = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+    what = error.strerror or str(error) or type(error).__name__
+    return f"{where}: {what}" if where else what
+
+
+def make_stray_lines_printable() -> None:
+    """Tracebacks of our own faults, and log lines from before a log was opened, may quote data too."""
+    sys.excepthook = print_traceback
+    if logging.lastResort:
+        logging.lastResort.setFormatter(LineFormatter("%(message)s"))
+
+
+def print_traceback(kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    for line in "".join(traceback.format_exception(kind, error, trace)).splitlines():
+        echo(printable(redact(line)), to_stdout=False)
