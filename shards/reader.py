@@ -8,7 +8,9 @@ descriptors inherited over fork share their position, and one per shard would ru
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import tarfile
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -20,7 +22,7 @@ import numpy as np
 from shards.errors import ShardError
 from shards.index import read_index
 from shards.sample import MEMBERS, Sample, decompress, read_npy, unpack_sample
-from shards.writer import TAR_BLOCK, ShardDone, shard_path
+from shards.writer import TAR_BLOCK, ShardDone, sample_key, shard_path
 
 MAX_OPEN_SHARDS = 256
 
@@ -48,6 +50,36 @@ class SampleReader:
     def read(self, row: Any) -> Sample:
         members = self.read_raw(row)
         return unpack_sample(members.pop("__key__"), members)
+
+    def key_of(self, row: Any, position: int) -> str:
+        """The key of a sample that cannot be read, or was not; `position`: its index row's number among its shard's.
+
+        Keys count the rows of a shard's list, rejected ones too, and index rows only what was kept; so the key is read
+        from the sample's own tar header. Where that is damaged too, a shard without rejects still tells it, and any other
+        gets a name that no sound sample has.
+        """
+        shard = int(row["shard"])
+        key = header_key(self._header(shard, int(row["offset"])))
+        if key:
+            return key
+        if self._num_rejects(shard) == 0:
+            return sample_key(shard, position)
+        return f"number {position + 1} of shard {shard:06d} (its key is not readable)"
+
+    def _header(self, shard: int, offset: int) -> bytes:
+        """The first tar header of a sample; b"" where it cannot be read."""
+        try:
+            return self._bytes(shard, TAR_BLOCK, offset, "")
+        except ShardError:
+            return b""
+
+    def _num_rejects(self, shard: int) -> int | None:
+        """Rows of a shard's list that are not in it; None where nobody knows."""
+        try:
+            marker = json.loads(shard_path(self._dataset_dir, shard, ".done.json").read_bytes())
+            return sum(marker["rejects"].values())
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            return None
 
     def read_all(self, index: np.ndarray) -> Iterator[Sample]:
         for row in index:
@@ -102,6 +134,15 @@ def split_members(data: bytes, where: str) -> dict[str, Any]:
     return members
 
 
+def header_key(header: bytes) -> str:
+    """The key in the first tar header of a sample; "" where the header is cut or not what was written."""
+    try:
+        key, _, suffix = tarfile.TarInfo.frombuf(header, "ascii", "strict").name.partition(".")
+    except (tarfile.HeaderError, UnicodeDecodeError):  # the header has a checksum of its own
+        return ""
+    return key if suffix in MEMBERS else ""
+
+
 def decode_zst(key: str, data: bytes) -> Any:
     """Handler for stock WebDataset: `WebDataset(...).decode(decode_zst)` turns `.npy.zst` members into arrays."""
     return read_npy(decompress(data)) if key.endswith(".npy.zst") else None
@@ -131,7 +172,7 @@ def verify(dataset_dir: Path, done: ShardDone) -> Iterator[str]:
         try:
             reader.read(row)
         except ShardError as error:
-            yield f"sample {position} of {done.num_samples}: {error}"
+            yield f"sample {position} of {done.num_samples} (key {reader.key_of(row, position)}): {error}"
 
 
 def _sha256(path: Path) -> str:

@@ -203,7 +203,8 @@ def test_too_long_samples_are_counted_and_the_first_named():
     lengths[[17, 20]] = 1001
     planner = plan_of(make_index(lengths))
     assert planner.num_too_long == 2
-    assert planner.too_long_keys == ["000001000001", "000001000004"]
+    assert planner.too_long_rows == [17, 20]
+    assert [planner.position_of(row) for row in planner.too_long_rows] == [1, 4]
 
 
 def test_kept_rows_only():

@@ -206,11 +206,9 @@ def find_sample(dataset: Path, index: np.ndarray, key: str) -> Sample:
     reader = SampleReader(dataset)
     if key.isdigit() and len(key) == 12:
         shard = int(key[:6])
-        rows = index[index["shard"] == shard]
-        for row in rows:
-            sample = reader.read(row)
-            if sample.key == key:
-                return sample
+        for position, row in enumerate(index[index["shard"] == shard]):
+            if reader.key_of(row, position) == key:
+                return reader.read(row)
     for sample in reader.read_all(index):
         if sample.facts.id == key:
             return sample

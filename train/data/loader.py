@@ -126,7 +126,8 @@ class PlannedSamples(torch.utils.data.IterableDataset):
                 try:
                     members = self._reader.read_raw(row)
                 except ShardError as error:
-                    yield RawSample(self._planner.key_of(number), {}, reason=str(error), **known)
+                    key = self._reader.key_of(row, self._planner.position_of(number))
+                    yield RawSample(key, {}, reason=str(error), **known)
                 else:
                     yield RawSample(members.pop("__key__"), members, **known)
 

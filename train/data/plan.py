@@ -23,12 +23,12 @@ import numpy as np
 
 from shards.errors import ConfigError
 from shards.sequence import NUM_MARKER_COLUMNS
-from shards.writer import sample_key, write_json
+from shards.writer import write_json
 from train.data.packing import PlanSettings, best_fit
 
 PLAN_VERSION = 1  # raise it when the same settings give other packs: a cached or resumed plan is then refused
 CHUNK = 1 << 16  # rows looked at together, where all rows are looked at
-MAX_NAMED_KEYS = 5  # too long samples named by key
+MAX_NAMED = 5  # too long samples named
 
 Lengths = Callable[[np.ndarray], np.ndarray]  # index rows [n] -> tokens [n] int64
 Keep = Callable[[np.ndarray], np.ndarray]  # index rows [n] -> bool [n]
@@ -57,7 +57,7 @@ class Planner:
         self._keep = keep
         self.settings = settings
         self.num_samples = self.num_tokens = self.num_too_long = 0  # of one epoch; too long ones are skipped
-        self.too_long_keys: list[str] = []  # the first of them
+        self.too_long_rows: list[int] = []  # the first of them
         self._shard_starts = np.zeros(1, np.int64)  # [shards + 1]
         self._length_counts = np.zeros(settings.batch_tokens + 1, np.int64)  # [batch_tokens + 1] samples of each length
         self._scan()
@@ -176,11 +176,9 @@ class Planner:
         """(epoch, window) after this one."""
         return (epoch, window + 1) if window + 1 < self.num_windows(epoch) else (epoch + 1, 0)
 
-    def key_of(self, row: int) -> str:
-        """The key in the shard of an index row."""
-        shard = int(self._index[row]["shard"])
-        start = self._shard_starts[np.searchsorted(self._shard_starts, row, side="right") - 1]
-        return sample_key(shard, row - int(start))
+    def position_of(self, row: int) -> int:
+        """The number of an index row among those of its shard; not of its key, which counts rejected rows too."""
+        return row - int(self._shard_starts[np.searchsorted(self._shard_starts, row, side="right") - 1])
 
     def window(self, epoch: int, window: int) -> Window:
         """Plan one window; the last one is kept."""
@@ -255,7 +253,6 @@ class Planner:
     def _scan(self) -> None:
         """One pass over the index: shards, totals, and samples that fit no pack."""
         starts: list[np.ndarray] = []
-        too_long: list[int] = []
         previous = -1
         shortest = np.iinfo(np.int64).max
         for start in range(0, len(self._index), CHUNK):
@@ -267,14 +264,13 @@ class Planner:
             taking_part = self._keep(found) if self._keep is not None else np.ones(len(found), bool)
             left_out = np.flatnonzero(taking_part & ~fits)
             self.num_too_long += len(left_out)
-            too_long += (start + left_out[: max(0, MAX_NAMED_KEYS - len(too_long))]).tolist()
+            self.too_long_rows += (start + left_out[: MAX_NAMED - len(self.too_long_rows)]).tolist()
             self.num_samples += int(fits.sum())
             self.num_tokens += int(lengths[fits].sum())
             self._length_counts += np.bincount(lengths[fits], minlength=len(self._length_counts))
             shortest = min(shortest, int(lengths[taking_part].min(initial=shortest)))
         self._shard_starts = np.concatenate([*starts, np.array([len(self._index)])]).astype(np.int64)
         self._shard_numbers = self._index[self._shard_starts[:-1]]["shard"].astype(np.int64)
-        self.too_long_keys = [self.key_of(row) for row in too_long]
         if not self.num_samples:
             detail = (
                 f"the shortest of {self.num_too_long} has {shortest} tokens" if self.num_too_long else "there is none"

@@ -160,9 +160,9 @@ class PlannedSource:
         if fillers:
             log.info("the last step of the first epoch is filled up with %d empty packs", fillers)
         if planner.num_too_long:
-            keys = ", ".join(planner.too_long_keys) + (
-                ", ..." if planner.num_too_long > len(planner.too_long_keys) else ""
-            )
+            rows = planner.too_long_rows
+            keys = ", ".join(self.reader.key_of(self.index[row], planner.position_of(row)) for row in rows)
+            keys += ", ..." if planner.num_too_long > len(rows) else ""
             log.info(
                 "skipped: %d samples longer than train.batch_tokens = %d%s: %s",
                 planner.num_too_long,

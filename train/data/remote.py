@@ -68,6 +68,10 @@ class RemoteShards:
     def num_bytes(self, shards: Iterable[int]) -> int:
         return sum(self._shards[int(shard)].num_bytes for shard in shards)
 
+    def num_rejects(self, shard: int) -> int:
+        """Rows of a shard's list that are not in it."""
+        return sum(self._shards[shard].rejects.values())
+
     def require_room(self, shards: Iterable[int], what: str) -> None:
         """Raises ConfigError when these shards cannot be held at the same time."""
         needed = self.num_bytes(shards)
@@ -87,10 +91,10 @@ class RemoteShards:
 
     def fetch(self, shards: Iterable[int], wanted: set[int] | None = None) -> None:
         """Have verified copies of these shards, keeping those in `wanted`. Raises ShardError."""
-        missing = iter([int(shard) for shard in shards if not self._is_here(int(shard))])
+        missing = iter([int(shard) for shard in shards if not self.is_here(int(shard))])
         while group := list(itertools.islice(missing, CONNECTIONS)):
             with self._lock():  # given up between groups, so that nobody waits for a whole window
-                group = [shard for shard in group if not self._is_here(shard)]  # another process was faster
+                group = [shard for shard in group if not self.is_here(shard)]  # another process was faster
                 self._make_room(self.num_bytes(group), (wanted or set()) | set(group))
                 with ThreadPoolExecutor(CONNECTIONS) as pool:
                     list(pool.map(self._download, group))
@@ -101,7 +105,7 @@ class RemoteShards:
         except ShardError:
             return  # fetched again, and logged, when the window begins
 
-    def _is_here(self, shard: int) -> bool:
+    def is_here(self, shard: int) -> bool:
         path = shard_path(self.folder, shard, ".tar")
         try:
             if path.stat().st_size != self._shards[shard].num_bytes:
@@ -185,6 +189,13 @@ class CachedReader(SampleReader):
         if self._pid != os.getpid() or shard not in self._descriptors:
             self._remote.fetch([shard])
         return super()._descriptor(shard)
+
+    def _header(self, shard: int, offset: int) -> bytes:
+        """Only from a copy that is here: a name in a log line is not worth a shard's way through the network."""
+        return super()._header(shard, offset) if self._remote.is_here(shard) else b""
+
+    def _num_rejects(self, shard: int) -> int | None:
+        return self._remote.num_rejects(shard)
 
     def __getstate__(self) -> dict[str, object]:
         return {**super().__getstate__(), "_remote": self._remote}
