@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -11,7 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from shards.errors import CheckpointError
+from train.model import config as model_config
 from train.model.config import native_config, read_model_config
+from train.model.rope import rope_frequencies
 from train.model.weights import load_model, native_name, stored_dtype
 
 
@@ -154,3 +157,32 @@ def test_matrices_split_by_bosons_training_are_joined(boson_folder, tiny_dir, na
     save_file({**load_file(other), f"{prefix}.linear_frozen.weight": whole[:128000].clone()}, other)
     model = load_model(boson_folder, torch.float32)
     assert torch.equal(model.text_lm_head.weight, native["text_lm_head.weight"])
+
+
+@pytest.mark.parametrize("rope_type", ["default", "linear", "llama3"])
+def test_rope_of_every_kind_survives_both_layouts_and_back(tiny_dir, tmp_path, rope_type):
+    changed = {"rope_type": rope_type, "rope_factor": 4.0, "rope_theta": 20000.0}
+    config = dataclasses.replace(read_model_config(tiny_dir / "model"), **changed)
+    wanted = rope_frequencies(config)
+    plain = 1.0 / 20000.0 ** (torch.arange(0, config.head_dim, 2) / config.head_dim)
+    if rope_type != "llama3":
+        torch.testing.assert_close(wanted, plain if rope_type == "default" else plain / 4)
+    for first, second in ((native_config, model_config.boson_config), (model_config.boson_config, native_config)):
+        found = config
+        for write in (first, second):
+            (tmp_path / "config.json").write_text(json.dumps(write(found)))
+            found = read_model_config(tmp_path)
+            assert found.rope_type == rope_type
+            assert torch.equal(rope_frequencies(found), wanted)
+
+
+def test_rope_in_older_words_and_of_unknown_kinds(tiny_dir, tmp_path):
+    written = model_config.boson_config(read_model_config(tiny_dir / "model"))
+    for scaling, found in ((None, "default"), ({"type": "linear", "factor": 2.0}, "linear"), ({"type": "yarn"}, None)):
+        written["text_config"]["rope_scaling"] = scaling
+        (tmp_path / "config.json").write_text(json.dumps(written))
+        if found:
+            assert read_model_config(tmp_path).rope_type == found
+        else:
+            with pytest.raises(CheckpointError, match="rope_type 'yarn' is not known; expected one of llama3, linear"):
+                read_model_config(tmp_path)

@@ -14,6 +14,8 @@ from typing import Any
 from shards.encoders.whisper_tower import NUM_MELS, WhisperSizes, read_whisper_sizes
 from shards.errors import CheckpointError
 
+ROPE_TYPES = ("llama3", "linear", "default")
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -48,7 +50,7 @@ def read_model_config(folder: Path) -> ModelConfig:
         raise CheckpointError(f"{path}: not readable as a model's config: {error}") from None
     kind = config.get("model_type")
     if kind == "higgs_audio_v2":
-        return _from_native(config, read_whisper_sizes(folder))
+        return _from_native(config, path, read_whisper_sizes(folder))
     if kind == "higgs_audio":
         return _from_boson(config, path, read_whisper_sizes(folder))
     raise CheckpointError(
@@ -128,6 +130,10 @@ def boson_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def _rope_scaling(config: ModelConfig) -> dict[str, Any]:
+    if config.rope_type == "default":
+        return {"rope_type": "default"}
+    if config.rope_type == "linear":
+        return {"rope_type": "linear", "factor": config.rope_factor}
     return {
         "rope_type": config.rope_type,
         "factor": config.rope_factor,
@@ -148,14 +154,14 @@ def _encoder_config(sizes: WhisperSizes) -> dict[str, Any]:
     }
 
 
-def _from_native(config: dict[str, Any], whisper: WhisperSizes | None) -> ModelConfig:
+def _from_native(config: dict[str, Any], path: Path, whisper: WhisperSizes | None) -> ModelConfig:
     rope = config.get("rope_parameters") or {}
     return ModelConfig(
         num_codebooks=config.get("num_codebooks", 8),
         codebook_vocab=config["codebook_size"],
         whisper=whisper,
         is_random=config.get("random_weights", False),
-        **_llama_sizes(config, rope),
+        **_llama_sizes(config, rope, path),
     )
 
 
@@ -164,18 +170,21 @@ def _from_boson(config: dict[str, Any], path: Path, whisper: WhisperSizes | None
     layers = list(range(text["num_hidden_layers"]))
     if config.get("audio_dual_ffn_layers", layers) != layers:
         raise CheckpointError(f"{path}: audio_dual_ffn_layers must name every layer, as in the released model")
-    rope = {"rope_theta": text.get("rope_theta", 500000.0), **(text.get("rope_scaling") or {})}
+    rope = {"rope_type": "default", "rope_theta": text.get("rope_theta", 500000.0), **(text.get("rope_scaling") or {})}
     return ModelConfig(
         num_codebooks=config["audio_num_codebooks"],
         codebook_vocab=config["audio_codebook_size"] + 2,
         whisper=whisper,
         is_random=config.get("random_weights", False),
-        **_llama_sizes(text, rope),
+        **_llama_sizes(text, rope, path),
     )
 
 
-def _llama_sizes(config: dict[str, Any], rope: dict[str, Any]) -> dict[str, Any]:
+def _llama_sizes(config: dict[str, Any], rope: dict[str, Any], path: Path) -> dict[str, Any]:
     heads = config["num_attention_heads"]
+    rope_type = rope.get("type") or rope.get("rope_type", "llama3")  # "type": an older spelling of transformers
+    if rope_type not in ROPE_TYPES:
+        raise CheckpointError(f"{path}: rope_type {rope_type!r} is not known; expected one of {', '.join(ROPE_TYPES)}")
     return {
         "hidden_size": config["hidden_size"],
         "intermediate_size": config["intermediate_size"],
@@ -190,5 +199,5 @@ def _llama_sizes(config: dict[str, Any], rope: dict[str, Any]) -> dict[str, Any]
         "rope_low_freq_factor": rope.get("low_freq_factor", 0.125),
         "rope_high_freq_factor": rope.get("high_freq_factor", 0.5),
         "rope_original_length": rope.get("original_max_position_embeddings", 1024),
-        "rope_type": rope.get("rope_type", "llama3"),
+        "rope_type": rope_type,
     }

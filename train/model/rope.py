@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from shards.errors import CheckpointError
-from train.model.config import ModelConfig
+from train.model.config import ROPE_TYPES, ModelConfig
 
 
 class Rope:
@@ -32,7 +32,7 @@ class Rope:
 
 
 def rope_frequencies(config: ModelConfig) -> Tensor:
-    """Inverse frequencies [E / 2] float32 of Llama 3's rotary embedding.
+    """Inverse frequencies [E / 2] float32 of Llama 3's rotary embedding; "default": unscaled, "linear": all slowed alike.
 
     Llama 3 scaling: wavelengths longer than original / low_freq_factor are slowed by `factor`, shorter than
     original / high_freq_factor are kept, and those between are interpolated (meta-llama/llama-models, apply_scaling).
@@ -41,8 +41,10 @@ def rope_frequencies(config: ModelConfig) -> Tensor:
     frequencies = 1.0 / (config.rope_theta**exponent)
     if config.rope_type == "default":
         return frequencies
+    if config.rope_type == "linear":
+        return frequencies / config.rope_factor
     if config.rope_type != "llama3":
-        raise CheckpointError(f"rope_type {config.rope_type!r} is not known; expected llama3 or default")
+        raise CheckpointError(f"rope_type {config.rope_type!r} is not known; expected one of {', '.join(ROPE_TYPES)}")
     wavelengths = 2 * math.pi / frequencies
     span = config.rope_high_freq_factor - config.rope_low_freq_factor
     smooth = (config.rope_original_length / wavelengths - config.rope_low_freq_factor) / span
