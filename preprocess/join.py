@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import shutil
 from collections import Counter
@@ -14,7 +13,7 @@ import numpy as np
 from shards.errors import DataError, ShardError
 from shards.folder_lock import hold_folder
 from shards.index import read_index
-from shards.manifest import Dataset, Job, read_record
+from shards.manifest import Dataset, Job, digest_of, read_record
 from shards.reader import verify
 from shards.sample import write_npy
 from shards.sequence import FRAMES_PER_SECOND
@@ -88,8 +87,7 @@ def join_dataset(out: Path, job: Job, max_reject_fraction: float) -> Dataset:
         shards=shards,
         digest="",
     )
-    digest = hashlib.sha256(msgspec.json.encode(dataset)).hexdigest()
-    dataset = msgspec.structs.replace(dataset, digest=digest)
+    dataset = msgspec.structs.replace(dataset, digest=digest_of(dataset))
     write_json(out / "dataset.json", dataset)
     return dataset
 

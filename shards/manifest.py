@@ -6,6 +6,7 @@ same folder is refused. dataset.json is written after the last shard and is the 
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ from shards.index import read_index
 from shards.writer import ShardDone
 
 SCHEMA_VERSION = 1
+MAX_SHARDS = 1_000_000  # keys have six digits for the shard
 
 
 class Fingerprints(msgspec.Struct, frozen=True):
@@ -71,6 +73,31 @@ def read_record(path: Path, kind: type[Record]) -> Record:
         raise ShardError(f"{path}: unreadable {kind.__name__} record: {error}") from None
 
 
+def digest_of(dataset: Dataset) -> str:
+    """sha256 over everything in the record but the digest itself."""
+    return hashlib.sha256(msgspec.json.encode(msgspec.structs.replace(dataset, digest=""))).hexdigest()
+
+
+def read_dataset(data: bytes, where: str) -> Dataset:
+    """dataset.json, whose digest is what it must be: folders are named by it. Raises ShardError."""
+    try:
+        dataset = msgspec.json.decode(data, type=Dataset)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ShardError(f"{where}: unreadable Dataset record: {error}") from None
+    if dataset.schema_version != SCHEMA_VERSION:
+        raise ShardError(f"{where}: schema {dataset.schema_version}, this version reads {SCHEMA_VERSION}")
+    digest = digest_of(dataset)
+    if dataset.digest != digest:
+        raise ShardError(
+            f"{where}: its digest is {dataset.digest[:64]!r}, its content has {digest}: it was changed after it was "
+            "written; take it from where it was made"
+        )
+    numbers = [shard.shard for shard in dataset.shards]
+    if len(set(numbers)) < len(numbers) or min(numbers, default=0) < 0 or max(numbers, default=0) >= MAX_SHARDS:
+        raise ShardError(f"{where}: shard numbers must be distinct and from 0 to {MAX_SHARDS - 1}, got {numbers[:8]}")
+    return dataset
+
+
 def open_dataset(folder: Path) -> tuple[Dataset, np.ndarray]:
     """dataset.json and the memory-mapped index [n]. Explains what else was given when it is not a data set."""
     path = folder / "dataset.json" if folder.is_dir() else folder
@@ -85,9 +112,11 @@ def open_dataset(folder: Path) -> tuple[Dataset, np.ndarray]:
         if (folder / "job.json").is_file():
             raise ShardError(f"{folder}: stage one has not finished here; run the same `preprocess` command again")
         raise ShardError(f"{folder}: no dataset.json, so not a data set; give the OUT folder of `preprocess`")
-    dataset = read_record(path, Dataset)
-    if dataset.schema_version != SCHEMA_VERSION:
-        raise ShardError(f"{path}: schema {dataset.schema_version}, this version reads {SCHEMA_VERSION}")
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ShardError(f"{path}: unreadable Dataset record: {error}") from None
+    dataset = read_dataset(data, str(path))
     index = read_index(path.parent / "index.npy")
     if len(index) != dataset.num_samples:
         raise ShardError(f"{path}: counts {dataset.num_samples} samples, index.npy holds {len(index)}")

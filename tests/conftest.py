@@ -152,7 +152,7 @@ def make_dataset(tiny_dir: Path, tokenizer):
 
     from shards.artifacts import codec_fingerprint, mel_fingerprint, tokenizer_fingerprint
     from shards.config import SequenceSection
-    from shards.manifest import Dataset, Fingerprints
+    from shards.manifest import Dataset, Fingerprints, digest_of
     from shards.sequence import SequenceBuilder
     from shards.writer import sample_key, shard_path, write_json, write_shard
 
@@ -186,9 +186,9 @@ def make_dataset(tiny_dir: Path, tokenizer):
             warnings={},
             target_seconds_histogram={},
             shards=[done],
-            digest=done.sha256,
+            digest="",
         )
-        write_json(folder / "dataset.json", dataset)
+        write_json(folder / "dataset.json", msgspec.structs.replace(dataset, digest=digest_of(dataset)))
         return folder
 
     return make

@@ -17,7 +17,7 @@ from damage import flip_payload
 
 from shards.config import SequenceSection
 from shards.index import read_index
-from shards.manifest import Dataset, read_record
+from shards.manifest import Dataset, digest_of, read_record
 from shards.sequence import SequenceBuilder
 from shards.writer import Reject, sample_key, shard_path, write_json, write_shard
 from train.config import TrainSection
@@ -55,8 +55,8 @@ def original(tmp_path_factory, make_dataset, make_sample) -> Path:
         done.append(write_shard(folder / "many", shard, samples, rejects))
     indexes = [read_index(shard_path(folder / "many", shard, ".idx.npy")) for shard in range(len(KEPT))]
     np.save(folder / "many" / "index.npy", np.concatenate(indexes))
-    changed = {"shards": done, "num_samples": len(KEYS)}
-    write_json(folder / "many" / "dataset.json", msgspec.structs.replace(dataset, **changed))
+    dataset = msgspec.structs.replace(dataset, shards=done, num_samples=len(KEYS))
+    write_json(folder / "many" / "dataset.json", msgspec.structs.replace(dataset, digest=digest_of(dataset)))
     return folder / "many"
 
 

@@ -19,7 +19,7 @@ import train.data.remote as remote_module
 from shards.config import SequenceSection
 from shards.errors import ConfigError, PipelineError, ShardError
 from shards.index import read_index
-from shards.manifest import Dataset, read_record
+from shards.manifest import Dataset, digest_of, read_record
 from shards.sequence import SequenceBuilder
 from shards.writer import ShardDone, sample_key, shard_path, write_json, write_shard
 from train.config import TrainSection
@@ -50,7 +50,8 @@ def original(tmp_path_factory, make_dataset, make_sample) -> Path:
         done.append(write_shard(folder / "many", shard, part, []))
     indexes = [read_index(shard_path(folder / "many", shard, ".idx.npy")) for shard in range(NUM_SHARDS)]
     np.save(folder / "many" / "index.npy", np.concatenate(indexes))
-    write_json(folder / "many" / "dataset.json", msgspec.structs.replace(dataset, shards=done, digest="a" * 64))
+    dataset = msgspec.structs.replace(dataset, shards=done)
+    write_json(folder / "many" / "dataset.json", msgspec.structs.replace(dataset, digest=digest_of(dataset)))
     return folder / "many"
 
 
@@ -178,6 +179,59 @@ def test_an_index_of_another_data_set_is_refused(published, tmp_path):
     np.save(published / "index.npy", index)
     with pytest.raises(ShardError, match=r"index.npy: rows of shard 1 are not those of dataset.json"):
         PlannedSource(f"file://{published}", section(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "digest", ["../mine", "/tmp/mine", "", "a" * 64, "A" * 64, "0" * 63, "..", "\u0000" * 64, "../" * 21 + "a"]
+)
+def test_a_digest_that_is_not_the_contents_chooses_no_folder(published, tmp_path, digest):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "index.npy").write_text("my own")
+    record = json.loads((published / "dataset.json").read_text())
+    (published / "dataset.json").write_text(json.dumps({**record, "digest": digest}))
+    for location in (f"file://{published}", str(published)):  # wherever the file is read
+        with pytest.raises(ShardError, match=r"its digest is .*, its content has [0-9a-f]{64}: it was changed"):
+            PlannedSource(location, section(tmp_path))
+    assert (mine / "index.npy").read_text() == "my own"
+    assert {path.name for path in tmp_path.iterdir()} == {"mine", "published"}
+
+
+@pytest.mark.parametrize("shard", [-1, 10**6, 1])
+def test_a_shard_number_that_is_none_is_refused(published, tmp_path, shard):
+    dataset = read_record(published / "dataset.json", Dataset)
+    first = msgspec.structs.replace(dataset.shards[0], shard=shard)
+    forged = msgspec.structs.replace(dataset, shards=[first, *dataset.shards[1:]])
+    write_json(published / "dataset.json", msgspec.structs.replace(forged, digest=digest_of(forged)))
+    with pytest.raises(ShardError, match="shard numbers must be distinct and from 0 to 999999"):
+        PlannedSource(f"file://{published}", section(tmp_path))
+
+
+def test_copies_are_checked_again_at_every_start(published, builder, tmp_path, caplog):
+    """Same size, other bytes: of the index, and of a tar; both are fetched again."""
+    settings = section(tmp_path)
+    url = f"file://{published}"
+    wanted = keys(url, builder, settings)
+    (cache,) = (tmp_path / "cache").iterdir()
+    copies = [cache / "index.npy", *cache.rglob("*.tar")]
+    sound = {path: path.read_bytes() for path in copies}
+    for path, data in sound.items():
+        path.write_bytes(data[:-600] + bytes([data[-600] ^ 1]) + data[-599:])
+    assert keys(url, builder, settings) == wanted
+    assert {path: path.read_bytes() for path in copies} == sound
+    (cache / "index.npy").write_bytes(b"")
+    assert keys(url, builder, settings) == wanted
+
+
+def test_an_index_with_more_rows_than_the_shards_is_refused(published, tmp_path):
+    index = np.load(published / "index.npy")
+    dataset = read_record(published / "dataset.json", Dataset)
+    for rows in (np.concatenate([index, index[:2]]), index[:-1]):
+        np.save(published / "index.npy", rows)
+        forged = msgspec.structs.replace(dataset, num_samples=len(rows))
+        write_json(published / "dataset.json", msgspec.structs.replace(forged, digest=digest_of(forged)))
+        with pytest.raises(ShardError, match=r"index.npy: "):
+            PlannedSource(f"file://{published}", section(tmp_path))
 
 
 def test_a_copy_removed_meanwhile_is_fetched_again(published, builder, tmp_path):

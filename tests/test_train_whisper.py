@@ -16,7 +16,7 @@ from preprocess.features import WhisperEncoder, stored_mel
 from shards.artifacts import whisper_fingerprint
 from shards.config import FeaturesSection, SequenceSection
 from shards.errors import ConfigError, ShardError
-from shards.manifest import open_dataset
+from shards.manifest import digest_of, open_dataset
 from shards.sample import MelFacts, Sample, compress, write_npy
 from shards.sequence import WHISPER, SequenceBuilder
 from shards.writer import write_json
@@ -217,7 +217,8 @@ def test_held_out_shards_may_hold_mels_where_others_hold_states(
     dataset, _ = open_dataset(folder)
     assert decided.tower_dir
     marked = msgspec.structs.replace(dataset.fingerprints, whisper=whisper_fingerprint(decided.tower_dir))
-    write_json(folder / "dataset.json", msgspec.structs.replace(dataset, fingerprints=marked))
+    dataset = msgspec.structs.replace(dataset, fingerprints=marked)
+    write_json(folder / "dataset.json", msgspec.structs.replace(dataset, digest=digest_of(dataset)))
     held_out = make_dataset(tmp_path / "mels", samples)
     section = TrainSection(batch_tokens=700, packs_per_step=1, validation_data=str(held_out))
     source = PlannedSource(str(folder), section)

@@ -2,9 +2,10 @@
 
 dataset.json and index.npy come first. Then, when a window of the plan begins, its shards are fetched, and those of the next
 window behind the loader's back. A copy is hashed and renamed into place only when size and sha256 are those of
-dataset.json; a file lock lets one process of a node download at a time, with several connections, and the others find
-the files there. Beyond `max_bytes` the shards not touched for longest go first. The surprising decision: whole shards
-instead of ranges, because a window needs every sample of its shards anyway; the price is the wait for the first window.
+dataset.json, and one of an earlier run is hashed again when it is first used. A file lock lets one process of a node
+download at a time, with several connections, and the others find the files there. Beyond `max_bytes` the shards not touched
+for longest go first. The surprising decision: whole shards instead of ranges, because a window needs every sample of its
+shards anyway; the price is the wait for the first window.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import fcntl
 import hashlib
 import io
 import itertools
+import logging
 import os
 import threading
 import time
@@ -22,14 +24,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import fsspec
-import msgspec
 import numpy as np
 
 from shards.errors import ConfigError, ShardError
-from shards.manifest import Dataset, open_dataset
+from shards.index import INDEX_DTYPE
+from shards.manifest import Dataset, open_dataset, read_dataset
 from shards.reader import SampleReader
 from shards.sample import write_npy
 from shards.writer import ShardDone, shard_path, write_bytes
+
+log = logging.getLogger("train")
 
 CONNECTIONS = 8
 ATTEMPTS = 3
@@ -48,19 +52,29 @@ class RemoteShards:
         self.url = url.rstrip("/")
         self._max_bytes = max_bytes
         manifest = self._read("dataset.json")
-        try:
-            dataset = msgspec.json.decode(manifest, type=Dataset)
-        except msgspec.DecodeError as error:
-            raise ShardError(f"{self.url}/dataset.json: unreadable Dataset record: {error}") from None
+        dataset = read_dataset(manifest, f"{self.url}/dataset.json")  # its digest, 64 hex digits, is recomputed there
         self.folder = cache_dir.expanduser() / dataset.digest[:32]
+        self._verified: set[int] = set()  # copies that this process, or the one it came from, has hashed
         self._shards = {shard.shard: shard for shard in dataset.shards}
         self._ahead: threading.Thread | None = None
         with self._lock():
             write_bytes(self.folder / "dataset.json", manifest)
-            if not (self.folder / "index.npy").is_file():
+            if not self._has_index(dataset):
                 index = self._read("index.npy")
                 check_index(self.url, index, dataset)
                 write_bytes(self.folder / "index.npy", index)
+
+    def _has_index(self, dataset: Dataset) -> bool:
+        """Whether the copy of the index is what dataset.json says; another one is fetched again."""
+        path = self.folder / "index.npy"
+        try:
+            check_index(str(self.folder), path.read_bytes(), dataset)
+        except FileNotFoundError:
+            return False
+        except (OSError, ShardError) as error:
+            log.warning("%s; fetched again", error)
+            return False
+        return True
 
     def open(self) -> tuple[Dataset, np.ndarray]:
         return open_dataset(self.folder)
@@ -110,9 +124,13 @@ class RemoteShards:
         try:
             if path.stat().st_size != self._shards[shard].num_bytes:
                 return False
+            if shard not in self._verified and (fault := difference(path, self._shards[shard])):
+                log.warning("%s: %s; fetched again", path, fault)
+                return False
             os.utime(path)  # the time of last use
         except FileNotFoundError:  # never fetched, or removed a moment ago
             return False
+        self._verified.add(shard)
         return True
 
     def _download(self, shard: int) -> None:
@@ -133,6 +151,7 @@ class RemoteShards:
                 fault = f"{type(error).__name__}: {error}"
             if not fault:
                 partial.replace(path)
+                self._verified.add(shard)
                 return
             partial.unlink(missing_ok=True)
         raise ShardError(f"{url}: {fault} ({ATTEMPTS} attempts); check the network, or upload the shard again")
@@ -215,8 +234,10 @@ def check_index(url: str, data: bytes, dataset: Dataset) -> None:
     """index.npy holds the rows of the shards' own indexes, whose sha256 dataset.json knows. Raises ShardError."""
     try:
         index = np.load(io.BytesIO(data), allow_pickle=False)
-    except ValueError as error:
+    except (ValueError, EOFError, OSError) as error:
         raise ShardError(f"{url}/index.npy: unreadable index: {error}") from None
+    if index.dtype != INDEX_DTYPE or index.shape != (dataset.num_samples,):
+        raise ShardError(f"{url}/index.npy: {index.dtype.kind}{list(index.shape)} is not the index of dataset.json")
     start = 0
     for shard in dataset.shards:
         own = write_npy(index[start : start + shard.num_samples])
@@ -225,3 +246,5 @@ def check_index(url: str, data: bytes, dataset: Dataset) -> None:
             raise ShardError(
                 f"{url}/index.npy: rows of shard {shard.shard} are not those of dataset.json; upload it again"
             )
+    if start != len(index):
+        raise ShardError(f"{url}/index.npy: {len(index)} rows, the shards of dataset.json have {start}")
