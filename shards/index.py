@@ -43,6 +43,6 @@ def read_index(path: Path) -> np.ndarray:
         index = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
         raise ShardError(f"{path}: unreadable index: {error}; run `preprocess` again to make it") from None
-    if index.dtype != INDEX_DTYPE:
+    if index.dtype != INDEX_DTYPE or index.ndim != 1:
         raise ShardError(f"{path}: index has other columns than this version writes; run `preprocess` again")
     return index

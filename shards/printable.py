@@ -8,6 +8,7 @@ The price: a backslash is not doubled, so what is shown cannot be turned back. F
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -20,6 +21,7 @@ HARMLESS_FORMAT = frozenset(
     "\u061c\u200c\u200d\u200e\u200f\u0600\u0601\u0602\u0603\u0604\u0605\u06dd\u0890\u0891\u08e2"
 )
 ESCAPED_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 HIDDEN = "***"
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s\"'<>\\]+")
@@ -71,6 +73,17 @@ def printable_json(value: Any, indent: int | None = None) -> str:
     """JSON that reads as what was stored and holds no raw control or format character, valid wherever JSON is read."""
     text = json.dumps(value, ensure_ascii=False, indent=indent)
     return "".join(json.dumps(letter)[1:-1] if letter != "\n" and is_harmful(letter) else letter for letter in text)
+
+
+def file_name(text: str) -> str:
+    """A name for a file or folder of this key, id or speaker, inside whatever folder it is joined to.
+
+    A key is data: `../../x` or `/etc/x` must not choose where something is written. Plain short names stay, so that a person
+    finds them; every other one becomes a digest, the same one for the same text.
+    """
+    if PLAIN_NAME.fullmatch(text):
+        return text
+    return f"sample-{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}"
 
 
 def redact(text: str, environment: Mapping[str, str] | None = None) -> str:

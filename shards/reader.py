@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tarfile
 import zlib
 from collections import OrderedDict
@@ -25,6 +26,7 @@ from shards.sample import MEMBERS, Sample, decompress, read_npy, unpack_sample
 from shards.writer import TAR_BLOCK, ShardDone, sample_key, shard_path
 
 MAX_OPEN_SHARDS = 256
+KEY = re.compile(r"[0-9]{12}")  # as `sample_key` makes them; a stranger's may be "../../x"
 
 
 class SampleReader:
@@ -125,9 +127,16 @@ def split_members(data: bytes, where: str) -> dict[str, Any]:
         key, _, suffix = name.partition(".")
         try:
             size = int(header[124:135], 8)
+            if size < 0:  # "-7" is a number too, and would lead back to where it stands
+                raise ValueError
         except ValueError:
             raise ShardError(f"{where}: no tar header where one must be; the tar is damaged") from None
-        if members.setdefault("__key__", key) != key or suffix not in MEMBERS or suffix in members:
+        if (
+            not KEY.fullmatch(key)
+            or members.setdefault("__key__", key) != key
+            or suffix not in MEMBERS
+            or suffix in members
+        ):
             raise ShardError(f"{where}: unexpected member {name!r}")
         members[suffix] = data[position + TAR_BLOCK : position + TAR_BLOCK + size]
         position += TAR_BLOCK + -(-size // TAR_BLOCK) * TAR_BLOCK

@@ -24,6 +24,7 @@ from shards.config import SequenceSection
 from shards.errors import ConfigError, ShardError
 from shards.mel import num_rows, rebuild_mel
 from shards.sample import Sample
+from shards.sample_checks import check_whisper
 
 SAMPLE_RATE = 24000  # of the waves that the codec encodes
 FRAMES_PER_SECOND = 25  # of its codes: 960 samples each
@@ -256,10 +257,14 @@ def heard(sample: Sample) -> WhisperClip:
     """What Whisper uses_whisper of the sample's reference. Raises ShardError when the shard does not hold it."""
     mel = sample.facts.mel
     if mel is not None:
-        states = sample.reference_whisper()
+        try:
+            states = sample.reference_whisper()
+            frames = sample.reference_mel() if states is None else None
+            check_whisper(frames, states, mel.num_samples, int(num_rows(mel.num_samples)))
+        except Exception as error:  # numpy's and zstd's kinds, for bytes that are not theirs
+            raise ShardError(f"sample {sample.key}: malformed member: {error}") from None
         if states is not None:
             return WhisperClip(mel.num_samples, states=states)
-        frames = sample.reference_mel()
         if frames is not None:
             return WhisperClip(mel.num_samples, mel=rebuild_mel(frames, mel.floor, mel.num_samples)[0])
     raise ShardError(

@@ -15,10 +15,11 @@ import pytest
 import soundfile
 import torch
 
-from shards.config import read_config
+from shards.config import SequenceSection, read_config
 from shards.encoders.codec import load_codec
 from shards.index import hash64
 from shards.reader import SampleReader
+from shards.sequence import SequenceBuilder
 from train.config import TrainConfig
 from train.data.validation_split import choose_samples
 from train.evaluation.listening import LONGEST, SPARE_FRAMES
@@ -148,16 +149,16 @@ def test_without_held_out_data_it_speaks_training_samples(dataset, settings, tmp
     assert "x as long as recorded" in logged
 
 
-def test_each_sample_is_of_another_speaker_and_short_first(dataset, make_dataset, make_sample, tmp_path):
+def test_each_sample_is_of_another_speaker_and_short_first(tokenizer, make_dataset, make_sample, tmp_path):
     frames = [300, 20, 20, 20, 20]
     speakers = ["a", "b", "b", "c", "b"]
     samples = [make_sample(i, 5, frames[i], speaker=speakers[i]) for i in range(5)]
     folder = make_dataset(tmp_path / "set", samples)
     index = np.load(folder / "index.npy")
-    reader = SampleReader(folder)
-    assert [sample.facts.row for sample in choose_samples(reader, index, None, 4)] == [1, 3, 0, 2]
+    reader, builder = SampleReader(folder), SequenceBuilder(tokenizer, SequenceSection())
+    assert [sample.facts.row for sample in choose_samples(reader, index, None, 4, builder)] == [1, 3, 0, 2]
     keep_b = lambda rows: rows["speaker"] == hash64("b")  # noqa: E731 - one line is all there is to it
-    assert [sample.facts.row for sample in choose_samples(reader, index, keep_b, 9)] == [1, 2, 4]
+    assert [sample.facts.row for sample in choose_samples(reader, index, keep_b, 9, builder)] == [1, 2, 4]
 
 
 def test_a_stream_speaks_too(dataset, settings, tmp_path):
@@ -184,7 +185,7 @@ def test_a_signal_breaks_off_evaluation_but_not_the_checkpoint(dataset, settings
 
     spoken = []
     monkeypatch.setattr(held_out.Evaluation, "losses", signalled)
-    monkeypatch.setattr(listening.Listening, "_write", lambda self, sample, name, codes: spoken.append(name))
+    monkeypatch.setattr(listening.Listening, "_write", lambda self, path, codes: spoken.append(path.name))
     run = tmp_path / "run"
     with pytest.raises(Stopped, match="stopped by a signal after step 2"):
         train(settings("train.listening_samples=2", "train.validation_fraction=0.3"), dataset, run, RunOptions())

@@ -82,7 +82,7 @@ def list_command(dataset: Path, as_json: bool) -> None:
     """One line per sample of DATASET: key, id, speaker, seconds, target text."""
     with explained():
         _, index = open_dataset(dataset)
-        for sample in SampleReader(dataset).read_all(index):
+        for sample in sound_samples(dataset, index):
             facts = sample.facts
             if as_json:
                 print_json({"key": sample.key, **msgspec.to_builtins(facts)})
@@ -201,6 +201,22 @@ def joined_index(dataset: Path, record: Dataset) -> np.ndarray:
     return np.concatenate([read_index(shard_path(dataset, shard.shard, ".idx.npy")) for shard in record.shards])
 
 
+def sound_samples(dataset: Path, index: np.ndarray) -> Iterator[Sample]:
+    """Every usable sample; the others are named and counted on stderr."""
+    reader = SampleReader(dataset)
+    num_skipped = 0
+    for row in index:
+        try:
+            yield reader.read(row)
+        except ShardError as error:
+            num_skipped += 1
+            print_line(f"skipped: {printable(str(error))}")
+    if num_skipped:
+        print_line(
+            f"skipped: {num_skipped} of {len(index)} samples are not usable; `inspect-shards verify` looks at all"
+        )
+
+
 def find_sample(dataset: Path, index: np.ndarray, key: str) -> Sample:
     """By key without a search, by the user's id with one. Raises ShardError."""
     reader = SampleReader(dataset)
@@ -209,7 +225,7 @@ def find_sample(dataset: Path, index: np.ndarray, key: str) -> Sample:
         for position, row in enumerate(index[index["shard"] == shard]):
             if reader.key_of(row, position) == key:
                 return reader.read(row)
-    for sample in reader.read_all(index):
+    for sample in sound_samples(dataset, index):
         if sample.facts.id == key:
             return sample
     first = sample_key(0, 0)

@@ -28,6 +28,7 @@ from webdataset.pipeline import DataPipeline
 
 from shards.errors import PipelineError, ShardError
 from shards.index import hash64
+from shards.printable import printable
 from shards.reader import SampleReader
 from shards.sample import unpack_sample
 from shards.sequence import AUDIO_OUT, BEGIN_OF_TEXT, IGNORE, NUM_CODEBOOKS, STREAM_BOS, Sequence, SequenceBuilder
@@ -54,6 +55,7 @@ class RawSample(NamedTuple):
     shard: str = ""
     speaker: int | None = None  # hash64 of the name, where an index knows it
     reason: str = ""  # why it could not be read
+    length: int = 0  # positions that the plan counts on; 0 where there is no index
     epoch: int = 0
     pack_size: int = 1  # samples of the planned pack it belongs to; 0 marks an empty pack
 
@@ -67,7 +69,7 @@ class Fault(NamedTuple):
     is_damage: bool = True  # False: too long for a pack
 
     def __str__(self) -> str:
-        return f"{self.shard}: sample {self.key}: {self.reason}"
+        return printable(f"{self.shard}: sample {self.key}: {self.reason}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +109,9 @@ class PlannedSamples(torch.utils.data.IterableDataset):
         index: np.ndarray,
         packs: Callable[[], Iterator[tuple[int, np.ndarray]]],
         planner: Planner,
+        lengths: Callable[[np.ndarray], np.ndarray],
     ) -> None:
+        self._lengths = lengths
         self._reader = reader
         self._index = index
         self._packs = packs
@@ -119,7 +123,8 @@ class PlannedSamples(torch.utils.data.IterableDataset):
         for epoch, rows in itertools.islice(self._packs(), worker, None, num_workers):
             if not len(rows):
                 yield RawSample("", {}, epoch=epoch, pack_size=0)
-            for number in rows.tolist():
+            lengths = self._lengths(self._index[rows])
+            for number, length in zip(rows.tolist(), lengths.tolist(), strict=True):
                 row = self._index[number]
                 shard = str(shard_path(Path(), int(row["shard"]), ".tar"))
                 known = {"shard": shard, "speaker": int(row["speaker"]), "epoch": epoch, "pack_size": len(rows)}
@@ -129,7 +134,7 @@ class PlannedSamples(torch.utils.data.IterableDataset):
                     key = self._reader.key_of(row, self._planner.position_of(number))
                     yield RawSample(key, {}, reason=str(error), **known)
                 else:
-                    yield RawSample(members.pop("__key__"), members, **known)
+                    yield RawSample(members.pop("__key__"), members, length=length, **known)
 
 
 def build_sequences(builder: SequenceBuilder):
@@ -141,7 +146,10 @@ def build_sequences(builder: SequenceBuilder):
             if raw.pack_size and not reason:
                 try:
                     sample = unpack_sample(raw.key, raw.members)
-                    sequence = builder.training(sample)
+                    built = builder.training(sample)
+                    if raw.length and len(built) != raw.length:  # a pack would be larger than memory was measured for
+                        raise ShardError(f"{len(built)} positions, the index says {raw.length}")
+                    sequence = built
                     speaker = hash64(sample.facts.speaker) if speaker is None else speaker
                 except (ShardError, ValueError, IndexError) as error:  # the facts of a foreign sample may contradict it
                     reason = str(error)
@@ -183,14 +191,15 @@ def read_pack(
     for row in rows:
         try:
             sample = reader.read(index[row])
-        except ShardError as error:
+            sequence = builder.training(sample)
+        except (ShardError, ValueError, IndexError) as error:
             reasons.append(str(error))
             continue
-        found.append((builder.training(sample), int(index[row]["speaker"]), sample.key))
+        found.append((sequence, int(index[row]["speaker"]), sample.key))
         if len(found) == num_samples:
             break
     if not found:
-        raise ShardError(f"none of the first {len(rows)} samples is readable; the first: {reasons[0]}")
+        raise ShardError(f"none of the first {len(rows)} samples is usable; the first: {reasons[0]}")
     sequences, speakers, keys = zip(*found, strict=True)
     return pack(list(sequences), list(speakers), list(keys))
 
@@ -221,7 +230,7 @@ def load_planned_packs(
     def packs() -> Iterator[tuple[int, np.ndarray]]:
         return planner.rank_packs(start_step, share.rank, share.world_size, on_window)
 
-    source = PlannedSamples(reader, index, packs, planner)
+    source = PlannedSamples(reader, index, packs, planner, builder.lengths)
     return run_pipeline(DataPipeline(source, build_sequences(builder), pack_planned), share.num_workers)
 
 

@@ -139,9 +139,13 @@ class PlannedSource:
     def listening_samples(self, num_samples: int) -> list[Sample]:
         """Samples for the listening set, of held-out speakers where there are any."""
         if self._validation:
-            return self._validation.listening_samples(num_samples)
+            return self._validation.first_samples(num_samples, self._builder)
         keep = None if self._held_out is None else of_speakers(self._held_out, inside=True)
-        return choose_samples(self.reader, self.index, keep, num_samples)
+        return choose_samples(self.reader, self.index, keep, num_samples, self._builder)
+
+    def first_samples(self, num_samples: int, builder: SequenceBuilder) -> list[Sample]:
+        """The same of a data set that is only validated with."""
+        return choose_samples(self.reader, self.index, None, num_samples, builder)
 
     def describe(self) -> None:
         planner, section = self.planner, self._section

@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import logging
 import random
+import re
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -51,6 +52,7 @@ from train.model.batch import PackedBatch
 from train.model.conditioning import Conditioning
 from train.world import ALONE, World
 
+SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 LOCAL = "local://"  # fsspec's name for this machine's files
 
 log = logging.getLogger("train")
@@ -131,7 +133,7 @@ class StreamedSource:
     def listening_samples(self, num_samples: int) -> list[Sample]:
         """Samples for the listening set: of the validation data, or the first sound ones of the stream."""
         if self._validation:
-            return self._validation.listening_samples(num_samples)
+            return self._validation.first_samples(num_samples, self._builder)
         samples: list[Sample] = []
         for raw in read_shards(self.urls):
             if len(samples) == num_samples:
@@ -140,7 +142,7 @@ class StreamedSource:
                 sample = unpack_sample(raw.key, raw.members)
                 self._builder.prompt(sample)
             except (ShardError, ValueError, IndexError) as error:  # a foreign sample's facts may contradict it
-                log.warning("listening set: skipped: %s", raw.reason or error)
+                log.warning("listening set: skipped: %s", Fault(raw.shard, raw.key, raw.reason or str(error)))
             else:
                 samples.append(sample)
         return samples
@@ -199,9 +201,11 @@ def read_shards(urls: list[str]) -> Iterator[RawSample]:
         faults.append(RawSample("?", {}, where.removeprefix(LOCAL), reason=reason))
         return True  # go on with the next shard
 
-    addresses = [url if "://" in url else f"{LOCAL}{Path(url).absolute()}" for url in urls]
+    # webdataset runs what stands behind "pipe:" in a shell. It sees addresses only that begin with a scheme of ours.
+    addresses = [url if SCHEME.match(url) else f"{LOCAL}{Path(url).absolute()}" for url in urls]
     for address in addresses:
-        gopen_schemes[address.split("://")[0]] = WholeTar
+        refuse_pipe(address)
+        gopen_schemes[address.split("://")[0].lower()] = WholeTar
     dataset = WebDataset(
         addresses, handler=note, shardshuffle=False, nodesplitter=None, workersplitter=None, empty_check=False
     )
@@ -294,8 +298,7 @@ def shard_urls(spec: str) -> list[str]:
     """
     urls: list[str] = []
     for part in expand_urls(spec):
-        if part.startswith("pipe:"):
-            raise ConfigError(f"{part}: a pipe would run a shell command; give the address of the shards")
+        refuse_pipe(part)
         if "://" not in part and Path(part).is_dir():
             found = sorted(str(path) for path in Path(part).rglob("*.tar"))
         elif part.endswith("/"):
@@ -308,6 +311,13 @@ def shard_urls(spec: str) -> list[str]:
             raise ConfigError(f"{part}: no shards there; give a folder, a glob, a brace list or URLs of .tar files")
         urls += found
     return urls
+
+
+def refuse_pipe(address: str) -> None:
+    """Raises ConfigError for an address whose scheme is "pipe", in any spelling that a URL parser takes for it."""
+    letters = "".join(letter for letter in address if letter > " " and letter.isprintable())
+    if re.match(r"(?:pipe|[a-z0-9+.-]*\+pipe):", letters, re.IGNORECASE):
+        raise ConfigError(f"{address}: a pipe would run a shell command; give the address of the shards")
 
 
 def glob(pattern: str) -> list[str]:

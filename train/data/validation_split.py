@@ -15,6 +15,7 @@ import numpy as np
 from shards.errors import ConfigError, ShardError
 from shards.reader import SampleReader
 from shards.sample import Sample
+from shards.sequence import SequenceBuilder
 from train.data.plan import CHUNK, Keep
 
 log = logging.getLogger("train")
@@ -74,7 +75,9 @@ def of_speakers(speakers: np.ndarray, inside: bool) -> Callable[[np.ndarray], np
 SHORT_FRAMES = 250  # ten seconds: what one wants to listen to again and again
 
 
-def choose_samples(reader: SampleReader, index: np.ndarray, keep: Keep | None, num_samples: int) -> list[Sample]:
+def choose_samples(
+    reader: SampleReader, index: np.ndarray, keep: Keep | None, num_samples: int, builder: SequenceBuilder
+) -> list[Sample]:
     """The first sound samples that are kept: short targets first, each of another speaker if there are so many."""
     found: list[int] = []
     for start in range(0, len(index), CHUNK):
@@ -92,7 +95,10 @@ def choose_samples(reader: SampleReader, index: np.ndarray, keep: Keep | None, n
         if len(samples) == num_samples:
             break
         try:
-            samples.append(reader.read(row))
-        except ShardError as error:
+            sample = reader.read(row)
+            builder.prompt(sample)
+        except (ShardError, ValueError, IndexError) as error:
             log.warning("listening set: skipped: %s", error)
+        else:
+            samples.append(sample)
     return samples

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from shards.encoders.codec import Codec, load_codec, write_wave
+from shards.printable import file_name, printable
 from shards.sample import Sample
 from shards.sequence import SequenceBuilder
 from shards.writer import write_bytes
@@ -45,24 +46,33 @@ class Listening:
     folder: Path
     world: World
 
+    @property
+    def folders(self) -> list[Path]:
+        """One per sample, inside `folder` whatever its key says; keys of several tars may be equal."""
+        names = [file_name(sample.key) for sample in self.samples]
+        return [
+            self.folder / (name if name not in names[:number] else f"{name}-{number}")
+            for number, name in enumerate(names)
+        ]
+
     def speak(self, step: int, model: HiggsAudio, interrupted: Callable[[], bool]) -> dict[str, float]:
         """Write step-N.wav for every sample; returns metrics, none if it was interrupted. Every rank must call this."""
         lengths, ended = [], []
         with untouched(model, self.world.device), torch.compiler.set_stance("force_eager"):
-            for sample in self.samples:
+            for sample, folder in zip(self.samples, self.folders, strict=True):
                 target_frames = sample.target_codes.shape[1]
                 longest = round(LONGEST * target_frames) + SPARE_FRAMES
                 speech = generate(model, self.builder.prompt(sample), longest, SAMPLING, self.world, interrupted)
                 if interrupted():
                     return {}
-                self._write(sample, f"step-{step:06d}.wav", speech.codes)
+                self._write(folder / f"step-{step:06d}.wav", speech.codes)
                 lengths.append(speech.codes.shape[1] / max(1, target_frames))
                 ended.append(speech.stopped)
         return {"eval/speech_ended": float(np.mean(ended)), "eval/speech_length_ratio": float(np.mean(lengths))}
 
     def begin(self) -> None:
         """What was said and heard, beside which the model's speech will stand."""
-        for sample in self.samples:
+        for sample, folder in zip(self.samples, self.folders, strict=True):
             facts = sample.facts
             lines = [
                 f"sample {sample.key} ({facts.id}), speaker {facts.speaker}",
@@ -70,21 +80,22 @@ class Listening:
                 f"target: {facts.texts[facts.target_text]}",
             ]
             if self.world.is_first:
-                write_bytes(self.folder / sample.key / "text.txt", "".join(f"{line}\n" for line in lines).encode())
-            self._write(sample, "reference.wav", sample.reference_codes)
-            self._write(sample, "target.wav", sample.target_codes)
+                text = "".join(f"{printable(line)}\n" for line in lines)
+                write_bytes(folder / "text.txt", text.encode())
+            self._write(folder / "reference.wav", sample.reference_codes)
+            self._write(folder / "target.wav", sample.target_codes)
 
     def waves(self, step: int) -> dict[str, Path]:
-        """The files of a step by sample key."""
-        return {sample.key: self.folder / sample.key / f"step-{step:06d}.wav" for sample in self.samples}
+        """The files of a step by the names of their samples' folders."""
+        return {folder.name: folder / f"step-{step:06d}.wav" for folder in self.folders}
 
-    def _write(self, sample: Sample, name: str, codes: np.ndarray) -> None:
+    def _write(self, path: Path, codes: np.ndarray) -> None:
         if self.codec is None:
             return
         try:
-            write_wave(self.folder / sample.key / name, self.codec.decode(codes))
+            write_wave(path, self.codec.decode(codes))
         except OSError as error:
-            log.warning("%s/%s/%s: not written: %s; training goes on", self.folder, sample.key, name, error)
+            log.warning("%s: not written: %s; training goes on", path, error)
 
 
 def open_listening(
@@ -98,7 +109,7 @@ def open_listening(
     if not shared:
         return None
     folder = run_dir / "listening"
-    log.info("listening set: samples %s in %s", ", ".join(sample.key for sample in shared), folder)
+    log.info("listening set: samples %s in %s", ", ".join(printable(sample.key) for sample in shared), folder)
     listening = Listening(shared, builder, load_codec(codec_dir) if world.is_first else None, folder, world)
     listening.begin()
     return listening
