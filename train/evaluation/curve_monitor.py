@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 
 log = logging.getLogger("train")
 COPYING_BELOW = 1.0  # nats per code; guessing is 6.93, and clear speech is not that predictable before it was seen
@@ -50,7 +51,7 @@ class CurveMonitor:
                 "train.num_workers, or put the shards on a faster disk",
             )
 
-        if "eval/audio_loss" in values:
+        if math.isfinite(values.get("eval/audio_loss", math.nan)):
             self._held_out.append(values["eval/audio_loss"])
             if self.without_improvement >= RISING:
                 self._warn_once(

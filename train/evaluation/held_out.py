@@ -7,6 +7,7 @@ number, no optimizer state is touched.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from train.model.batch import PackedBatch
 from train.model.loss import LossCounts, LossSums, step_losses
 from train.world import World
 
+MAX_KEYS = 8  # of a pack that are told
+
 log = logging.getLogger("train")
 
 
@@ -35,6 +38,7 @@ class EvalSums(msgspec.Struct, frozen=True):
     counts: list[int] = []  # of their targets, in the same order
     samples: int = 0
     bad: int = 0
+    not_finite: list[str] = []  # keys of the packs whose losses are not
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,8 @@ class Evaluation:
     ) -> dict[str, float]:
         """Losses over all held-out packs of all ranks, under the names of the metrics; none if it was interrupted.
 
+        Losses that are not finite, or of no sample at all, are no evaluation: it is logged, and only the counts are
+        returned, so that nothing is judged by them.
         `interrupted` is asked before every pack, by every rank, with the same answer. Raises PipelineError.
         """
         with untouched(model, self.world.device):
@@ -71,26 +77,45 @@ class Evaluation:
             ramp=1.0,
         )
         codebooks = losses.codebooks.tolist()
+        numbers = {"eval/samples": num_samples, "eval/bad_samples": num_bad}
+        if why := self._not_an_evaluation(shares, [losses.total.item(), losses.contrastive.item(), *codebooks]):
+            if self.world.is_first:
+                log.warning("held-out data: %s: not counted as an evaluation; the best checkpoint stays", why)
+            return numbers
         return {
             "eval/total_loss": losses.total.item(),
             "eval/text_loss": losses.text.item(),
             "eval/audio_loss": sum(codebooks) / len(codebooks),
             "eval/contrastive_loss": losses.contrastive.item(),
             **{f"eval/codebook_{k}": value for k, value in enumerate(codebooks)},
-            "eval/samples": num_samples,
-            "eval/bad_samples": num_bad,
+            **numbers,
         }
+
+    def _not_an_evaluation(self, shares: list[EvalSums], losses: list[float]) -> str:
+        """Why nothing may be judged by these losses; "" for sound ones."""
+        if not all(math.isfinite(loss) for loss in losses):
+            packs = [f"{keys} (rank {rank})" for rank, share in enumerate(shares) for keys in share.not_finite]
+            shown = "; ".join(packs[:3]) + (f"; and {len(packs) - 3} more" if len(packs) > 3 else "")
+            return f"the loss is not finite, in {len(packs)} packs: samples {shown}"
+        if not all(sum(counts) for counts in zip(*(share.counts[2:] for share in shares), strict=True)):
+            return "no target was read"
+        return ""
 
     def _own(self, model: nn.Module, device: torch.device, interrupted: Callable[[], bool]) -> EvalSums | None:
         sums = torch.zeros(2 + NUM_CODEBOOKS, dtype=torch.float64, device=device)
         counts = torch.zeros(2 + NUM_CODEBOOKS, dtype=torch.long)
         num_samples = num_bad = 0
+        finite: list[torch.Tensor] = []  # of every pack, on the device: nothing waits for it
+        keys: list[str] = []
         for loaded, batch in self._together(prefetch(self.held_out.loaded_packs(), device)):
             if interrupted():
                 return None
             part: LossSums = model(batch)
-            sums += torch.cat((part.text[None], part.contrastive[None], part.audio)).double()
+            found = torch.cat((part.text[None], part.contrastive[None], part.audio)).double()
+            sums += found
+            finite.append(found.isfinite().all())
             host = loaded.batch
+            keys.append(" ".join(host.keys[:MAX_KEYS]) + (" ..." if len(host.keys) > MAX_KEYS else ""))
             counts[0] += len(host.text_targets)
             counts[1] += host.num_pairs
             counts[2:] += host.targets_per_codebook
@@ -98,7 +123,9 @@ class Evaluation:
             num_bad += len(loaded.faults)
             for fault in loaded.faults:
                 log.warning("held-out data: skipped: %s", fault)
-        return EvalSums(sums.tolist(), counts.tolist(), num_samples, num_bad)
+        flags = torch.stack(finite).tolist() if finite else []
+        bad_packs = [names for names, sound in zip(keys, flags, strict=True) if not sound]
+        return EvalSums(sums.tolist(), counts.tolist(), num_samples, num_bad, bad_packs[:MAX_KEYS])
 
     def _together(self, found: Iterator[tuple[LoadedPack, PackedBatch]]) -> Iterator[tuple[LoadedPack, PackedBatch]]:
         """Packs as they come, as soon as every rank has its own: one without would leave the others in a collective."""

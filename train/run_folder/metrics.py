@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -95,7 +96,8 @@ def held_out_history(run_dir: Path, step: int) -> list[float]:
     if not path.is_file():
         return []
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-    return [line["eval/audio_loss"] for line in lines if "eval/audio_loss" in line and line["step"] <= step]
+    found = [line.get("eval/audio_loss") for line in lines if line["step"] <= step]
+    return [loss for loss in found if loss is not None and math.isfinite(loss)]
 
 
 def console_line(step: int, total_steps: int, values: dict[str, float]) -> str:
