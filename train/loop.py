@@ -192,7 +192,7 @@ def set_up(
 
     # 7. Resume, or begin.
     identity = make_identity(config, source.digest, weights_fingerprint(base_dir), PLAN_VERSION)
-    step = checkpoint.restore(start_from, model, optimizer, identity, world) if start_from else 0
+    step = checkpoint.restore(start_from, model, optimizer, identity) if start_from else 0
     world.require_equal({"the first step": str(step), "the base model": identity.model_weights})
     num_listened = config.train.listening_samples if world.is_first else 0
     listened = source.listening_samples(num_listened) if num_listened else []

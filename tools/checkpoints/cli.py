@@ -11,7 +11,6 @@ made exactly as it was trained.
 
 from __future__ import annotations
 
-import json
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,18 +44,19 @@ def list_command(run: Path, as_json: bool) -> None:
     """The complete checkpoints of RUN, oldest first."""
     with explained():
         from shards.errors import CheckpointError
-        from train.run_folder.checkpoint_folders import complete_checkpoints
+        from train.run_folder.checkpoint_folders import complete_checkpoints, read_metrics, read_step
 
         folders = complete_checkpoints(run)
         if not folders:
             raise CheckpointError(f"{run}: no complete checkpoint here; give the RUN folder of `train`")
-        metrics = {str(folder): json.loads((folder / "metrics.json").read_text()) for folder in folders}
+        metrics = {str(folder): read_metrics(folder) for folder in folders}
         if as_json:
             print_json(metrics, indent=1)
             return
         for folder, values in metrics.items():
-            losses = "  ".join(f"{name.split('/')[1]} {values[name]:.4f}" for name in sorted(values) if "_loss" in name)
-            print_line(f"{folder}  {losses}", to_stdout=True)
+            numbers = {name: value for name, value in sorted(values.items()) if isinstance(value, int | float)}
+            losses = "  ".join(f"{name.split('/')[-1]} {numbers[name]:.4f}" for name in numbers if "_loss" in name)
+            print_line(f"{folder}  step {read_step(Path(folder))}  {losses}", to_stdout=True)
 
 
 @main.command()

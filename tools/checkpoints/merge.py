@@ -36,11 +36,12 @@ def merge_checkpoint(run: Path, out: Path, layout: Layout = "native") -> int:
     from train.model.conditioning import decide_conditioning
     from train.model.lora import load_adapter
     from train.model.weights import load_model, stored_dtype
-    from train.run_folder.checkpoint_folders import damage
+    from train.run_folder.checkpoint_folders import damage, read_step
 
     # 1. The checkpoint, and the base it was trained on.
     folder = find_checkpoint(run)
     check_empty(out)
+    step = read_step(folder)
     faults = damage(folder)
     if faults:
         raise CheckpointError(f"{folder}: damaged: {faults[0]}; give a sound checkpoint's folder (`checkpoints list`)")
@@ -55,7 +56,6 @@ def merge_checkpoint(run: Path, out: Path, layout: Layout = "native") -> int:
     state = merged_state(model)
 
     # 3. A folder of its own, complete or not there.
-    step = int(folder.name.removeprefix("checkpoint-"))
     voice = Voice(
         base=config.model.base,
         base_revision=config.model.revision,
@@ -72,13 +72,16 @@ def merge_checkpoint(run: Path, out: Path, layout: Layout = "native") -> int:
 
 
 def find_checkpoint(run: Path) -> Path:
-    """The newest complete checkpoint of a run folder, or the checkpoint folder itself."""
+    """The newest complete checkpoint of a run folder, or the checkpoint folder itself, whatever its name.
+
+    Of a run, only those that it named itself: a copy beside them is taken when it is named.
+    """
     from shards.errors import CheckpointError
-    from train.run_folder.checkpoint_folders import complete_checkpoints
+    from train.run_folder.checkpoint_folders import resumable_checkpoints
 
     if (run / "COMPLETE").is_file():
         return run
-    folders = complete_checkpoints(run)
+    folders = resumable_checkpoints(run)
     if not folders:
         raise CheckpointError(
             f"{run}: no complete checkpoint here; give the RUN folder of `train` or a checkpoint folder"

@@ -15,12 +15,14 @@ import difflib
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import msgspec
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import Linear
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -189,13 +191,57 @@ def save_adapter(folder: Path, tensors: Mapping[str, Tensor], config: LoraConfig
     config.inference_mode = False
 
 
+class AdapterConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What is taken from an adapter_config.json; peft knows more, some of which names modules to import."""
+
+    peft_type: Literal["LORA"]
+    r: Annotated[int, msgspec.Meta(ge=1)]
+    lora_alpha: int | float
+    target_modules: list[str]
+    exclude_modules: Literal[r"audio_tower\..*"] | list[str] | None = None  # a regular expression of ours only
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    use_dora: bool = False
+    modules_to_save: list[str] | None = None
+    rank_pattern: dict[str, int] | None = None
+    alpha_pattern: dict[str, int | float] | None = None
+    base_model_name_or_path: str | None = None
+
+
+# Without effect on an adapter that is loaded: how it was started, where it came from.
+WITHOUT_EFFECT = ("task_type", "inference_mode", "init_lora_weights", "auto_mapping", "revision", "peft_version")
+
+
+def read_adapter_config(path: Path) -> LoraConfig:
+    """A closed list of settings: the file may come from a stranger.
+
+    Raises CheckpointError naming those that peft has besides and that would change the model.
+    """
+    try:
+        found = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+        known = msgspec.convert(found, AdapterConfig)
+    except (OSError, msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: not the settings of a LoRA adapter: {error}") from None
+    defaults = LoraConfig().to_dict()
+    harmless = {*known.__struct_fields__, *WITHOUT_EFFECT}
+    unknown = [
+        f"{name} = {value!r}"
+        for name, value in found.items()
+        if name in defaults and name not in harmless and value not in (None, False, [], {}, defaults[name])
+    ]
+    if unknown:
+        raise CheckpointError(f"{path}: settings that are not loaded here: {'; '.join(unknown[:4])}")
+    settings = {name: value for name, value in msgspec.structs.asdict(known).items() if value is not None}
+    del settings["peft_type"]
+    return LoraConfig(**settings)
+
+
 def load_adapter(model: nn.Module, folder: Path) -> LoraConfig:
     """Inject the LoRA layers of an adapter folder into `model` with their weights, strictly."""
     path = folder / "adapter_model.safetensors"
     if not path.is_file() or not (folder / "adapter_config.json").is_file():
         raise CheckpointError(f"{folder}: no adapter here; expected adapter_config.json and adapter_model.safetensors")
-    known = LoraConfig.from_pretrained(str(folder))
-    assert isinstance(known, LoraConfig)
+    known = read_adapter_config(folder / "adapter_config.json")
     whole = known.modules_to_save or []
     known.modules_to_save = None  # these are loaded into the model's own layer below, not wrapped
     inject_adapter_in_model(known, model)
@@ -205,7 +251,10 @@ def load_adapter(model: nn.Module, folder: Path) -> LoraConfig:
         for name, parameter in model.named_parameters()
         if ".lora_" in name or name.rpartition(".")[0] in whole
     }
-    saved = load_file(path)
+    try:
+        saved = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: not a safetensors file: {str(error).splitlines()[0]}") from None
     problems = [f"missing {name}" for name in own.keys() - saved.keys()]
     problems += [f"unexpected {name}" for name in saved.keys() - own.keys()]
     problems += [

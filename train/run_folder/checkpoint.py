@@ -2,7 +2,7 @@
 
     RUN/checkpoints/checkpoint-500/
         adapter/        adapter_config.json, adapter_model.safetensors: loads with plain peft
-        state/          torch.distributed.checkpoint: LoRA, optimizer, position
+        state/          tensors.safetensors, state.json: LoRA, optimizer, position (`train.run_folder.state`)
         identity.json   what must be equal for a run to go on
         metrics.json    the last logged metrics
         config.toml     the resolved configuration
@@ -10,9 +10,10 @@
 
 RUN/best points at the one with the lowest held-out audio loss; it is kept beside the newest.
 
-Every rank copies its part to the CPU and training goes on; a thread writes under a temporary name with a process group of
-its own, and rank 0 renames. The price is one more copy of LoRA and optimizer state. The position is a step number, nothing
-else: plan and dropout are functions of it, so neither loader nor random state is saved, and the number of ranks may change.
+Rank 0 gathers the parts of all on the CPU and training goes on; a thread of it writes under a temporary name and renames.
+The price is one more copy of LoRA and optimizer state. The position is a step number, nothing else: plan and dropout are
+functions of it, so neither loader nor random state is saved, and the number of ranks may change. It stands in state.json:
+the folder's name is for people, who copy and rename.
 """
 
 from __future__ import annotations
@@ -20,42 +21,30 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import warnings
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from peft import LoraConfig
-from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
+from torch import Tensor, nn
 
 from shards.errors import CheckpointError
 from shards.writer import sync_folder, write_bytes, write_json
-from train.model.lora import lora_parameters, save_adapter
+from train.model.lora import save_adapter
 from train.run_folder.checkpoint_folders import (
     Identity,
     best_checkpoint,
     check_identity,
-    complete_checkpoints,
     digests,
     mark_best,
+    move_away,
+    own_checkpoints,
 )
-from train.world import SHORT_TIMEOUT, World
+from train.run_folder.state import gather_state, load_state, write_state
+from train.world import World
 
 log = logging.getLogger("train")
-ONLY_TRAINABLE = StateDictOptions(ignore_frozen_params=True)
 ENDS_WITHIN_S = 20.0  # torch's launcher kills ranks 30 s after it asked them to end
-WHOLE_ON_CPU = StateDictOptions(ignore_frozen_params=True, full_state_dict=True, cpu_offload=True)
 
 
 class Checkpoints:
@@ -70,13 +59,8 @@ class Checkpoints:
         self._identity = identity
         self._config_toml = config_toml
         self._keep = keep
-        self._thread = ThreadPoolExecutor(2, thread_name_prefix="checkpoint")  # one writes the state, one the rest
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: tuple[Path, Future[None]] | None = None
-        # Collectives of two threads in one group would meet each other. By default a group waits half an hour for a
-        # neighbour that has fallen silent, and the process with it.
-        self._group: Any = None
-        if world.is_distributed:
-            self._group = dist.new_group(backend="gloo", timeout=SHORT_TIMEOUT)
 
     def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, metrics: dict[str, float]) -> Path:
         """Begin to write checkpoint-`step` after `step` finished steps; every rank must call this.
@@ -92,26 +76,11 @@ class Checkpoints:
         if any(self._world.gather(fault)):  # afterwards the folder is there for every rank, or nobody writes
             self._pending = folder, failed(fault)
             return folder
-        adapter = adapter_tensors(model)
-        state = {
-            "model": get_model_state_dict(model, options=ONLY_TRAINABLE),
-            "optimizer": get_optimizer_state_dict(model, optimizer, options=ONLY_TRAINABLE),
-            "step": step,
-        }
-        written = self._write_state(state, partial / "state")
-
-        def finish() -> None:
-            try:
-                written.result()
-                if self._world.is_first:
-                    save_adapter(partial / "adapter", adapter, self._lora_config)
-                    self._complete(partial, folder, metrics)
-            except BaseException:
-                if self._world.is_first:
-                    shutil.rmtree(partial, ignore_errors=True)  # room for the next one
-                raise
-
-        self._pending = folder, self._thread.submit(finish)
+        tensors = gather_state(model, optimizer)
+        if self._world.is_first:
+            self._pending = folder, self._thread.submit(self._write, partial, folder, step, tensors, metrics)
+        else:
+            self._pending = folder, failed(None)
         return folder
 
     def finish(self, must_succeed: bool = False) -> None:
@@ -140,17 +109,18 @@ class Checkpoints:
             wait([self._pending[1]], timeout=ENDS_WITHIN_S)
         self._thread.shutdown(wait=False)
 
-    def _write_state(self, state: dict[str, Any], folder: Path) -> Future[Any]:
-        """Copies first, writes later. Distributed states are staged by torch's own asynchronous writer."""
-        if self._group is not None:
-            return dcp.async_save(state, checkpoint_id=folder, process_group=self._group)  # pyright: ignore
-        copied = _copied(state)
-
-        def write() -> None:
-            with _single_process():
-                dcp.save(copied, checkpoint_id=folder, no_dist=True)
-
-        return self._thread.submit(write)
+    def _write(
+        self, partial: Path, folder: Path, step: int, tensors: dict[str, Tensor], metrics: dict[str, float]
+    ) -> None:
+        try:
+            write_state(partial, tensors, step)
+            prefix = "model/"
+            adapter = {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
+            save_adapter(partial / "adapter", adapter, self._lora_config)
+            self._complete(partial, folder, metrics)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)  # room for the next one
+            raise
 
     def _complete(self, partial: Path, folder: Path, metrics: dict[str, float]) -> None:
         write_json(partial / "identity.json", self._identity)
@@ -158,11 +128,13 @@ class Checkpoints:
         write_bytes(partial / "config.toml", self._config_toml.encode())
         _sync_tree(partial)
         write_json(partial / "COMPLETE", digests(partial))
+        if (folder / "COMPLETE").is_file():  # of another step, named so by a person
+            move_away(folder)
         shutil.rmtree(folder, ignore_errors=True)  # the rest of one whose removal was interrupted
         partial.replace(folder)
         sync_folder(folder.parent)
         mark_best(self._run_dir, folder, metrics)
-        for old in complete_checkpoints(self._run_dir)[: -self._keep]:
+        for old in own_checkpoints(self._run_dir)[: -self._keep]:
             if old != best_checkpoint(self._run_dir):
                 shutil.rmtree(old)
 
@@ -188,60 +160,18 @@ def failed(fault: OSError | None) -> Future[None]:
 
 
 def reason(error: BaseException) -> str:
-    """The first line of what went wrong; torch's writer hides it one level deeper, with one error per rank."""
-    if isinstance(error, dcp.api.CheckpointException):
-        error = next(iter(error.failures.values()))[0]
+    """The first line of what went wrong."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
-def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, identity: Identity, world: World) -> int:
+def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, identity: Identity) -> int:
     """Load weights and optimizer; returns the number of finished steps. Every rank must call this.
 
     Raises CheckpointError when the checkpoint belongs to another run, naming both values, or cannot be read.
     """
-    settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     check_identity(folder, identity)
-    state = {
-        "model": get_model_state_dict(model, options=ONLY_TRAINABLE),
-        "optimizer": get_optimizer_state_dict(model, optimizer, options=ONLY_TRAINABLE),
-        "step": 0,
-    }
-    try:
-        with _single_process():
-            dcp.load(state, checkpoint_id=folder / "state", no_dist=not world.is_distributed)
-    except Exception as error:  # the library's reader raises its own and the file system's errors alike
-        first_line = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{folder}: not readable: {first_line}; remove it to go on from an older one") from error
-    with torch.no_grad():
-        for name, parameter in lora_parameters(model):
-            parameter.copy_(state["model"][name])
-    set_optimizer_state_dict(model, optimizer, state["optimizer"], options=ONLY_TRAINABLE)
-    for group, asked in zip(optimizer.param_groups, settings, strict=True):
-        group.update(asked)  # weight decay as it is asked for now: settings come with the saved moments
-    return int(state["step"])
-
-
-def adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Trainable weights, whole and on the CPU; empty on other ranks than the first. Every rank must call this."""
-    found: dict[str, Any] = get_model_state_dict(model, options=WHOLE_ON_CPU)
-    names = {name for name, _ in lora_parameters(model)}
-    return {name: tensor.clone() for name, tensor in found.items() if name in names}
-
-
-def _copied(value: Any) -> Any:
-    """A nested state with its tensors copied to the CPU."""
-    if isinstance(value, dict):
-        return {name: _copied(part) for name, part in value.items()}
-    return value.detach().cpu().clone() if isinstance(value, torch.Tensor) else value
-
-
-@contextmanager
-def _single_process() -> Iterator[None]:
-    """One process is what is meant here, so the library's guess that it is meant is no news."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-        yield
+    return load_state(folder, model, optimizer)
 
 
 def _sync_tree(folder: Path) -> None:

@@ -1,15 +1,20 @@
 """Checkpoint folders of a run: which are complete, undamaged, the best, and of this very run.
 
-In: RUN, or one folder of it as `checkpoint.py` writes them. Out: paths and facts; nothing of torch is needed to look.
+In: RUN, or one folder of it as `checkpoint.py` writes them. Out: paths and facts. The step stands in the checkpoint, since
+people copy and rename folders. What a run does by itself (go on, remove the oldest) it does with folders named
+checkpoint-NUMBER only: one with another name was set apart by somebody, and is taken when it is named. The price: who
+renames the newest must say --resume PATH.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import math
+import re
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 
@@ -20,20 +25,72 @@ if TYPE_CHECKING:
     from train.world import World
 
 log = logging.getLogger("train")
+STATE_FORMAT = 2  # 1 was torch's distributed format, with a pickle in it
+STATE = "state/state.json"
 JUDGED_BY = "eval/audio_loss"
+OWN_NAME = re.compile(r"checkpoint-[0-9]+")
+HIDDEN = (".", "aside-")  # being written, or moved away by a run
+
+
+class State(msgspec.Struct, frozen=True, kw_only=True):
+    """state.json."""
+
+    format: int
+    step: Annotated[int, msgspec.Meta(ge=0, lt=1 << 53)]  # finished ones
 
 
 def newest_sound(run_dir: Path, world: World) -> Path | None:
     """The newest checkpoint whose files are what COMPLETE says; damaged ones are logged and skipped."""
     found: Path | None = None
+    problem = ""
     if world.is_first:
-        for folder in reversed(complete_checkpoints(run_dir)):
-            faults = damage(folder)
-            if not faults:
-                found = folder
-                break
-            log.warning("%s: skipped: %s; going on from the one before it", folder, faults[0])
-    return world.gather(found)[0]
+        try:
+            found = newest_sound_here(run_dir)
+        except CheckpointError as error:
+            problem = str(error)
+    found, problem = world.gather((found, problem))[0]
+    if problem:
+        raise CheckpointError(problem)
+    return found
+
+
+def newest_sound_here(run_dir: Path) -> Path | None:
+    """Raises CheckpointError where a run would begin anew although somebody kept a checkpoint of it."""
+    for folder in reversed(resumable_checkpoints(run_dir)):
+        faults = damage(folder)
+        if not faults:
+            return folder
+        log.warning("%s: skipped: %s; going on from the one before it", folder, faults[0])
+    others = [folder for folder in checkpoint_folders(run_dir) if not OWN_NAME.fullmatch(folder.name)]
+    if others:
+        raise CheckpointError(
+            f"{run_dir}: holds no sound checkpoint-NUMBER, but {', '.join(folder.name for folder in others[:4])}: go on "
+            f"with --resume {others[-1]}, or give a new RUN folder to begin anew"
+        )
+    return None
+
+
+def resumable_checkpoints(run_dir: Path) -> list[Path]:
+    """Checkpoints named checkpoint-NUMBER, lowest step first; those that are left alone are logged.
+
+    A checkpoint whose step cannot be read comes last, so that it is the first to be logged as damaged.
+    """
+    steps: dict[Path, float] = {}
+    for folder in checkpoint_folders(run_dir):
+        try:
+            step = read_step(folder)
+        except CheckpointError as error:
+            if OWN_NAME.fullmatch(folder.name) and not damage(
+                folder
+            ):  # as it was written: of an older version, which must not be begun anew in silence
+                raise
+            log.warning("%s", error)
+            step = math.inf
+        if OWN_NAME.fullmatch(folder.name):
+            steps[folder] = step
+        else:
+            log.warning("%s: step %s under another name: left alone; --resume %s goes on from it", folder, step, folder)
+    return sorted(steps, key=lambda folder: steps[folder])
 
 
 def damage(folder: Path) -> list[str]:
@@ -60,14 +117,54 @@ def digests(folder: Path) -> dict[str, str]:
     return sums
 
 
+def checkpoint_folders(run_dir: Path) -> list[Path]:
+    """Every folder with a COMPLETE in RUN/checkpoints, whatever its name, by name."""
+    marks = sorted((run_dir / "checkpoints").glob("*/COMPLETE"))
+    return [path.parent for path in marks if not path.parent.name.startswith(HIDDEN)]
+
+
 def complete_checkpoints(run_dir: Path) -> list[Path]:
-    """Complete checkpoint folders, oldest first."""
-    folders = [path.parent for path in (run_dir / "checkpoints").glob("checkpoint-*/COMPLETE")]
-    return sorted(folders, key=step_of)
+    """Complete checkpoint folders of any name, lowest step first; one whose step cannot be read is logged."""
+    steps: dict[Path, int] = {}
+    for folder in checkpoint_folders(run_dir):
+        try:
+            steps[folder] = read_step(folder)
+        except CheckpointError as error:
+            log.warning("skipped: %s", error)
+    return sorted(steps, key=lambda folder: (steps[folder], is_own(folder, steps[folder])))
 
 
-def step_of(folder: Path) -> int:
-    return int(folder.name.removeprefix("checkpoint-"))
+def own_checkpoints(run_dir: Path) -> list[Path]:
+    """Complete checkpoints under the name that the run gave them, lowest step first: what it may remove."""
+    return [folder for folder in complete_checkpoints(run_dir) if is_own(folder, read_step(folder))]
+
+
+def is_own(folder: Path, step: int) -> bool:
+    return folder.name == f"checkpoint-{step}" and not folder.is_symlink()
+
+
+def read_step(folder: Path) -> int:
+    """Finished steps of the checkpoint in `folder`, whatever its name. Raises CheckpointError."""
+    if (folder / "state" / ".metadata").exists():
+        raise CheckpointError(
+            f"{folder}: its state is a pickle of an older version, which may run code when it is read: it is not read; "
+            "train anew, or go on with the version that wrote it"
+        )
+    try:
+        state = msgspec.json.decode((folder / STATE).read_bytes(), type=State)
+    except (OSError, msgspec.DecodeError) as error:
+        raise CheckpointError(f"{folder}: not a checkpoint of `train`: {STATE} is unreadable: {error}") from None
+    if state.format != STATE_FORMAT:
+        raise CheckpointError(f"{folder}: {STATE} has format {state.format}, this version reads {STATE_FORMAT}")
+    return state.step
+
+
+def move_away(folder: Path) -> Path:
+    """Rename a checkpoint so that it is no longer one of the run's; returns its new place."""
+    aside = folder.with_name(f"aside-{folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+    return aside
 
 
 def set_aside(run_dir: Path, step: int) -> None:
@@ -75,16 +172,38 @@ def set_aside(run_dir: Path, step: int) -> None:
 
     Under their own name they would count as the newest, and the ones this run writes would be removed as old.
     """
-    later = [folder for folder in complete_checkpoints(run_dir) if step_of(folder) > step]
+    named = [folder for folder in checkpoint_folders(run_dir) if OWN_NAME.fullmatch(folder.name)]
+    later = [folder for folder in named if is_later(folder, step)]
     for folder in later:
-        aside = folder.with_name(f"aside-{folder.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        folder.rename(aside)
+        aside = move_away(folder)
         log.warning("%s: later than step %d, from which this run goes on; renamed to %s", folder, step, aside.name)
     if best_checkpoint(run_dir) in later:
         (run_dir / "best").unlink()
         for folder in complete_checkpoints(run_dir):
-            mark_best(run_dir, folder, msgspec.json.decode((folder / "metrics.json").read_bytes()))
+            mark_best(run_dir, folder, read_metrics(folder))
+
+
+def is_later(folder: Path, step: int) -> bool:
+    """One whose step cannot be read is: it was skipped."""
+    try:
+        return read_step(folder) > step
+    except CheckpointError:
+        return True
+
+
+def read_metrics(folder: Path) -> dict[str, Any]:
+    """The last logged metrics of a checkpoint; none where the file is unreadable, which is logged."""
+    try:
+        return msgspec.json.decode((folder / "metrics.json").read_bytes(), type=dict[str, Any])
+    except (OSError, msgspec.DecodeError) as error:
+        log.warning("%s/metrics.json: unreadable: %s", folder, error)
+        return {}
+
+
+def judged(metrics: dict[str, Any]) -> float | None:
+    """The held-out audio loss; None where there is none, or no finite one (null in JSON)."""
+    value = metrics.get(JUDGED_BY)
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def best_checkpoint(run_dir: Path) -> Path | None:
@@ -96,11 +215,12 @@ def best_checkpoint(run_dir: Path) -> Path | None:
 def mark_best(run_dir: Path, folder: Path, metrics: dict[str, float]) -> None:
     """Let RUN/best point at `folder` if its held-out audio loss is the lowest of all checkpoints that had one."""
     best = best_checkpoint(run_dir)
-    if JUDGED_BY not in metrics:
+    loss = judged(metrics)
+    if loss is None:
         return
     if best is not None and best.is_dir():
-        lowest = msgspec.json.decode((best / "metrics.json").read_bytes()).get(JUDGED_BY, float("inf"))
-        if metrics[JUDGED_BY] >= lowest:
+        lowest = judged(read_metrics(best))
+        if lowest is not None and loss >= lowest:
             return
     link = run_dir / ".best.tmp"
     link.unlink(missing_ok=True)

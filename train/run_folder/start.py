@@ -68,7 +68,7 @@ def find_start(run_dir: Path, resume: str, world: World) -> Path | None:
         if faults:
             raise CheckpointError(f"--resume {folder}: not a complete checkpoint folder: {faults[0]}")
         return folder
-    if resume == "never" and checkpoint_folders.complete_checkpoints(run_dir):
+    if resume == "never" and checkpoint_folders.checkpoint_folders(run_dir):
         raise CheckpointError(f"{run_dir}: holds checkpoints of another run; give a new RUN folder or --resume auto")
     return checkpoint_folders.newest_sound(run_dir, world)
 
