@@ -48,7 +48,7 @@ from train.model.loss import LossTerms
 from train.optim import make_optimizer
 from train.run_folder import checkpoint, checkpoint_folders
 from train.run_folder.metrics import Metrics, console_line, held_out_history, log, open_log, start_wandb
-from train.run_folder.start import begin_run, find_start, make_identity, require_one_folder
+from train.run_folder.start import begin_run, find_start, hold_run, make_identity, require_one_folder
 from train.signals import Stopped, StopSignal
 from train.step import StepClock, StepSettings, garbage_collection_paused, train_step
 from train.world import World, join, leave, release_frames, shorten_timeout
@@ -96,8 +96,9 @@ def run(
     config: TrainConfig, shards: str | Path, run_dir: Path, options: RunOptions, world: World, signals: StopSignal
 ) -> Path | None:
     """Set up, and train."""
-    ready = set_up(config, shards, run_dir, options, world, lambda: signals.asked(world))
-    return take_steps(ready) if ready else None
+    with hold_run(run_dir, world):
+        ready = set_up(config, shards, run_dir, options, world, lambda: signals.asked(world))
+        return take_steps(ready) if ready else None
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ import secrets
 import shlex
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +22,39 @@ import torch
 
 from shards.config import to_toml
 from shards.errors import CheckpointError, PipelineError
+from shards.folder_lock import hold_folder
 from shards.printable import redact, redact_values
+from shards.terminal import system_fault
 from shards.writer import write_bytes, write_json
 from train.config import TrainConfig
 from train.run_folder import checkpoint_folders
 from train.run_folder.metrics import Metrics
 from train.world import World
 
+ORPHANS_END_WITHIN_S = 12.0  # loader processes look for their rank every 5 s
 SEEN_WITHIN_S = 10.0  # network file systems show a new file to other nodes after some seconds
+
+
+@contextmanager
+def hold_run(run_dir: Path, world: World) -> Iterator[None]:
+    """RUN belongs to this launch until the block ends; the first rank holds the lock for all. Every rank must call this.
+
+    Raises PipelineError on every rank when another `train` works there, naming its host, process and command, or when RUN
+    is no folder that can be written to. A killed run's loader processes keep its lock for some seconds: they are waited for.
+    """
+    problem = ""
+    with ExitStack() as held:
+        if world.is_first:
+            try:
+                held.enter_context(hold_folder(run_dir, wait_s=ORPHANS_END_WITHIN_S))
+            except PipelineError as error:
+                problem = str(error)
+            except OSError as error:
+                problem = f"RUN {system_fault(error)}; give a folder that you may write to"
+        problem = world.gather(problem)[0]
+        if problem:
+            raise PipelineError(problem)
+        yield
 
 
 def require_one_folder(run_dir: Path, world: World) -> None:
