@@ -42,9 +42,9 @@ class WhisperEncoder:
         from shards.encoders.whisper_tower import tower_features
 
         features, _ = rebuild_mel(frames, floor, num_samples)
-        heard = torch.from_numpy(tower_features(features, num_samples)).to(self._device)
+        features_30s = torch.from_numpy(tower_features(features, num_samples)).to(self._device)
         with torch.inference_mode():
-            states = self._tower(heard[None])[0, : num_rows(num_samples)]
+            states = self._tower(features_30s[None])[0, : num_rows(num_samples)]
         return states.half().cpu().numpy()
 
 

@@ -18,7 +18,7 @@ def num_stored_frames(num_samples: int) -> int:
 
 
 def num_positions(num_samples):
-    """Positions at 50 Hz, after the tower's convolutions, that hear a clip of `num_samples` at 16 kHz (int or array)."""
+    """Positions at 50 Hz, after the tower's convolutions, that depend on a clip of `num_samples` at 16 kHz (int or array)."""
     mel_frames = -(-num_samples // SAMPLES_PER_FRAME)
     return (mel_frames - 1) // 2 + 1
 
@@ -32,7 +32,7 @@ def num_rows(num_samples):
 
 
 def rebuild_mel(frames: np.ndarray, floor: float, num_samples: int) -> tuple[np.ndarray, np.ndarray]:
-    """Stored frames [128, Tm] -> (features [128, 3000] float32, mask [3000] bool of the frames that hear the clip)."""
+    """Stored frames [128, Tm] -> (features [128, 3000] float32, mask [3000] bool of the frames that depend on the clip)."""
     features = np.full((frames.shape[0], NUM_FRAMES), floor, np.float32)
     features[:, : frames.shape[1]] = frames
     mask = np.arange(NUM_FRAMES) < -(-num_samples // SAMPLES_PER_FRAME)

@@ -59,7 +59,7 @@ SPECIAL_TOKENS = {
 
 @dataclass(frozen=True, slots=True)
 class WhisperClip:
-    """What Whisper uses_whisper of one reference: the mel its tower reads, or the states that stage one made of it."""
+    """What Whisper makes of one reference: the mel its tower reads, or the states that stage one made of it."""
 
     num_samples: int  # at 16 kHz
     mel: np.ndarray | None = None  # [128, 3000] float32
@@ -80,7 +80,7 @@ class Sequence:
     next_codes: np.ndarray  # [K, A] int16, what the audio head must say at this column; IGNORE = not learned
     reference_columns: tuple[int, int]  # [start, end) of the reference in A
     target_columns: tuple[int, int]  # [start, end) of the target in A; empty in a prompt
-    heard: tuple[WhisperClip, ...] = ()  # in the order of their positions; empty without Whisper conditioning
+    whisper_clips: tuple[WhisperClip, ...] = ()  # in the order of their positions; empty without Whisper conditioning
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -143,7 +143,7 @@ class Text:
 class Audio:
     codes: np.ndarray  # [K, T] raw
     is_target: bool
-    heard: WhisperClip | None = None  # its Whisper rows come right before its columns
+    whisper: WhisperClip | None = None  # its Whisper rows come right before its columns
 
 
 Segment = Text | Audio
@@ -250,11 +250,13 @@ class SequenceBuilder:
         return segments
 
     def _reference(self, sample: Sample) -> Audio:
-        return Audio(sample.reference_codes, is_target=False, heard=heard(sample) if self.uses_whisper else None)
+        return Audio(
+            sample.reference_codes, is_target=False, whisper=whisper_clip(sample) if self.uses_whisper else None
+        )
 
 
-def heard(sample: Sample) -> WhisperClip:
-    """What Whisper uses_whisper of the sample's reference. Raises ShardError when the shard does not hold it."""
+def whisper_clip(sample: Sample) -> WhisperClip:
+    """What Whisper makes of the sample's reference. Raises ShardError when the shard does not hold it."""
     mel = sample.facts.mel
     if mel is not None:
         try:
@@ -281,16 +283,16 @@ def assemble(segments: list[Segment]) -> Sequence:
     targets: list[np.ndarray] = []
     spans = {False: (0, 0), True: (0, 0)}  # is_target -> columns
     num_columns = 0
-    listened: list[WhisperClip] = []
+    whisper_clips: list[WhisperClip] = []
     for segment in segments:
         if isinstance(segment, Text):
             ids.append(segment.ids)
             labels.append(segment.ids if segment.learned else np.full_like(segment.ids, IGNORE))
             continue
-        if segment.heard is not None:
-            listened.append(segment.heard)
-            ids.append(np.full(len(segment.heard), WHISPER, dtype=np.int32))
-            labels.append(np.full(len(segment.heard), IGNORE, dtype=np.int32))
+        if segment.whisper is not None:
+            whisper_clips.append(segment.whisper)
+            ids.append(np.full(len(segment.whisper), WHISPER, dtype=np.int32))
+            labels.append(np.full(len(segment.whisper), IGNORE, dtype=np.int32))
         delayed = delay(segment.codes)
         spans[segment.is_target] = (num_columns, num_columns + delayed.shape[1])
         num_columns += delayed.shape[1]
@@ -306,7 +308,7 @@ def assemble(segments: list[Segment]) -> Sequence:
         next_codes=np.concatenate(targets, axis=1) if targets else np.zeros((NUM_CODEBOOKS, 0), np.int16),
         reference_columns=spans[False],
         target_columns=spans[True],
-        heard=tuple(listened),
+        whisper_clips=tuple(whisper_clips),
     )
 
 

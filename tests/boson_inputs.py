@@ -103,14 +103,14 @@ def collate(samples: list[ChatMLDatasetSample], whisper: bool = False) -> Any:
     return collator(samples)
 
 
-def our_sequence(sample: ChatMLDatasetSample, heard: list[WhisperClip] | None = None) -> Sequence:
+def our_sequence(sample: ChatMLDatasetSample, clips: list[WhisperClip] | None = None) -> Sequence:
     """Our sequence of boson's ids and labels, whatever its layout: placeholders become audio, the rest stays text.
 
     Only for rows our layouts cannot say (several references); elsewhere the builder is the one under test.
     """
     ids, labels = sample.input_ids.numpy().astype(np.int32), sample.label_ids.numpy()
     segments: list[Text | Audio] = []
-    references = iter(heard or [])
+    references = iter(clips or [])
     number = 0
     for token, label in zip(ids, labels, strict=True):
         if token in (WHISPER, AUDIO_OUT):

@@ -116,8 +116,8 @@ def pairs(conditioning, boson_tokenizer, make_sample, tokenizer) -> list[Pair]:
         theirs = dataset_sample(row, boson_tokenizer, codes, waves)
         references = waves[:-1] if conditioning != "codes" else []  # the last audio is the target
         mels = [mel_of(wave) for wave in references]
-        heard = [WhisperClip(len(wave), mel=mel) for wave, mel in zip(references, mels, strict=True)]
-        sequence = our_sequence(theirs, heard)  # pyright: ignore[reportArgumentType]
+        clips = [WhisperClip(len(wave), mel=mel) for wave, mel in zip(references, mels, strict=True)]
+        sequence = our_sequence(theirs, clips)  # pyright: ignore[reportArgumentType]
         if seed != 3 and conditioning == "codes":  # the builder itself says the same
             built = SequenceBuilder(tokenizer, SequenceSection(layout="as_written")).training(sample)
             np.testing.assert_array_equal(built.token_ids, sequence.token_ids)
@@ -172,7 +172,7 @@ def test_logits_equal(ours, theirs, pairs, conditioning, members):
         hidden = ours.hidden(batch)
         num_text = len(batch.text_ids)
         is_real = output.attention_mask.bool()
-        # Text positions in both: neither codes heard nor codes spoken. Whisper rows count: they take the text path.
+        # Text positions in both: neither reference codes nor target codes. Whisper rows count: they take the text path.
         is_text = is_real & ~output.audio_out_mask & ~output.audio_in_discrete_codes_mask
         close(ours.text_lm_head(hidden[:num_text]), output.logits[is_text])
         spoken = np.concatenate([np.arange(s.codes.shape[1]) >= s.target_columns[0] for s in sequences])
@@ -226,7 +226,7 @@ def test_bf16_is_within_rounding(folders, pairs, conditioning):
 def test_greedy_generation_equals_boson_with_cloning_context(
     ours, theirs, conditioning, make_sample, tokenizer, boson_tokenizer
 ):
-    """The reference as an earlier assistant turn, cut before the target; boson uses_whisper Whisper only in user turns."""
+    """The reference as an earlier assistant turn, cut before the target; boson uses Whisper only in user turns."""
     sample = make_sample(8, 20, 1)  # one this random model does not end early
     builder = SequenceBuilder(tokenizer, SequenceSection())
     prompt = builder.prompt(sample)
@@ -280,9 +280,9 @@ def check_greedy(ours, theirs, prompt: Sequence, row, codes, boson_tokenizer, us
         "audio_out_ids": batch.audio_out_ids,
         "audio_out_ids_start": batch.audio_out_ids_start,
     }
-    if theirs.config.encode_whisper_embed:  # the tower is asked even where nothing is to be heard
+    if theirs.config.encode_whisper_embed:  # the tower is asked even where no clip has Whisper rows
         features = (
-            torch.from_numpy(np.stack([clip.mel for clip in prompt.heard if clip.mel is not None]))
+            torch.from_numpy(np.stack([clip.mel for clip in prompt.whisper_clips if clip.mel is not None]))
             if uses_whisper
             else torch.zeros(0, 128, 3000)
         )

@@ -28,14 +28,14 @@ def test_a_full_window_equals_whisper_before_the_averaging(whisper):
     reference = WhisperModel.from_pretrained(whisper).encoder.eval()
     frames, floor = stored_mel(wave_of(480000))
     features = torch.from_numpy(rebuild_mel(frames, floor, 480000)[0])
-    heard = torch.from_numpy(tower_features(features.numpy(), 480000))
+    features_30s = torch.from_numpy(tower_features(features.numpy(), 480000))
     tower = load_whisper_tower(whisper)
     with torch.no_grad():
         setattr(reference, "layer_norm", torch.nn.Identity())  # noqa: B010 - typed as a LayerNorm
         states = reference(features[None]).last_hidden_state
         pooled = F.avg_pool1d(states.transpose(1, 2), 2).transpose(1, 2)
         expected = tower.layer_norm(pooled)[0]
-        ours = tower(heard[None])[0]
+        ours = tower(features_30s[None])[0]
     assert ours.shape == (750, 32)
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 

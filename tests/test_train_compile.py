@@ -81,8 +81,10 @@ def test_the_first_layer_compiles_as_the_others_do_with_a_projection(model_dir, 
     found = []
     model.model.layers[0].register_forward_pre_hook(lambda _, given: found.extend(given[:2]))
     batch = batches[0]
-    heard = WhisperEmbeddings(torch.zeros(1, dtype=torch.long), embeddings)
-    model.model.train()(batch.text_ids, batch.codes, batch.positions, batch.documents.padded(), heard).sum().backward()
+    whisper = WhisperEmbeddings(torch.zeros(1, dtype=torch.long), embeddings)
+    model.model.train()(
+        batch.text_ids, batch.codes, batch.positions, batch.documents.padded(), whisper
+    ).sum().backward()
     assert [rows.requires_grad for rows in found] == [True, True]
     assert embeddings.grad is not None
     assert embeddings.grad.abs().max() > 0

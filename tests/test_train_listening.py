@@ -66,15 +66,15 @@ def lines(run: Path) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def heard(dataset, settings, tmp_path_factory) -> Path:
+def run(dataset, settings, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("run")
     train(settings("train.listening_samples=2", "train.validation_fraction=0.3"), dataset, run, RunOptions())
     return run
 
 
-def test_every_evaluation_leaves_speech_of_held_out_voices(heard, dataset, tiny_dir):
+def test_every_evaluation_leaves_speech_of_held_out_voices(run, dataset, tiny_dir):
     samples = {sample.key: sample for sample in SampleReader(dataset).read_all(np.load(dataset / "index.npy"))}
-    folders = sorted((heard / "listening").iterdir())
+    folders = sorted((run / "listening").iterdir())
     assert len(folders) == 2
     speakers = set()
     for folder in folders:
@@ -93,28 +93,28 @@ def test_every_evaluation_leaves_speech_of_held_out_voices(heard, dataset, tiny_
             assert soundfile.info(path).frames % FRAME == 0
             assert soundfile.info(path).frames <= longest * FRAME
     assert len(speakers) == 1, "the one held-out speaker"
-    spoken = [line for line in lines(heard) if "eval/speech_ended" in line]
+    spoken = [line for line in lines(run) if "eval/speech_ended" in line]
     assert [line["step"] for line in spoken] == [2, 4]
     assert all(0 <= line["eval/speech_ended"] <= 1 and line["eval/speech_length_ratio"] > 0 for line in spoken)
 
 
-def test_the_adapter_is_what_speaks(heard):
+def test_the_adapter_is_what_speaks(run):
     """Speech before training and after it differ; a copy of the base would go on saying the same."""
-    for folder in (heard / "listening").iterdir():
+    for folder in (run / "listening").iterdir():
         assert (folder / "step-000000.wav").read_bytes() != (folder / "step-000004.wav").read_bytes()
 
 
-def test_training_is_the_same_with_and_without(heard, dataset, settings, tmp_path):
+def test_training_is_the_same_with_and_without(run, dataset, settings, tmp_path):
     silent = tmp_path / "silent"
     train(settings("train.listening_samples=0", "train.validation_fraction=0.3"), dataset, silent, RunOptions())
     assert not (silent / "listening").exists()
-    assert [line["loss/total_loss"] for line in lines(heard)] == [line["loss/total_loss"] for line in lines(silent)]
-    assert [line["metrics/grad_norm"] for line in lines(heard)] == [line["metrics/grad_norm"] for line in lines(silent)]
+    assert [line["loss/total_loss"] for line in lines(run)] == [line["loss/total_loss"] for line in lines(silent)]
+    assert [line["metrics/grad_norm"] for line in lines(run)] == [line["metrics/grad_norm"] for line in lines(silent)]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shard_base", ["false", "true"])
-def test_two_ranks_speak_what_one_speaks(heard, dataset, tiny_dir, repository, tmp_path, shard_base):
+def test_two_ranks_speak_what_one_speaks(run, dataset, tiny_dir, repository, tmp_path, shard_base):
     """Compiled blocks too: speech runs beside them without being compiled for every length."""
     run = tmp_path / "run"
     given = ["train.listening_samples=2", "train.validation_fraction=0.3", f"train.shard_base={shard_base}"]
@@ -129,7 +129,7 @@ def test_two_ranks_speak_what_one_speaks(heard, dataset, tiny_dir, repository, t
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    for folder in (heard / "listening").iterdir():
+    for folder in (run / "listening").iterdir():
         for path in folder.iterdir():
             assert path.read_bytes() == (run / "listening" / folder.name / path.name).read_bytes(), path.name
 
@@ -211,7 +211,7 @@ def test_speech_is_broken_off_within_a_second_of_it(model_dir, tokenizer, make_s
 
 
 def test_speaking_takes_nothing_from_the_throughput_logged(dataset, settings, tmp_path, monkeypatch):
-    """Every look takes eleven days here; the steps between them do not."""
+    """Every check takes eleven days here; the steps between them do not."""
     from train import loop, step
 
     days = []
@@ -243,4 +243,4 @@ def test_trackers_get_the_sound(dataset, settings, tmp_path):
     assert {path.read_bytes() for path in run.rglob("wandb/offline-run-*/files/media/audio/listening/*.wav")} == spoken
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"audio": 0})
     events.Reload()
-    assert [heard.step for heard in events.Audio(f"listening/{folder.name}")] == [0, 1]
+    assert [audio.step for audio in events.Audio(f"listening/{folder.name}")] == [0, 1]

@@ -1,6 +1,6 @@
 """Several nodes under torchrun: two launchers on this machine that meet at an address, each with ranks of its own.
 
-What the README says to type on each node, on CPU over gloo. A node is told apart by its launcher alone here.
+What the README says to type on each node, on CPU over gloo. Only its launcher makes a node here.
 """
 
 from __future__ import annotations

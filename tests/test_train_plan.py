@@ -163,14 +163,14 @@ def test_windows_keep_shards_together_and_are_bounded():
 
 def test_the_callback_hears_of_every_window_before_its_packs():
     planner = plan_of(make_index([100] * 100), window_samples=25)
-    heard: list[tuple[int, int]] = []
-    for epoch, packs in planner.steps_from(0, lambda *place: heard.append(place)):
+    begun: list[tuple[int, int]] = []
+    for epoch, packs in planner.steps_from(0, lambda *place: begun.append(place)):
         windows = [set(planner.window(epoch, window).rows) for window in range(planner.num_windows(epoch))]
         for row in np.concatenate(packs):
-            assert any(row in rows and (epoch, number) in heard for number, rows in enumerate(windows))
+            assert any(row in rows and (epoch, number) in begun for number, rows in enumerate(windows))
         if epoch:
             break
-    assert heard[: planner.num_windows(0) + 1] == [*((0, w) for w in range(planner.num_windows(0))), (1, 0)]
+    assert begun[: planner.num_windows(0) + 1] == [*((0, w) for w in range(planner.num_windows(0))), (1, 0)]
 
 
 @pytest.mark.parametrize("window", [50, 1000])

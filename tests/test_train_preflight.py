@@ -100,7 +100,7 @@ def test_masked_end_of_speech(model, make_batch, monkeypatch):
 
 def test_supervised_reference(model, make_batch, monkeypatch):
     audio = sequence_module.Audio
-    monkeypatch.setattr(sequence_module, "Audio", lambda codes, is_target, heard=None: audio(codes, True, heard))
+    monkeypatch.setattr(sequence_module, "Audio", lambda codes, is_target, whisper=None: audio(codes, True, whisper))
     fails(model, make_batch(), "end of speech")
 
 

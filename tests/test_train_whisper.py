@@ -87,7 +87,9 @@ def test_whisper_rows_stand_before_the_reference_and_count(samples, tokenizer, m
             np.testing.assert_array_equal(sequence.token_ids[~is_row], without.token_ids)
             np.testing.assert_array_equal(sequence.next_codes, without.next_codes)
             places = np.flatnonzero(is_row)
-            assert len(places) == len(sequence.heard[0]) == without.codes.shape[1] - 9 - 9 - 9  # 25 a second, as codes
+            assert (
+                len(places) == len(sequence.whisper_clips[0]) == without.codes.shape[1] - 9 - 9 - 9
+            )  # 25 a second, as codes
             assert (np.diff(places) == 1).all()
             assert sequence.token_ids[places[-1] + 1] == 128016
             assert (sequence.next_token[places] == -100).all()

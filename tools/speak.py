@@ -31,7 +31,7 @@ from tools.speaker import SpeakConfig, load_speaker
 @click.option("--temperature", default=1.0, help="Sampling temperature.")
 @click.option("--top-k", default=50, help="Sample among the k likeliest codes; 0 = all.")
 @click.option("--top-p", default=0.95, help="Sample among the likeliest codes that make up this probability.")
-@click.option("--ras-window", default=7, help="Columns looked at for repetition; 0 = off.")
+@click.option("--ras-window", default=7, help="Columns checked for repetition; 0 = off.")
 @click.option("--ras-max-repeats", default=2, help="Redraw a code seen this often in the window.")
 @click.option("--seed", default=0, help="Of sampling.")
 @click.option("--max-seconds", default=30.0, help="Stop here if the model does not end by itself.")

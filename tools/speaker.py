@@ -50,11 +50,11 @@ class Speaker:
         from shards.cloning import cloning_sample
         from train.model.generate import generate
 
-        heard = read_reference(reference)
-        codes = self.codec.encode(heard.at(CODEC_RATE))
+        audio = read_reference(reference)
+        codes = self.codec.encode(audio.at(CODEC_RATE))
         sample = cloning_sample(load_tokenizer(self.model_dir), reference_text, codes, text)
         if self.builder.uses_whisper:
-            sample = with_mel(sample, heard.at(WHISPER_RATE))
+            sample = with_mel(sample, audio.at(WHISPER_RATE))
         speech = generate(self.model, self.builder.prompt(sample), max_frames, sampling)
         return speech, self.codec.decode(speech.codes)
 

@@ -17,7 +17,7 @@ import torchaudio
 from torch import Tensor, nn
 from transformers import HubertConfig, HubertModel
 
-SEMANTIC_RATE = 16000  # what HuBERT uses_whisper
+SEMANTIC_RATE = 16000  # what HuBERT reads
 SEMANTIC_HOP = 320  # samples at 16 kHz per HuBERT frame: 50 frames a second
 SEMANTIC_PAD = 160  # samples on each side: 50 frames a second exactly, not one less
 SEMANTIC_BLOCKS = ("channel_ratios", "strides", "kernel_size", "block_dilations", "unit_kernel_size")
@@ -84,7 +84,7 @@ class BosonCodec(nn.Module):
 
     def _extract_semantic_features(self, waves: Tensor) -> Tensor:
         """waves [n, 1, S] -> mean over HuBERT's layers, every second frame [n, T, d]."""
-        heard = torchaudio.functional.resample(waves[:, 0], self.sample_rate, SEMANTIC_RATE)
-        heard = F.pad(heard, (SEMANTIC_PAD, SEMANTIC_PAD))
-        layers = self.semantic_model(heard, output_hidden_states=True).hidden_states
+        semantic_waves = torchaudio.functional.resample(waves[:, 0], self.sample_rate, SEMANTIC_RATE)
+        semantic_waves = F.pad(semantic_waves, (SEMANTIC_PAD, SEMANTIC_PAD))
+        layers = self.semantic_model(semantic_waves, output_hidden_states=True).hidden_states
         return torch.stack(layers, dim=1).mean(dim=1)[:, :: self.semantic_stride]

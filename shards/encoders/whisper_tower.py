@@ -68,7 +68,7 @@ class WhisperTower(nn.Module):
         x = x.transpose(1, 2) + self.embed_positions.weight[:longest]
         mask = None
         if positions is not None:
-            mask = torch.arange(longest, device=x.device) < positions[:, None]  # [C, m]: who may be heard
+            mask = torch.arange(longest, device=x.device) < positions[:, None]  # [C, m]: which keys are of the clip
             mask = mask[:, None, None, :]
         for layer in self.layers:
             x = layer(x, mask)
@@ -77,7 +77,7 @@ class WhisperTower(nn.Module):
 
 
 def tower_features(features: np.ndarray, num_samples: int) -> np.ndarray:
-    """The part [128, 2 m + 2] of a clip's 30-s features [128, 3000] that its m positions hear.
+    """The part [128, 2 m + 2] of a clip's 30-s features [128, 3000] that its m positions depend on.
 
     A clip of the full 30 s has nothing behind it; the convolutions pad with zeros there, so zeros stand for it.
     """

@@ -119,7 +119,7 @@ def lengths(rows: np.ndarray) -> np.ndarray:
 
 
 def padded_share(index: np.ndarray, batch_tokens: int) -> float:
-    """LoaderShare of useful tokens in random batches padded to their longest, as many samples a batch as a pack holds."""
+    """Share of useful tokens in random batches padded to their longest, as many samples a batch as a pack holds."""
     tokens = lengths(np.array(index[:100_000]))
     size = max(1, int(batch_tokens / tokens.mean()))
     batches = np.random.default_rng(0).permutation(tokens)[: len(tokens) // size * size].reshape(-1, size)

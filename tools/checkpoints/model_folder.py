@@ -82,7 +82,7 @@ def convert_adapter(folder: Path, out: Path, layout: Layout) -> int:
 
 
 def own_conditioning(folder: Path) -> Conditioning:
-    """How a finished model uses_whisper its reference: with its own tower, where it has one."""
+    """How a finished model takes its reference: with its own tower, where it has one."""
     sizes = read_model_config(folder).whisper
     if sizes is None:
         return Conditioning("the checkpoint has no Whisper tower")

@@ -147,7 +147,7 @@ class Feed:
         if self._bad_in_epoch > self._limits.max_bad_fraction * whole:
             raise PipelineError(
                 f"{self._bad_in_epoch} of {whole} samples are damaged, more than train.max_bad_fraction = "
-                f"{self._limits.max_bad_fraction:g}; the log names them and `inspect-shards verify` looks at every byte; "
+                f"{self._limits.max_bad_fraction:g}; the log names them and `inspect-shards verify` checks every byte; "
                 "fix the shards or raise the limit"
             )
         return max(report.epoch for report in reports)

@@ -55,7 +55,7 @@ class PackSource(Protocol):
     """What the search for a budget asks of the data."""
 
     def longest(self) -> int:
-        """Tokens of the longest sample, among those looked at."""
+        """Tokens of the longest sample, among those read."""
         ...
 
     def most_tokens(self) -> int:
@@ -76,7 +76,7 @@ class PlannedPacks:
         settings: PlanSettings,
         first_samples: int = FIRST_SAMPLES,
     ) -> None:
-        """`settings`: their budget is replaced by whichever is asked for. `first_samples`: how many are looked at."""
+        """`settings`: their budget is replaced by whichever is asked for. `first_samples`: how many are read."""
         self._reader = reader
         self._index = index
         self._first = index[:first_samples]

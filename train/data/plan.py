@@ -27,7 +27,7 @@ from shards.writer import write_json
 from train.data.packing import PlanSettings, best_fit
 
 PLAN_VERSION = 1  # raise it when the same settings give other packs: a cached or resumed plan is then refused
-CHUNK = 1 << 16  # rows looked at together, where all rows are looked at
+CHUNK = 1 << 16  # rows read together, where all rows are read
 MAX_NAMED = 5  # too long samples named
 
 Lengths = Callable[[np.ndarray], np.ndarray]  # index rows [n] -> tokens [n] int64

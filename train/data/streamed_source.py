@@ -264,7 +264,7 @@ def pack_online(section: TrainSection):
             for item in items:
                 if item.sequence is None:
                     aside.append(Fault(item.shard, item.key, item.reason))
-                    if len(aside) >= OPEN_PACKS:  # a shard of damage only must be heard of too
+                    if len(aside) >= OPEN_PACKS:  # a shard of damage only must be reported too
                         yield with_faults(collate([], item.epoch), aside)
                     continue
                 length = len(item.sequence)

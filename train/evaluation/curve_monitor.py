@@ -1,4 +1,4 @@
-"""Warnings a person would give who looks at the curves: each is logged once, in words, with what to do."""
+"""Warnings a person would give who watches the curves: each is logged once, in words, with what to do."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ RISING = 3  # evaluations without a new best before it is logged
 
 
 class CurveMonitor:
-    """Looks at every logged step, and knows when held-out losses have stopped to fall."""
+    """Checks every logged step, and knows when held-out losses have stopped to fall."""
 
     def __init__(self, held_out: list[float] | None = None, patience: int = 0, logs: bool = True) -> None:
         """`held_out`: eval/audio_loss of every evaluation so far. `patience`: evaluations without a new best; 0 = any.

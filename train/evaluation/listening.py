@@ -71,7 +71,7 @@ class Listening:
         return {"eval/speech_ended": float(np.mean(ended)), "eval/speech_length_ratio": float(np.mean(lengths))}
 
     def begin(self) -> None:
-        """What was said and heard, beside which the model's speech will stand."""
+        """The recordings and texts beside which the model's speech will stand."""
         for sample, folder in zip(self.samples, self.folders, strict=True):
             facts = sample.facts
             lines = [

@@ -100,7 +100,7 @@ class SeparateDocuments(NamedTuple):
 def attend_alone(q: Tensor, k: Tensor, v: Tensor) -> Iterator[Tensor]:
     """One document, q [n, H, E], k and v [n, G, E] -> [at most CHUNK, H, E] after [at most CHUNK, H, E].
 
-    PyTorch's CPU kernel looks at keys in blocks of 512, later ones too, so short chunks of queries meet fewer of them.
+    PyTorch's CPU kernel reads keys in blocks of 512, later ones too, so short chunks of queries meet fewer of them.
     """
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, heads, n, E]
     num_rows = q.shape[2]

@@ -47,7 +47,7 @@ class PackedBatch:
     whisper: WhisperRows | None  # None without Whisper conditioning
     targets_per_codebook: Tensor  # [K] int64, stays on the CPU
     num_pairs: int  # samples with another speaker beside them: what the contrastive loss counts
-    num_attended: int  # pairs of positions that attention looks at
+    num_attended: int  # pairs of positions that attention compares
     keys: list[str]  # [S]
 
     def to(self, device: torch.device) -> PackedBatch:
@@ -114,7 +114,7 @@ def pack(sequences: list[Sequence], speakers: list[int], keys: list[str]) -> Pac
         segments=torch.from_numpy(_segments(sequences)),
         speakers=torch.from_numpy(speaker.view(np.int64)),
         whisper=pack_whisper(
-            _int64(row_of[ids == WHISPER]), [h for sequence in sequences for h in sequence.heard], keys
+            _int64(row_of[ids == WHISPER]), [h for sequence in sequences for h in sequence.whisper_clips], keys
         ),
         targets_per_codebook=torch.from_numpy((next_codes != IGNORE).sum(axis=0)),
         num_attended=int((lengths * (lengths + 1) // 2).sum()),
@@ -123,12 +123,12 @@ def pack(sequences: list[Sequence], speakers: list[int], keys: list[str]) -> Pac
     )
 
 
-def pack_whisper(rows: Tensor, heard: list[WhisperClip], keys: list[str]) -> WhisperRows | None:
-    """rows [Nw] of the clips in `heard`. Raises ShardError when mels and states meet in one pack."""
-    if not heard:
+def pack_whisper(rows: Tensor, clips: list[WhisperClip], keys: list[str]) -> WhisperRows | None:
+    """rows [Nw] of the clips in `clips`. Raises ShardError when mels and states meet in one pack."""
+    if not clips:
         return None
-    mels = [clip.mel for clip in heard if clip.mel is not None]
-    states = [clip.states for clip in heard if clip.states is not None]
+    mels = [clip.mel for clip in clips if clip.mel is not None]
+    states = [clip.states for clip in clips if clip.states is not None]
     none = torch.zeros(0, dtype=torch.long)
     if not mels:
         return WhisperRows(rows, torch.zeros(0, 128, 0), none, none, torch.from_numpy(np.concatenate(states)))
@@ -136,12 +136,12 @@ def pack_whisper(rows: Tensor, heard: list[WhisperClip], keys: list[str]) -> Whi
         raise ShardError(
             f"samples {keys[0]} to {keys[-1]}: some hold Whisper mels, some encoder states; one data set, one kind"
         )
-    positions = np.array([num_positions(clip.num_samples) for clip in heard])
+    positions = np.array([num_positions(clip.num_samples) for clip in clips])
     longest = int(positions.max())
     features = np.zeros((len(mels), mels[0].shape[0], 2 * longest + 2), np.float32)
     for clip, mel in zip(features, mels, strict=True):
         clip[:, : mel.shape[1]] = mel[:, : clip.shape[1]]  # behind 30 s stand zeros, as the convolutions pad
-    places = [clip * (longest // 2) + np.arange(len(one)) for clip, one in enumerate(heard)]
+    places = [clip * (longest // 2) + np.arange(len(one)) for clip, one in enumerate(clips)]
     return WhisperRows(
         rows, torch.from_numpy(features), _int64(positions), _int64(np.concatenate(places)), torch.zeros(0, 0)
     )

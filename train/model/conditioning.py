@@ -28,7 +28,7 @@ class Conditioning:
     why: str
     tower_dir: Path | None = None  # a Whisper checkpoint, or the base model itself where it has a tower
     sizes: WhisperSizes | None = None
-    has_projector: bool = False  # in the base; else it starts at zero and is trained full_tensor
+    has_projector: bool = False  # in the base; else it starts at zero and is trained whole
     runs_tower: bool = True  # False: the shards hold the tower's states
 
     @property
