@@ -102,7 +102,7 @@ def random_weights(name: str, shape: torch.Size, generator: torch.Generator) -> 
 
 
 def joint_features(model: nn.Module, wave: Tensor) -> Tensor:
-    """wave [1, 1, S] -> what the codec's first linear layer uses_whisper, acoustic before semantic [T, d]."""
+    """wave [1, 1, S] -> what the codec's first linear layer reads, acoustic before semantic [T, d]."""
     heard: list[Tensor] = []
     (joint,) = [layer for name, layer in model.named_modules() if name in ("fc", "fc_prior")]
     hook = joint.register_forward_pre_hook(lambda _, inputs: heard.append(inputs[0][0].clone()))
