@@ -77,7 +77,7 @@ class Evaluation:
             ramp=1.0,
         )
         codebooks = losses.codebooks.tolist()
-        numbers = {"eval/samples": num_samples, "eval/bad_samples": num_bad}
+        numbers: dict[str, float] = {"eval/samples": num_samples, "eval/bad_samples": num_bad}
         if why := self._not_an_evaluation(shares, [losses.total.item(), losses.contrastive.item(), *codebooks]):
             if self.world.is_first:
                 log.warning("held-out data: %s: not counted as an evaluation; the best checkpoint stays", why)
