@@ -42,8 +42,9 @@ demo: $(INSTALLED)
 		--greedy --out $(DEMO)/speech.wav
 	@echo
 	@echo "Done. In $(DEMO): shards/ (features), run/ (metrics.jsonl, checkpoints/), merged/ (the model), speech.wav."
-	@echo "The tiny model has learned eight clips by heart and spoke one of them back: about 4 s, ended by itself. Its codec"
-	@echo "is random, so speech.wav is noise to the ear; every other part is the real one. With your own data:"
+	@echo "The tiny model has learned eight clips by heart and spoke one of them back: about 4 s, ended by itself. Its codec is"
+	@echo "fitted to the sample speech, so you can hear the voice (below 6 kHz):  ffplay -nodisp -autoexit $(DEMO)/speech.wav"
+	@echo "or any player. With your own data:"
 	@echo "  1. write a ChatML list like tests/data/arabic-mini/chatml.json       (README, Your data)"
 	@echo "  2. preprocess chatml.json out/shards      3. train out/shards out/run"
 	@echo "Both read ./pipeline.toml, which names the released 3B model and explains every key."
