@@ -124,6 +124,7 @@ def print_validation(report: dict[str, Any], out: Path) -> None:
         ("rejects", _counts(report["rejects"]) or "none"),
         ("warnings", _counts(report["warnings"]) or "none"),
     ]
+    rows += [(code, "; ".join(details[:1])) for code, details in report["warning_examples"].items()]
     print_table(rows)
     print_line(f"{out}/report.json holds this, {out}/rejects.jsonl every rejected row")
 

@@ -10,7 +10,7 @@ import msgspec
 from preprocess.audio import AudioMeasures
 from preprocess.reasons import RowFault, known_warnings
 from preprocess.sources import Pair, SourceRow, find_pair
-from preprocess.text import TextSection, clean, text_fault
+from preprocess.text import TextSection, clean, text_fault, text_warnings
 from shards.sample import Message, TextItem
 
 
@@ -60,5 +60,6 @@ def check_pair(
         fault = text_fault(text, measures.duration_s, section)
         if fault:
             raise RowFault("text", fault[0], f"{role}: {fault[1]}", path)
-        warnings += [f"{role}_{code}" for code in measures.warnings]
+        codes = measures.warnings + text_warnings(text, measures.duration_s, section)
+        warnings += [f"{role}_{code}" for code in codes]
     return known_warnings(warnings)

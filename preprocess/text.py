@@ -18,6 +18,7 @@ Normalizer = Literal["nfc", "tatweel", "digits"]
 
 # U+FEFF byte order mark; U+200E/F marks; U+202A-E embeddings and overrides; U+2066-9 isolates.
 INVISIBLE = dict.fromkeys([0xFEFF, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)])
+SLOW = 2.0  # times text.min_chars_per_s: fewer characters per second than this are a warning
 TATWEEL = "ـ"
 ARABIC_INDIC_DIGITS = {0x0660 + i: str(i) for i in range(10)} | {0x06F0 + i: str(i) for i in range(10)}
 ARABIC_BLOCKS = ((0x0600, 0x06FF), (0x0750, 0x077F), (0x08A0, 0x08FF), (0xFB50, 0xFDFF), (0xFE70, 0xFEFF))
@@ -27,6 +28,7 @@ class TextSection(msgspec.Struct, frozen=True, kw_only=True):
     normalize: list[Normalizer] = []
     min_chars: Annotated[int, msgspec.Meta(ge=1)] = 2
     max_chars: Annotated[int, msgspec.Meta(ge=1)] = 1000
+    min_chars_per_s: Annotated[float, msgspec.Meta(ge=0.0)] = 2.0
     max_chars_per_s: Annotated[float, msgspec.Meta(gt=0.0)] = 35.0
     min_arabic_share: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] = 0.0
 
@@ -59,6 +61,12 @@ def arabic_share(text: str) -> float:
     return arabic / len(letters) if letters else 1.0
 
 
+def text_warnings(text: str, duration_s: float, section: TextSection) -> list[str]:
+    """Codes of what is odd about a text that `text_fault` lets pass."""
+    found = {"text_slow": len(text) / duration_s < SLOW * section.min_chars_per_s}
+    return [code for code, holds in found.items() if holds]
+
+
 def text_fault(text: str, duration_s: float, section: TextSection) -> tuple[str, str] | None:
     """(reason, detail) of a text that does not fit its audio or the limits."""
     count = len(text)
@@ -69,6 +77,9 @@ def text_fault(text: str, duration_s: float, section: TextSection) -> tuple[str,
     if count / duration_s > section.max_chars_per_s:
         rate = f"{count / duration_s:.1f} characters per second, at most {section.max_chars_per_s:g}"
         return "text_too_fast", f"{rate}: {count} characters in {duration_s:.2f} s, {text[:40]!r}"
+    if count / duration_s < section.min_chars_per_s:
+        rate = f"{count / duration_s:.1f} characters per second, at least {section.min_chars_per_s:g}"
+        return "text_too_slow", f"{rate}: {count} characters in {duration_s:.2f} s, {text[:40]!r}"
     share = arabic_share(text)
     if share < section.min_arabic_share:
         return "text_not_arabic", f"{share:.0%} Arabic letters, at least {section.min_arabic_share:.0%}: {text[:40]!r}"

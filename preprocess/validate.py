@@ -28,6 +28,7 @@ from preprocess.workers import Skip, run_tasks, usable_cores
 from shards.errors import DataError
 from shards.writer import Reject, write_json
 
+MAX_EXAMPLES = 3  # of each warning, with both texts
 PERCENTILES = {"min": 0, "p1": 1, "median": 50, "p99": 99, "max": 100}
 
 
@@ -47,6 +48,7 @@ class SliceReport(msgspec.Struct):
     target_s: list[float]
     chars_per_s: list[float]  # of targets
     arabic_share: list[float]  # of target texts
+    examples: dict[str, list[str]]  # warning code -> rows with the texts it is about, the first few
 
 
 class ValidateTask:
@@ -56,7 +58,7 @@ class ValidateTask:
         self._limits = setup.config.preprocess.audio_limits()
 
     def run(self, task: int, skip: Skip, begins: Callable[[int], None]) -> SliceReport:
-        report = SliceReport([], {}, {}, [], [], [], [], [])
+        report = SliceReport([], {}, {}, [], [], [], [], [], {})
         warnings: Counter[str] = Counter()
         speakers: Counter[str] = Counter()
         for position, row in enumerate(self._rows.of_shard(task)):
@@ -73,6 +75,8 @@ class ValidateTask:
             except RowFault as fault:
                 report.rejects.append(reject_of(fault, row.row, row.id))
                 continue
+            for code, detail in pair.details.items():
+                _add_example(report.examples, code, [f"row {row.row}: {detail}"])
             speakers[row.chat.speaker or "unknown"] += 1
             report.file_hashes += [reference_sha, target_sha]
             report.reference_s.append(reference.duration_s)
@@ -119,14 +123,21 @@ def _validate(request: Request, config: PreprocessConfig) -> dict[str, Any]:
     return report
 
 
+def _add_example(examples: dict[str, list[str]], code: str, details: list[str]) -> None:
+    examples[code] = (examples.get(code, []) + details)[:MAX_EXAMPLES]
+
+
 def make_report(num_rows: int, parts: list[SliceReport], rejects: dict[str, int]) -> dict[str, Any]:
     target_s = np.array([value for part in parts for value in part.target_s])
     hashes = {name for part in parts for name in part.file_hashes}
     speakers: Counter[str] = Counter()
     warnings: Counter[str] = Counter()
+    examples: dict[str, list[str]] = {}
     for part in parts:
         speakers.update(part.speakers)
         warnings.update(part.warnings)
+        for code, details in part.examples.items():
+            _add_example(examples, code, details)
     return {
         "rows": num_rows,
         "usable": len(target_s),
@@ -141,6 +152,7 @@ def make_report(num_rows: int, parts: list[SliceReport], rejects: dict[str, int]
         "arabic_share": _percentiles(np.array([v for part in parts for v in part.arabic_share])),
         "rejects": rejects,
         "warnings": dict(sorted(warnings.items())),
+        "warning_examples": dict(sorted(examples.items())),
     }
 
 

@@ -72,7 +72,7 @@ def test_every_fault_is_reported_and_the_job_itself_agrees(run_command, rows, ti
     rows[2]["messages"][1]["content"][1]["audio_url"] = "nowhere.wav"
     rows[3]["messages"][2]["content"][0]["text"] = "كلام " * 150
     rows[5]["messages"][1]["content"][1] = copy.deepcopy(rows[5]["messages"][2]["content"][1])
-    rows[6]["messages"][2]["content"][0]["text"] = "\u200fنص آخر"
+    rows[6]["messages"][2]["content"][0]["text"] = "\u200fنص آخر غير الذي في الطلب"
     data = tmp_path / "list.json"
     data.write_text(json.dumps(rows))
     expected = {"audio_missing": 1, "duplicate_id": 1, "reference_is_target": 1, "text_too_fast": 1}
@@ -82,6 +82,8 @@ def test_every_fault_is_reported_and_the_job_itself_agrees(run_command, rows, ti
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["rejects"] == expected
     assert report["warnings"] == {"instruction_text_differs": 1, "invisible_marks_removed": 1}
+    [example] = report["warning_examples"]["instruction_text_differs"]
+    assert example.startswith("row 6: 'نص آخر غير الذي في الطلب' was taken, the instruction says '")
     rejects = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
     assert [reject["row"] for reject in rejects] == [2, 3, 4, 5]
     assert rejects[2]["id"] == "same"
@@ -95,7 +97,7 @@ def test_every_fault_is_reported_and_the_job_itself_agrees(run_command, rows, ti
     assert set(dataset.rejects) <= set(REASONS)
     assert set(dataset.warnings) <= WRITTEN_WARNINGS
     facts = {sample.facts.row: sample.facts for sample in SampleReader(tmp_path / "out").read_all(index)}
-    assert facts[6].texts[facts[6].target_text] == "نص آخر"
+    assert facts[6].texts[facts[6].target_text] == "نص آخر غير الذي في الطلب"
     assert facts[1].extra == {"id": "same"}
     assert facts[0].target.num_channels == 1
     assert facts[0].target.trailing_silence_s > 0
