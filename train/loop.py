@@ -8,6 +8,7 @@ are divided by what all of them counted.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from shards.manifest import Fingerprints
 from shards.sequence import SequenceBuilder
 from train import preflight
 from train.config import TrainConfig, TrainSection
-from train.data.feed import Feed
+from train.data.feed import Feed, WaitingEnded
 from train.data.loader import LoaderShare, dead_loader
 from train.data.plan import PLAN_VERSION
 from train.data.planned_source import PlannedSource
@@ -97,7 +98,12 @@ def run(
 ) -> Path | None:
     """Set up, and train."""
     with hold_run(run_dir, world):
-        ready = set_up(config, shards, run_dir, options, world, lambda: signals.asked(world))
+        try:
+            ready = set_up(config, shards, run_dir, options, world, lambda: signals.asked(world), signals.ends_waiting)
+        except WaitingEnded:
+            goes_on = bool(checkpoint_folders.complete_checkpoints(run_dir))
+            next_time = "goes on from the last checkpoint" if goes_on else "begins anew"
+            raise Stopped(f"stopped by a signal before its first step; the same command {next_time}") from None
         return take_steps(ready) if ready else None
 
 
@@ -119,6 +125,7 @@ class Run:
     start_from: Path | None  # the checkpoint with those steps
     preflight: tuple[PackedBatch, LossTerms] | None  # what the losses of the first step are compared with
     interrupted: Callable[[], bool]  # every rank asks at the same places and gets the same answer
+    waiting: Callable[[], AbstractContextManager[None]]  # around a wait for data, which a signal ends
 
     @property
     def total_steps(self) -> int:
@@ -139,10 +146,12 @@ def set_up(
     options: RunOptions,
     world: World,
     interrupted: Callable[[], bool],
+    waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Run | None:
     """From what was asked for to a run that is ready to step; None after a dry run. Every rank must call this."""
     # 1. The data set, and whether it was made for this model.
-    source = open_source(str(shards), asked.train)
+    with waiting():
+        source = open_source(str(shards), asked.train)
     base_dir = resolve(asked.model.base, asked.model.revision, "model.base")
     codec_dir = resolve(asked.model.codec, asked.model.codec_revision, "model.codec")
     expected = Fingerprints(codec_fingerprint(codec_dir), tokenizer_fingerprint(base_dir), mel_fingerprint())
@@ -185,7 +194,8 @@ def set_up(
     if options.skip_preflight:
         log.info("preflight skipped: --skip-preflight")
     elif start_from is None:
-        batch = source.preflight_batch(preflight.NUM_SAMPLES).to(world.device)
+        with waiting():
+            batch = source.preflight_batch(preflight.NUM_SAMPLES).to(world.device)
         compared = batch, preflight.check_before_training(model, batch, config.loss)
     if options.dry_run:
         log.info("dry run: everything fits together; nothing was trained")
@@ -196,7 +206,8 @@ def set_up(
     step = checkpoint.restore(start_from, model, optimizer, identity) if start_from else 0
     world.require_equal({"the first step": str(step), "the base model": identity.model_weights})
     num_listened = config.train.listening_samples if world.is_first else 0
-    listened = source.listening_samples(num_listened) if num_listened else []
+    with waiting():
+        listened = source.listening_samples(num_listened) if num_listened else []
     ready = Run(
         config=config,
         run_dir=run_dir,
@@ -214,6 +225,7 @@ def set_up(
         start_from=start_from,
         preflight=compared,
         interrupted=interrupted,
+        waiting=waiting,
     )
     log.info("step %d of %d%s", step, ready.total_steps, f", resumed from {start_from}" if start_from else "")
     return ready
@@ -224,13 +236,14 @@ def take_steps(run: Run) -> Path | None:
     config, world, model, optimizer, total_steps = run.config, run.world, run.model, run.optimizer, run.total_steps
     step, stopped = run.first_step, False
     loaded_packs = run.source.loaded_packs(step, LoaderShare(world.rank, world.size, config.train.num_workers))
-    feed = Feed(loaded_packs, config.train.packs_per_step, step, world, run.source.limits())
+    feed = Feed(loaded_packs, config.train.packs_per_step, step, world, run.source.limits(), run.waiting)
     history = world.gather(held_out_history(run.run_dir, step))[0]
     monitor = CurveMonitor(history, config.train.patience, logs=world.is_first)
     clock = StepClock(model, world)
     values: dict[str, float] = {}  # the last logged ones
 
     with (
+        closing(feed),
         run.saver,
         garbage_collection_paused(),
     ):  # however the steps end, a checkpoint being written is written to its end
@@ -240,7 +253,10 @@ def take_steps(run: Run) -> Path | None:
         model.train()
         while step < total_steps and not (stopped := run.interrupted()) and not monitor.should_stop_early:
             with clock.waiting():
-                given = next(feed)
+                given = next(feed, None)
+            if given is None:  # a signal while it waited for data
+                stopped = True
+                break
             settings = StepSettings.at(step, total_steps, config)
             result = train_step(model, optimizer, given.batches, settings, given.counts, world, run.interrupted)
             if result is None:  # interrupted between two packs; the run that goes on takes this step from its beginning

@@ -10,11 +10,14 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 import torch
 
 from shards.errors import PipelineError
+from train.data.feed import WaitingEnded
 from train.world import World
 
 SAVING = "Ctrl-C: the pack is finished and a checkpoint saved"
@@ -31,7 +34,7 @@ class StopSignal:
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
     def __init__(self) -> None:
-        self._asked = False
+        self._asked = self._waits = False
         self._process = os.getpid()
         self._old: dict[signal.Signals, object] = {}
 
@@ -48,6 +51,17 @@ class StopSignal:
         """Whether any rank was asked to stop; every rank must call this."""
         return bool(world.sum(torch.tensor([int(self._asked)])).item())
 
+    @contextmanager
+    def ends_waiting(self) -> Iterator[None]:
+        """Inside, a signal raises WaitingEnded at once, also one that came before: what is waited for may never come."""
+        if self._asked:
+            raise WaitingEnded
+        self._waits = True
+        try:
+            yield
+        finally:
+            self._waits = False
+
     def _raise_flag(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
             return  # a loader process, forked with this handler: a terminal sends Ctrl-C to it too
@@ -57,3 +71,6 @@ class StopSignal:
             message = SAVING + ("" if "TORCHELASTIC_RUN_ID" in os.environ else AT_ONCE)
             os.write(2, f"{message}\n".encode())  # a log's own buffer may be half written just now
         self._asked = True
+        if self._waits:
+            self._waits = False  # once: saving must come to its end
+            raise WaitingEnded

@@ -9,7 +9,8 @@ price is one exchange of short strings per step.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -38,6 +39,10 @@ class StepBatches:
     num_samples: int
 
 
+class WaitingEnded(BaseException):
+    """A signal, raised out of a wait for data; no Exception, so that nothing on its way takes it for a fault of the data."""
+
+
 class RankReport(msgspec.Struct, frozen=True):
     """What a rank sends the others before a step."""
 
@@ -48,6 +53,7 @@ class RankReport(msgspec.Struct, frozen=True):
     fillers: int = 0
     samples: int = 0
     problem: str = ""  # "" = none
+    stopped: bool = False  # by a signal while it waited for data
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,10 @@ class Feed:
         first_step: int,
         world: World,
         limits: DamageLimits,
+        waiting: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
+        self._loaded_packs = loaded_packs
+        self._waiting = waiting
         self._batches = prefetch(loaded_packs, world.device)
         self._micro_steps = packs_per_step // world.size
         self._step = first_step
@@ -84,15 +93,18 @@ class Feed:
         return self
 
     def __next__(self) -> StepBatches:
-        """Raises PipelineError on every rank when one of them cannot go on."""
-        problem = ""
+        """Ends on every rank when one of them got a signal while it waited. Raises PipelineError on all when one cannot go on."""
+        problem, stopped = "", False
         found: list[tuple[LoadedPack, PackedBatch]] = []
         try:
-            found = list(islice(self._batches, self._micro_steps))
+            with self._waiting():
+                found = list(islice(self._batches, self._micro_steps))
             if len(found) < self._micro_steps:
                 problem = f"the loader gave {len(found)} of {self._micro_steps} packs of step {self._step + 1}"
         except PipelineError as error:
             problem = str(error)
+        except WaitingEnded:
+            stopped = True
         loaded_packs = [loaded for loaded, _ in found]
         faults = [fault for loaded in loaded_packs for fault in loaded.faults]
         for fault in faults:
@@ -106,12 +118,21 @@ class Feed:
             fillers=sum(not loaded.batch.keys for loaded in loaded_packs),
             samples=sum(len(loaded.batch.keys) for loaded in loaded_packs),
             problem=problem,
+            stopped=stopped,
         )
         epoch = self._share(mine)
+        if epoch is None:
+            raise StopIteration
         self._step += 1
         counts = LossCounts.of([loaded.batch for loaded in loaded_packs], self._world)
         counts = replace(counts, audio=counts.audio.to(self._world.device, non_blocking=True))
         return StepBatches(epoch, [batch for _, batch in found], counts, mine.samples)
+
+    def close(self) -> None:
+        """End the loader and its processes."""
+        for one in (self._batches, self._loaded_packs):
+            if isinstance(one, Generator):
+                one.close()
 
     def values(self) -> dict[str, float]:
         """What was skipped so far, for the metrics."""
@@ -121,13 +142,15 @@ class Feed:
             "metrics/filler_packs": self.num_fillers,
         }
 
-    def _share(self, mine: RankReport) -> int:
-        """Exchange reports and return the epoch; raise on all ranks where one must stop."""
+    def _share(self, mine: RankReport) -> int | None:
+        """Exchange reports and return the epoch, None after a signal; raise on all ranks where one has a problem."""
         reports: list[RankReport] = self._world.gather(mine)
         several, is_stream = len(reports) > 1, self._limits.epoch_samples is None
         for rank, report in enumerate(reports):
             if report.problem:
                 raise PipelineError(f"rank {rank}: {report.problem}" if several else report.problem)
+            if any(report.stopped for report in reports):
+                return None
             if report.step != reports[0].step or (report.epoch != reports[0].epoch and not is_stream):
                 raise PipelineError(
                     f"the ranks do not do the same: rank 0 is at step {reports[0].step} of epoch {reports[0].epoch}, rank "

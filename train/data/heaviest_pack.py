@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from shards.errors import ShardError
 from shards.reader import SampleReader
 from shards.sequence import IGNORE, NUM_MARKER_COLUMNS, Sequence, SequenceBuilder
 from train.data.loader import read_pack
@@ -112,7 +113,7 @@ class StreamedPacks:
         self._sequences = [sequence for sequence, _ in zip(sequences(), range(STREAMED_SAMPLES), strict=False)]
 
     def longest(self) -> int:
-        return max(len(sequence) for sequence in self._sequences)
+        return max((len(sequence) for sequence in self._sequences), default=1)
 
     def most_tokens(self) -> int:
         return 1 << 30  # a stream has no end
@@ -132,4 +133,10 @@ class StreamedPacks:
                 if len(sequence) <= room:
                     chosen.append(sequence)
                     room -= len(sequence)
+        if not chosen:
+            shortest = min((len(sequence) for sequence in self._sequences), default=0)
+            raise ShardError(
+                f"no usable sample: 0 damaged, {len(self._sequences)} longer than a pack of {batch_tokens} tokens (the "
+                f"shortest of the first: {shortest}); raise train.batch_tokens or give other shards"
+            )
         return pack(chosen, list(range(len(chosen))), ["probe"] * len(chosen))

@@ -14,6 +14,7 @@ process border would arrive as a page of traceback.
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 import os
 import signal
 import threading
@@ -44,6 +45,12 @@ FILLER = Sequence(
     next_codes=np.full((NUM_CODEBOOKS, 1), IGNORE, np.int16),
     reference_columns=(0, 1),
     target_columns=(1, 1),
+)
+
+
+FULL_SHARED_MEMORY = (
+    "/dev/shm is full (`df -h /dev/shm`), through which loader processes pass packs: give the container more "
+    "(docker run --shm-size=8g, or --ipc=host), or set train.num_workers=0"
 )
 
 
@@ -243,18 +250,60 @@ def run_pipeline(pipeline: DataPipeline, num_workers: int) -> Iterator[LoadedPac
         # Stages are closures, which other ways to start a process cannot send; Python 3.14 has another way by default.
         multiprocessing_context="fork" if num_workers else None,
         prefetch_factor=4 if num_workers else None,
-        collate_fn=_unchanged,
+        collate_fn=share_memory,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else it would draw from the model's random numbers
         worker_init_fn=only_the_parent_ends if num_workers else None,
     )
+    require_semaphores(num_workers)
+    iterator = iter(loader)
     try:
-        for loaded in loader:
+        for loaded in iterator:
             if isinstance(loaded, PipelineError):
                 raise loaded
             yield loaded
     except RuntimeError as error:
         raise dead_loader(error) or error from None
+    finally:
+        kill_workers(iterator)
+
+
+def require_semaphores(num_workers: int) -> None:
+    """Raises PipelineError where /dev/shm has no room even for the queues' semaphores, before a loader is half made."""
+    try:
+        made = [
+            multiprocessing.get_context("fork").Semaphore() for _ in range(8 + 6 * num_workers if num_workers else 0)
+        ]
+    except OSError as error:
+        raise PipelineError(f"loader processes cannot be started: {error.strerror}; {FULL_SHARED_MEMORY}") from None
+    del made
+
+
+def kill_workers(iterator: Any) -> None:
+    """End loader processes outright: one that hangs, or is stopped, would be waited for at exit for ever.
+
+    torch is told first that they are no longer its own: its handler would raise wherever this process then happens to be.
+    """
+    if getattr(iterator, "_worker_pids_set", False):
+        torch.utils.data._utils.signal_handling._remove_worker_pids(id(iterator))
+        iterator._worker_pids_set = False
+    for worker in getattr(iterator, "_workers", None) or []:
+        worker.kill()
+
+
+def share_memory(loaded: LoadedPack | PipelineError) -> LoadedPack | PipelineError:
+    """In a loader process: move a pack's tensors into shared memory here, where a full /dev/shm can be reported.
+
+    torch would do it in a thread of its queue, which prints the error and drops the pack, and the run would wait for it
+    for ever.
+    """
+    if isinstance(loaded, PipelineError) or torch.utils.data.get_worker_info() is None:
+        return loaded
+    try:
+        return replace(loaded, batch=loaded.batch.shared())
+    except (RuntimeError, OSError) as error:
+        said = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        return PipelineError(f"a loader process cannot hand over a pack: {said}; {FULL_SHARED_MEMORY}")
 
 
 def only_the_parent_ends(_: int) -> None:
@@ -280,11 +329,9 @@ def dead_loader(error: RuntimeError) -> PipelineError | None:
     said = str(error).splitlines()[0] if str(error) else ""
     if not said.startswith("DataLoader worker"):
         return None
+    if "Bus error" in said or "shared memory" in str(error):
+        return PipelineError(f"a loader process has ended ({said}); {FULL_SHARED_MEMORY}")
     return PipelineError(
         f"a loader process has ended ({said}); mostly memory ran out (`dmesg` knows): lower train.num_workers, or "
         "train.shuffle_buffer of a stream; start the same command again to go on from the last checkpoint"
     )
-
-
-def _unchanged(batch: Any) -> Any:
-    return batch

@@ -15,6 +15,7 @@ import random
 import re
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import fsspec
@@ -53,6 +54,7 @@ from train.model.conditioning import Conditioning
 from train.world import ALONE, World
 
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+MAX_ASIDE = 1000  # samples too long for a pack that wait to be reported with the next one
 LOCAL = "local://"  # fsspec's name for this machine's files
 
 log = logging.getLogger("train")
@@ -116,18 +118,28 @@ class StreamedSource:
                 f"{len(self.urls)} shards for {readers} readers ({share.world_size} ranks of {max(1, share.num_workers)} "
                 "loader processes): every reader needs a shard of its own; lower train.num_workers or write smaller shards"
             )
-        source = StreamedSamples(self.urls, self._section.seed, first_step, share)
+        passes = Passes()
+        source = StreamedSamples(self.urls, self._section.seed, first_step, share, passes)
         mixed = shuffled(self._section.shuffle_buffer, self._section.seed, first_step, share.rank)
-        pipeline = DataPipeline(source, mixed, build_sequences(self._builder), pack_online(self._section))
+        pipeline = DataPipeline(source, mixed, build_sequences(self._builder), pack_online(self._section, passes))
         return run_pipeline(pipeline, share.num_workers)
 
     def preflight_batch(self, num_samples: int) -> PackedBatch:
         """The first sound samples of the stream. Raises ShardError when a whole pass has none."""
         raws = StreamedSamples(self.urls, self._section.seed, 0, LoaderShare())
-        built = build_sequences(self._builder)(raws)
         longest = plan_settings(self._section).batch_tokens
-        sound = (item for item in built if item.sequence and len(item.sequence) <= longest)
-        first = list(itertools.islice(sound, num_samples))
+        first: list[BuiltSample] = []
+        judge = Passes()
+        for item in build_sequences(self._builder)(raws):
+            if item.epoch:
+                break  # a small stream is read once
+            reason = judge.reason_of(item, longest)
+            if not reason:
+                first.append(item)
+            if len(first) == num_samples:
+                break
+        if not first:
+            raise ShardError(judge.message(len(self.urls)))
         return collate(first, 0).batch
 
     def listening_samples(self, num_samples: int) -> list[Sample]:
@@ -168,8 +180,11 @@ class StreamedSource:
 class StreamedSamples(torch.utils.data.IterableDataset):
     """Source stage: raw samples of this reader's shards, pass after pass without end, each pass in another order."""
 
-    def __init__(self, urls: list[str], seed: int, first_step: int, share: LoaderShare) -> None:
+    def __init__(
+        self, urls: list[str], seed: int, first_step: int, share: LoaderShare, passes: Passes | None = None
+    ) -> None:
         self._urls = urls
+        self._passes = passes
         self._key = [seed, first_step]
         self._share = share
 
@@ -180,14 +195,17 @@ class StreamedSamples(torch.utils.data.IterableDataset):
         for number in itertools.count():
             generator = np.random.Generator(np.random.Philox(key=self._key, counter=[0, 0, 0, number]))
             own = [self._urls[i] for i in generator.permutation(len(self._urls))[part::parts]]
-            num_sound = 0
+            num_sound = num_read = 0
             reason = ""
             for raw in read_shards(own):
+                num_read += 1
                 reason = reason or raw.reason
                 num_sound += not raw.reason
                 yield raw._replace(epoch=number)
             if not num_sound:  # else the loop would go round for ever
                 raise ShardError(f"no sample in {len(own)} shards, the first {own[0]}{': ' + reason if reason else ''}")
+            if self._passes:
+                self._passes.num_samples = max(self._passes.num_samples, num_read * parts)
 
 
 def read_shards(urls: list[str]) -> Iterator[RawSample]:
@@ -254,7 +272,51 @@ def shuffled(size: int, seed: int, first_step: int, rank: int) -> Callable[[Iter
     return stage
 
 
-def pack_online(section: TrainSection):
+@dataclass
+class Passes:
+    """Whether a stream gives anything to train on; one per reader, shared by the stage that reads and the one that packs.
+
+    Between the two stands the shuffle buffer, from which a sample comes out after a random while: so a pass without a
+    usable sample is told from the number of useless ones in a row.
+    """
+
+    num_samples: int = 0  # of a whole pass of all readers; 0 until this reader has ended its first one
+    num_damaged: int = 0  # in a row, as the two below
+    num_too_long: int = 0
+    reason: str = ""  # of the first in the row
+
+    def reason_of(self, item: BuiltSample, longest: int) -> str:
+        """Why this sample cannot be used, "" if it can; counted."""
+        if item.sequence is None:
+            reason = item.reason
+            self.num_damaged += 1
+        elif len(item.sequence) > longest:
+            reason = f"{len(item.sequence)} tokens: longer than a pack of {longest}"
+            self.num_too_long += 1
+        else:
+            self.found_usable()
+            return ""
+        self.reason = self.reason or f"{item.shard}: sample {item.key}: {reason}"
+        return reason
+
+    def found_usable(self) -> None:
+        self.num_damaged = self.num_too_long = 0
+        self.reason = ""
+
+    def is_over(self, buffer: int) -> bool:
+        """Whether no usable sample can be left in the buffer: 20 times its size is a chance of 2e-9 for each."""
+        useless = self.num_damaged + self.num_too_long
+        return bool(self.num_samples) and useless > self.num_samples + 20 * buffer
+
+    def message(self, num_shards: int = 0) -> str:
+        where = f"a whole pass over {num_shards} shards" if num_shards else "a whole pass over the stream"
+        return (
+            f"{where} has no usable sample: {self.num_damaged} damaged, {self.num_too_long} longer than a pack "
+            f"(the first: {self.reason}); raise train.batch_tokens or give other shards"
+        )
+
+
+def pack_online(section: TrainSection, passes: Passes):
     """Stage: sequences -> packs within the budgets; a sequence that fits no pack is skipped and logged."""
 
     def stage(items: Iterable[BuiltSample]) -> Iterator[LoadedPack | PipelineError]:
@@ -262,17 +324,21 @@ def pack_online(section: TrainSection):
         aside: list[BuiltSample | Fault] = []  # logged with the next pack
         try:
             for item in items:
+                reason = passes.reason_of(item, plan_settings(section).batch_tokens)
+                if passes.is_over(section.shuffle_buffer):
+                    raise ShardError(passes.message())
                 if item.sequence is None:
-                    aside.append(Fault(item.shard, item.key, item.reason))
+                    aside.append(Fault(item.shard, item.key, reason))
                     if len(aside) >= OPEN_PACKS:  # a shard of damage only must be reported too
                         yield with_faults(collate([], item.epoch), aside)
                     continue
                 length = len(item.sequence)
                 columns = int((item.sequence.next_codes != IGNORE).any(axis=0).sum())
-                if not packs.fits(length, columns):
-                    aside.append(
-                        Fault(item.shard, item.key, f"{length} tokens, {columns} targets: longer than a pack", False)
-                    )
+                if reason or not packs.fits(length, columns):
+                    too_long = f"{length} tokens, {columns} targets: longer than a pack"
+                    aside.append(Fault(item.shard, item.key, too_long, is_damage=False))
+                    if len(aside) >= MAX_ASIDE:
+                        yield with_faults(collate([], item.epoch), aside)
                     continue
                 for group in packs.add(item, length, columns):
                     yield with_faults(collate(group, max(item.epoch for item in group)), aside)

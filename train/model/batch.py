@@ -53,6 +53,11 @@ class PackedBatch:
     def to(self, device: torch.device) -> PackedBatch:
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
+    def shared(self) -> PackedBatch:
+        """In shared memory, for another process. Raises RuntimeError when there is not enough."""
+        batch = self._each(lambda tensor: tensor.share_memory_())
+        return dataclasses.replace(batch, targets_per_codebook=self.targets_per_codebook.share_memory_())
+
     def pin(self) -> PackedBatch:
         return self._each(lambda tensor: tensor.pin_memory())
 
