@@ -10,6 +10,7 @@ distinct clip while the job runs.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ from typing import TypeVar
 import msgspec
 
 from preprocess.audio import AudioMeasures
+from preprocess.config import PreprocessConfig
+from shards.manifest import Fingerprints
 
 
 class EncodedCodes(msgspec.Struct, frozen=True):
@@ -40,11 +43,29 @@ class EncodedWhisper(msgspec.Struct, frozen=True):
 Entry = TypeVar("Entry", EncodedCodes, EncodedWhisper)
 
 
+def recipe_digest(config: PreprocessConfig, fingerprints: Fingerprints) -> str:
+    """16 hex digits over all that decides an entry besides its audio; jobs with the same ones share their entries.
+
+    The limits are part of it because an entry is made only of audio within them, and so is this package's own code.
+    """
+    digest = hashlib.sha256()
+    models = msgspec.structs.replace(fingerprints, tokenizer="")  # no text enters an entry
+    for part in (models, config.preprocess.audio_limits(), config.features.whisper):
+        digest.update(msgspec.json.encode(part) + b"\n")
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 class Cache:
-    def __init__(self, folder: Path) -> None:
+    """The entries of one recipe; those older than `job_began_ns` (file time) were made for an earlier job."""
+
+    def __init__(self, folder: Path, job_began_ns: int = 0) -> None:
         self._folder = folder
+        self._job_began_ns = job_began_ns
         self.num_encoded = 0
         self.num_reused = 0
+        self.num_adopted = 0  # distinct files whose entry an earlier job made
 
     def get(self, kind: type[Entry], key: str, encode: Callable[[], Entry]) -> Entry:
         """The stored entry, or the one `encode` makes."""
@@ -60,7 +81,18 @@ class Cache:
                     self.num_encoded += kind is EncodedCodes
                     return entry
         self.num_reused += kind is EncodedCodes
+        self.num_adopted += kind is EncodedCodes and self._adopt(path)
         return entry
+
+    def _adopt(self, path: Path) -> bool:
+        """True for whoever uses an earlier job's entry first in this job; its new file time marks it as ours."""
+        if path.stat().st_mtime_ns >= self._job_began_ns:
+            return False
+        with _locked(path.with_suffix(".lock")):
+            if path.stat().st_mtime_ns >= self._job_began_ns:
+                return False
+            os.utime(path)
+            return True
 
 
 def _read(path: Path, kind: type[Entry]) -> Entry | None:

@@ -103,13 +103,19 @@ def run_command(
 
 @main.command("finalize")
 @click.argument("out", type=PATH)
-def finalize_command(out: Path) -> None:
+@click.option(
+    "--max-reject-fraction",
+    type=click.FloatRange(0.0, 1.0),
+    metavar="X",
+    help="Accept rejects up to this share of the rows, whatever the job's own limit is.",
+)
+def finalize_command(out: Path, max_reject_fraction: float | None) -> None:
     """Check every shard in OUT and write dataset.json, after the last task of an array has ended."""
     with explained(CONTINUES):
         from preprocess.join import finalize
         from preprocess.report import print_summary
 
-        print_summary(finalize(out), out, None, 0.0)
+        print_summary(finalize(out, max_reject_fraction), out, None, 0.0)
 
 
 @main.command("convert")

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import math
+import shlex
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import numpy as np
 
+from preprocess.plan import REJECT_LIMIT, with_reject_limit
 from shards.errors import DataError, ShardError
 from shards.folder_lock import hold_folder
 from shards.index import read_index
@@ -23,26 +27,62 @@ HISTOGRAM_EDGES_S = (0, 2, 5, 10, 15, 20, 30)
 
 
 def pending_shards(out: Path, job: Job) -> list[int]:
-    return [shard for shard in range(job.num_shards) if not shard_path(out, shard, ".done.json").is_file()]
+    """Shards that are still to be made, among them those of which a file is gone or of a wrong size."""
+    return [shard for shard in range(job.num_shards) if missing_part(out, shard)]
 
 
-def finalize(out: Path) -> Dataset:
+def missing_part(out: Path, shard: int) -> str | None:
+    """What a shard lacks, by sizes alone (`finalize` reads every byte); None for one that is there."""
+    if told := _marker_fault(out, shard):
+        return told
+    tar_path = shard_path(out, shard, ".tar")
+    try:
+        marker = _marker(out, shard)
+        num_bytes = tar_path.stat().st_size
+        num_samples = len(read_index(shard_path(out, shard, ".idx.npy")))
+    except (OSError, ShardError) as error:
+        return f"{tar_path}: {error.strerror}" if isinstance(error, OSError) else str(error)
+    if num_bytes != marker.num_bytes:
+        return f"{tar_path}: {num_bytes} bytes, its marker says {marker.num_bytes}"
+    if num_samples != marker.num_samples:
+        return f"{shard_path(out, shard, '.idx.npy')}: {num_samples} samples, its marker says {marker.num_samples}"
+    if marker.rejects and not shard_path(out, shard, ".rejects.jsonl").is_file():
+        return f"{shard_path(out, shard, '.rejects.jsonl')}: missing"
+    return None
+
+
+def _marker_fault(out: Path, shard: int) -> str | None:
+    path = shard_path(out, shard, ".done.json")
+    if not path.is_file():
+        return f"{path}: missing"
+    try:
+        _marker(out, shard)
+    except ShardError as error:
+        return str(error)
+    return None
+
+
+def finalize(out: Path, max_reject_fraction: float | None = None) -> Dataset:
     """Join what several machines made into one data set, after checking every byte of it.
 
-    Raises ShardError naming the first missing or damaged shard, PipelineError when a task still works in OUT.
+    `max_reject_fraction` takes the place of the job's own. Raises ShardError naming the first missing or damaged shard,
+    DataError for too many rejects, PipelineError when a task still works in OUT.
     """
     if not (out / "job.json").is_file():
         raise ShardError(f"{out}: no job.json, so no job of `preprocess`; give its OUT folder")
     with hold_folder(out):
         job = read_record(out / "job.json", Job)
-        _refuse_missing(out, job)
+        if max_reject_fraction is not None:
+            job = with_reject_limit(job, max_reject_fraction)
+        _refuse_missing(out, job, _marker_fault)
         faults = [fault for shard in range(job.num_shards) for fault in verify(out, _marker(out, shard))]
         if faults:
             told = "; ".join(faults[:2])  # the shard, and the first sample of it that is not readable
-            raise ShardError(
-                f"{len(faults)} faults: {told}; remove that shard's .done.json and run its `preprocess` again"
-            )
-        dataset = join_dataset(out, job, job.config["preprocess"]["max_reject_fraction"])
+            again = "the same `preprocess` command makes that shard again"
+            if not pending_shards(out, job):  # the sizes are right: only its marker tells `preprocess` to make it
+                again = f"remove its .done.json, then {again}"
+            raise ShardError(f"{len(faults)} faults: {told}; {again}")
+        dataset = join_dataset(out, job)
         shutil.rmtree(out / "encoded", ignore_errors=True)
     return dataset
 
@@ -51,20 +91,26 @@ def _marker(out: Path, shard: int) -> ShardDone:
     return read_record(shard_path(out, shard, ".done.json"), ShardDone)
 
 
-def _refuse_missing(out: Path, job: Job) -> None:
-    missing = pending_shards(out, job)
+def _refuse_missing(out: Path, job: Job, fault_of: Callable[[Path, int], str | None] = missing_part) -> None:
+    missing = [shard for shard in range(job.num_shards) if fault_of(out, shard)]
     if missing:
-        first = shard_path(out, missing[0], ".done.json")
-        raise ShardError(f"{first}: missing, as {len(missing)} of {job.num_shards} shards; run preprocess again")
+        told = fault_of(out, missing[0])
+        raise ShardError(
+            f"{told}, as {len(missing)} of {job.num_shards} shards; the same `preprocess` command makes what is missing"
+        )
 
 
-def join_dataset(out: Path, job: Job, max_reject_fraction: float) -> Dataset:
+def join_dataset(out: Path, job: Job) -> Dataset:
     """Write the data set's own files. Raises ShardError for a missing shard, DataError for too many rejects."""
     _refuse_missing(out, job)
     remove_partial_files(out)
     shards = [_marker(out, shard) for shard in range(job.num_shards)]
     rejects = join_rejects(out, job)
-    check_rejects(out, job.input_path, job.num_rows, rejects, max_reject_fraction)
+    limit = job.config["preprocess"]["max_reject_fraction"]
+    next_step = f"or accept these: preprocess finalize {shlex.quote(str(out))} --max-reject-fraction "
+    check_rejects(out, job.input_path, job.num_rows, rejects, limit, next_step)
+    if read_record(out / "job.json", Job) != job:
+        write_json(out / "job.json", job)  # with the limit that was kept
     indexes = [read_index(shard_path(out, shard, ".idx.npy")) for shard in range(job.num_shards)]
     index = np.concatenate(indexes)
     write_bytes(out / "index.npy", write_npy(index))
@@ -116,18 +162,24 @@ def write_rejects(out: Path, rejects: list[Reject]) -> dict[str, int]:
 
 
 def check_rejects(
-    out: Path, input_path: str, num_rows: int, rejects: dict[str, int], max_reject_fraction: float
+    out: Path, input_path: str, num_rows: int, rejects: dict[str, int], max_reject_fraction: float, next_step: str
 ) -> None:
-    """Raises DataError with the counts by reason and the first reject when there are too many."""
+    """Raises DataError with the counts by reason and the first reject when there are too many.
+
+    `next_step` is what may be done instead of correcting the list, up to the limit that would do.
+    """
     total = sum(rejects.values())
     reasons = ", ".join(f"{reason} {count}" for reason, count in rejects.items())
     first = (out / "rejects.jsonl").read_bytes().splitlines()[:1]
+    told = f"{reasons}; first: {_tell(first)}; see {out}/rejects.jsonl" if first else reasons
+    again = f"fix {input_path} and run the same command again (what was encoded is reused)"
     if total and total >= num_rows:
-        raise DataError(f"no usable row in {input_path}: {reasons}; first: {_tell(first)}; see {out}/rejects.jsonl")
+        raise DataError(f"no usable row in {input_path}: {told}; {again}")
     if total > max_reject_fraction * num_rows:
+        enough = min(1.0, math.ceil(1000 * total / num_rows) / 1000)
         raise DataError(
-            f"{total} of {num_rows} rows rejected, more than preprocess.max_reject_fraction = {max_reject_fraction:g}: "
-            f"{reasons}; first: {_tell(first)}; see {out}/rejects.jsonl, mend the list or raise the limit"
+            f"{total} of {num_rows} rows rejected, more than {REJECT_LIMIT} = {max_reject_fraction:g}: {told}; {again}, "
+            f"{next_step}{enough:g}"
         )
 
 

@@ -6,7 +6,8 @@
     OUT/job/rejects.jsonl  rows without the right form
     OUT/job.json           last: from here on the job can be continued
 
-Another configuration, list, codec or tokenizer on the same OUT is another job and is refused.
+Another configuration, list, codec or tokenizer on the same OUT is another job and is refused. Two things may change: the
+limit of rejects, and the list of a job that ended with too many of them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import gc
 import hashlib
 import os
 import shutil
+import sys
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,6 +37,7 @@ from shards.manifest import Fingerprints, Job, read_record
 from shards.sample import write_npy
 from shards.writer import Reject, sync, temporary, write_bytes, write_json
 
+REJECT_LIMIT = "preprocess.max_reject_fraction"
 MAX_PLANNING_S = 24 * 3600.0  # a list of 100 million rows takes an hour or two
 
 
@@ -59,8 +62,13 @@ class JobIdentity(msgspec.Struct, frozen=True):
     fingerprints: Fingerprints
     input_sha256: str
 
+    def settings(self) -> dict[str, Any]:
+        """What must be the same, by its name; the reject limit decides whether a job succeeds, not what it makes."""
+        config = {name: value for name, value in _flat(self.config).items() if name != REJECT_LIMIT}
+        return {**config, **_flat(msgspec.to_builtins(self.fingerprints)), "input": self.input_sha256}
+
     def digest(self) -> str:
-        return hashlib.sha256(msgspec.json.encode(self, order="sorted")).hexdigest()
+        return hashlib.sha256(msgspec.json.encode(self.settings(), order="sorted")).hexdigest()
 
 
 def identify_job(request: Request, config: PreprocessConfig, fingerprints: Fingerprints) -> JobIdentity:
@@ -71,8 +79,7 @@ def identify_job(request: Request, config: PreprocessConfig, fingerprints: Finge
 def hold_out(request: Request, identity: JobIdentity | None) -> Iterator[None]:
     """OUT is ours alone; the tasks of one array (`identity`) share it. Raises PipelineError naming who else holds it."""
     out = request.out
-    is_ours = (out / "job.json").is_file() or (request.new_job and (out / "job.removed.json").is_file())
-    if not is_ours:
+    if not (out / "job.json").is_file() and not _is_half_removed(out):
         refuse_foreign_folder(out)  # before a lock file is written there
     task = f"task {request.task_index} of {request.num_tasks}"
     shared = (identity.digest(), task) if identity and request.num_tasks > 1 else (None, None)
@@ -93,12 +100,12 @@ def plan_job(request: Request, config: PreprocessConfig, identity: JobIdentity) 
 
 def _plan_job(request: Request, config: PreprocessConfig, identity: JobIdentity) -> Job:
     out = request.out
-    if request.new_job:
+    standing = read_record(out / "job.json", Job) if (out / "job.json").is_file() else None
+    if standing and not _starts_over(request, standing, identity):
+        _refuse_other_job(out, standing, identity)
+        return with_reject_limit(standing, config.preprocess.max_reject_fraction)
+    if standing or _is_half_removed(out):
         _remove_job(out)
-    if (out / "job.json").is_file():
-        job = read_record(out / "job.json", Job)
-        _refuse_other_job(out, job, identity)
-        return job
     refuse_foreign_folder(out)
     size = config.preprocess.samples_per_shard
     num_rows, num_valid = ingest(request, config.preprocess.seed)
@@ -112,7 +119,47 @@ def _plan_job(request: Request, config: PreprocessConfig, identity: JobIdentity)
         rows_per_shard=size,
     )
     write_json(out / "job.json", job)
+    (out / "job.removed.json").unlink(missing_ok=True)
     return job
+
+
+def _starts_over(request: Request, standing: Job, identity: JobIdentity) -> bool:
+    """Whether the job that stands in OUT gives way: for --new-job, or for the corrected list of one that was refused.
+
+    In an array a sister task may have begun this very job: it is continued, because its shards would be the same.
+    """
+    wanted, found = identity.settings(), _identity_of(standing).settings()
+    differing = {name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)}
+    if request.new_job:
+        if request.num_tasks > 1 and not differing:
+            print(f"{request.out}: holds this very job already; --new-job continues it", file=sys.stderr)
+            return False
+        return True
+    # rejects.jsonl is written when all shards are made, dataset.json when their rejects were within the limit.
+    was_refused = (request.out / "rejects.jsonl").is_file() and not (request.out / "dataset.json").is_file()
+    if was_refused and differing == {"input"}:
+        print(
+            f"{request.out}: another list than the one that had too many rejects: a new plan, "
+            "and what was encoded is reused",
+            file=sys.stderr,
+        )
+        return True
+    return False
+
+
+def with_reject_limit(job: Job, max_reject_fraction: float) -> Job:
+    """The job as it would be with this limit from the start; `join_dataset` writes it when the limit is kept."""
+    preprocess = {**job.config["preprocess"], "max_reject_fraction": max_reject_fraction}
+    return msgspec.structs.replace(job, config={**job.config, "preprocess": preprocess})
+
+
+def _identity_of(job: Job) -> JobIdentity:
+    return JobIdentity(job.config, job.fingerprints, job.input_sha256)
+
+
+def _is_half_removed(out: Path) -> bool:
+    """A --new-job was killed between taking the old job away and planning the new one."""
+    return (out / "job.removed.json").is_file()
 
 
 class JobRows:
@@ -194,10 +241,7 @@ def _duplicates(ids: np.ndarray) -> list[tuple[int, int]]:
 
 
 def _refuse_other_job(out: Path, job: Job, identity: JobIdentity) -> None:
-    before, after = (
-        {**_flat(one.config), **_flat(msgspec.to_builtins(one.fingerprints)), "input": one.input_sha256}
-        for one in (job, identity)
-    )
+    before, after = _identity_of(job).settings(), identity.settings()
     names = sorted(before.keys() | after.keys())
     differing = [
         f"{name} was {_short(before.get(name))}, is {_short(after.get(name))}"
@@ -206,7 +250,8 @@ def _refuse_other_job(out: Path, job: Job, identity: JobIdentity) -> None:
     ]
     if differing:
         raise DataError(
-            f"{out}: holds another job: {'; '.join(differing)}; give another OUT, or --new-job to delete it and start over"
+            f"{out}: holds another job: {'; '.join(differing)}; give another OUT, or --new-job to delete it and start over "
+            "(what it encoded of the same audio is reused until a job has succeeded)"
         )
 
 
@@ -215,12 +260,10 @@ def refuse_foreign_folder(out: Path) -> None:
         return
     if not out.is_dir():
         raise DataError(f"{out}: is a file; OUT must be a folder")
-    ours = (
-        LOCK_PREFIX,
-        "job",
-        "report.json",
-        "rejects.jsonl",
-    )  # of --validate-only, or of a job whose planning was killed
+    # Of --validate-only, or of a job whose planning was killed.
+    ours = (LOCK_PREFIX, "job", "report.json", "rejects.jsonl")
+    if _is_half_removed(out):
+        ours = (*ours, "encoded")
     foreign = sorted(path.name for path in out.iterdir() if not path.name.startswith(ours))
     if foreign:
         raise DataError(
@@ -229,9 +272,10 @@ def refuse_foreign_folder(out: Path) -> None:
 
 
 def _remove_job(out: Path) -> None:
-    """Remove exactly what a job writes, and only where a job stands: OUT may be a folder with a `shards` of its own.
+    """Remove what a job writes but for its encodings, and only where a job stands: OUT may have a `shards` of its own.
 
-    job.json is first renamed: a kill in between leaves no half-believable job, and --new-job still knows it as ours.
+    job.json is first renamed, and that file stays until the next plan stands: a kill in between leaves no half-believable
+    job, and OUT is still known as ours.
     """
     removed = out / "job.removed.json"
     if (out / "job.json").is_file():
@@ -241,10 +285,9 @@ def _remove_job(out: Path) -> None:
         return
     for name in ("dataset.json", "index.npy", "rejects.jsonl", "report.json"):
         (out / name).unlink(missing_ok=True)
-    for name in ("shards", "job", "encoded"):
+    for name in ("shards", "job"):
         if (out / name).exists():
             shutil.rmtree(out / name)  # what cannot be deleted is an error, not left under the next job
-    removed.unlink()
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -23,7 +23,7 @@ class Progress:
         self._rows = 0  # begun in this run
         self._rows_to_do = (num_shards - already_done) * rows_per_shard
         self._audio_s = 0.0
-        self._samples = self._rejects = self.num_encoded = self.num_reused = 0
+        self._samples = self._rejects = self.num_encoded = self.num_reused = self.num_adopted = 0
         self._start = self._last_line = time.monotonic()
         self._bar: Any = None
         if sys.stderr.isatty():
@@ -40,6 +40,7 @@ class Progress:
         """result: a `shard_task.TaskResult`."""
         self.num_encoded += result.num_encoded
         self.num_reused += result.num_reused
+        self.num_adopted += result.num_adopted
         done = result.done
         self.add_checked(done.num_samples, sum(done.rejects.values()), done.reference_s + done.target_s)
 
@@ -92,6 +93,9 @@ def print_summary(dataset: Dataset, out: Path, progress: Progress | None, elapse
     ]
     if progress:
         encoded = f"{progress.num_encoded} distinct files, {progress.num_reused} uses of one already encoded"
+        if progress.num_adopted:
+            distinct = progress.num_encoded + progress.num_adopted
+            encoded += f"; encodings reused {progress.num_adopted} of {distinct}"
         any_new = progress.num_encoded + progress.num_reused
         rows.append(("encoded", encoded if any_new else "nothing: all shards were there already"))
         rows.append(("speed", f"{progress.audio_hours_per_hour():.0f} audio-hours per hour, {elapsed_s:.1f} s in all"))

@@ -67,7 +67,7 @@ def preprocess(request: Request, config: PreprocessConfig) -> Dataset | None:
         if request.num_tasks > 1:
             print_share(request, len(mine), len(pending_shards(request.out, job)))
             return None
-        dataset = join_dataset(request.out, job, config.preprocess.max_reject_fraction)
+        dataset = join_dataset(request.out, job)
         shutil.rmtree(request.out / "encoded", ignore_errors=True)
 
     # 6. What happened.

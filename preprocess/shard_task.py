@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 
 from preprocess.audio import CODEC_RATE, WHISPER_RATE, decode, read_bytes
-from preprocess.cache import Cache, EncodedCodes, EncodedWhisper
+from preprocess.cache import Cache, EncodedCodes, EncodedWhisper, recipe_digest
 from preprocess.codec_server import RemoteCodec, RemoteWhisper
 from preprocess.config import PreprocessConfig
 from preprocess.features import WhisperEncoder, stored_mel
@@ -28,6 +28,7 @@ from preprocess.workers import Skip
 from shards.artifacts import load_tokenizer
 from shards.config import SequenceSection
 from shards.encoders.codec import Codec, load_codec
+from shards.manifest import Job, read_record
 from shards.sample import AudioFacts, MelFacts, Sample, SampleFacts, TextItem, Turn, compress, read_npy, write_npy
 from shards.sequence import SequenceBuilder, encode_text
 from shards.writer import Reject, ShardDone, sample_key, write_shard
@@ -56,6 +57,7 @@ class TaskResult(msgspec.Struct, frozen=True):
     done: ShardDone
     num_encoded: int
     num_reused: int
+    num_adopted: int = 0  # encodings that an earlier job on the same OUT had made
 
 
 class ShardTask:
@@ -66,6 +68,9 @@ class ShardTask:
         self._limits = setup.config.preprocess.audio_limits()
         self._out = Path(setup.out)
         self._rows = JobRows(self._out, setup.config.preprocess.samples_per_shard)
+        job_path = self._out / "job.json"
+        recipe = recipe_digest(setup.config, read_record(job_path, Job).fingerprints)
+        self._encoded, self._job_began_ns = self._out / "encoded" / recipe, job_path.stat().st_mtime_ns
         self._tokenizer = load_tokenizer(Path(setup.model_dir))
         self._builder = SequenceBuilder(self._tokenizer, SequenceSection(layout="as_written"))
         self._codec: Codec | RemoteCodec
@@ -78,7 +83,7 @@ class ShardTask:
             self._whisper_encoder = WhisperEncoder(Path(setup.whisper_dir), "cpu") if setup.whisper_dir else None
 
     def run(self, task: int, skip: Skip, begins: Callable[[int], None]) -> TaskResult:
-        cache = Cache(self._out / "encoded")
+        cache = Cache(self._encoded, self._job_began_ns)
         samples: list[Sample] = []
         rejects: list[Reject] = []
         for position, row in enumerate(self._rows.of_shard(task)):
@@ -90,7 +95,7 @@ class ShardTask:
             except RowFault as fault:
                 rejects.append(reject_of(fault, row.row, row.id))
         done = write_shard(self._out, task, samples, rejects)
-        return TaskResult(done, cache.num_encoded, cache.num_reused)
+        return TaskResult(done, cache.num_encoded, cache.num_reused, cache.num_adopted)
 
     def _sample(self, key: str, row: SourceRow, cache: Cache) -> Sample:
         checked = check_row(row, self._config.text)

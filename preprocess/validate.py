@@ -18,7 +18,7 @@ import numpy as np
 from preprocess.audio import AudioMeasures, decode, read_bytes
 from preprocess.config import PreprocessConfig
 from preprocess.join import HISTOGRAM_EDGES_S, check_rejects, histogram, write_rejects
-from preprocess.plan import JobRows, Request, hold_out, ingest
+from preprocess.plan import REJECT_LIMIT, JobRows, Request, hold_out, ingest
 from preprocess.reasons import AudioFault, RowFault, reject_of
 from preprocess.report import Progress, print_validation
 from preprocess.row_checks import check_pair, check_row
@@ -119,7 +119,8 @@ def _validate(request: Request, config: PreprocessConfig) -> dict[str, Any]:
     report = make_report(num_rows, parts, rejects)
     write_json(request.out / "report.json", report)
     print_validation(report, request.out)
-    check_rejects(request.out, str(request.data), num_rows, rejects, config.preprocess.max_reject_fraction)
+    next_step = f"or accept these: --set {REJECT_LIMIT}="
+    check_rejects(request.out, str(request.data), num_rows, rejects, config.preprocess.max_reject_fraction, next_step)
     return report
 
 
