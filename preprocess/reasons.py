@@ -33,6 +33,8 @@ REASONS = {
     "audio_too_short": "shorter than preprocess.min_duration_s",
     "audio_too_long": "longer than preprocess.max_duration_s",
     "audio_sample_rate": "a sample rate outside 4 to 384 kHz: no recording of speech, or a damaged header",
+    "audio_too_large": "a file of more than 1 GiB, or one that does not fit the memory when decoded",
+    "audio_scale": "samples far beyond full scale: integers written as floats",
     "audio_segment": "offset and duration of an audio item name a part that the file does not have",
     "reference_is_target": "reference and target are the same audio: that teaches copying, not cloning",
     "worker_died": "the process that worked on this row was killed each time",
@@ -46,6 +48,7 @@ ROLE_WARNINGS = {  # of an audio or its text; written with the role in front: ta
     "leading_silence": "more than a second before the first sound",
     "trailing_silence": "more than a second after the last sound: the model learns to stop late",
     "text_slow": "fewer than twice text.min_chars_per_s characters per second: is all of it in the text?",
+    "channels_cancel": "the channels cancel each other when mixed (one is upside down); the louder one was taken",
 }
 TEXT_WARNINGS = {
     "text_behind_target": "a text stands behind the target audio; it was not taken for what is said in it",

@@ -1,0 +1,116 @@
+"""What containers state about their length: sizes that a pipe could not fill in are repaired, missing bytes are told.
+
+In: a file's bytes. Out: the bytes with a true data size (`repaired`), or what is missing of a stated one (`missing`). A
+size of 0, of 4 GiB or just below 2 GiB is what ffmpeg, sox and arecord write into a pipe: it states nothing. The price: a
+wav from a pipe that was cut off cannot be told from a whole one.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+
+MAX_CHUNKS = 10000
+OGG_HEADER = 27
+
+
+def repaired(data: bytes) -> bytes:
+    """A wav whose data size states nothing, with the size of the bytes that are there; anything else as it is."""
+    if data[:4] not in (b"RIFF", b"RIFX") or data[8:12] != b"WAVE":
+        return data
+    order = ">" if data[:4] == b"RIFX" else "<"
+    for name, position, size in _riff_chunks(data, order):
+        there = len(data) - position - 8
+        if name == b"data" and _states_nothing(data, position, size):
+            return data[: position + 4] + struct.pack(order + "I", there) + data[position + 8 :]
+    return data
+
+
+def missing(data: bytes) -> str | None:
+    """What the container states and the file does not have, in words; None for a whole file or an unknown container."""
+    if data[:4] == b"OggS":
+        return _missing_ogg(data)
+    stated = _stated_end(data)
+    lost = stated - len(data) if stated else 0
+    return f"{lost} bytes fewer than its header says" if lost > 1 else None  # a lost pad byte is harmless
+
+
+def _stated_end(data: bytes) -> int:
+    """Where the samples end by the header; 0 where it states nothing."""
+    form = data[8:12]
+    if data[:4] in (b"RIFF", b"RIFX") and form == b"WAVE":
+        for name, position, size in _riff_chunks(data, ">" if data[:4] == b"RIFX" else "<"):
+            if name == b"data":
+                return 0 if _states_nothing(data, position, size) else position + 8 + size
+    elif data[:4] == b"RF64" and data[12:16] == b"ds64" and len(data) >= 36:
+        size = int.from_bytes(data[28:36], "little")
+        for name, position, _ in _riff_chunks(data, "<"):
+            if name == b"data":
+                return position + 8 + size if 0 < size < 1 << 62 else 0
+    elif data[:4] == b"FORM" and form in (b"AIFF", b"AIFC"):
+        for name, position, size in _riff_chunks(data, ">"):
+            if name == b"SSND":
+                return position + 8 + size if 0 < size < 0x7FFF0000 else 0
+    elif data[:4] == b".snd" and len(data) >= 12:
+        offset, size = struct.unpack_from(">II", data, 4)
+        return offset + size if 0 < size < 0x7FFF0000 else 0
+    elif data[:4] == b"caff":
+        return _caf_end(data)
+    return 0
+
+
+def _riff_chunks(data: bytes, order: str) -> Iterator[tuple[bytes, int, int]]:
+    """(name, position, size) of the chunks of a RIFF or FORM file."""
+    position = 12
+    for _ in range(MAX_CHUNKS):
+        if position + 8 > len(data):
+            return
+        name, size = struct.unpack_from(f"{order}4sI", data, position)
+        yield name, position, size
+        if data[:4] == b"RF64" and size == 0xFFFFFFFF:
+            return
+        position += 8 + size + size % 2
+
+
+def _states_nothing(data: bytes, position: int, size: int) -> bool:
+    """Whether a wav's data size is one that was never filled in."""
+    if size:
+        return 0x7FFF0000 <= size <= 0x8000FFFF or size >= 0xFFFF0000
+    behind = data[position + 8 : position + 16]
+    is_chunk = len(behind) == 8 and behind[:4].isalnum()  # an empty data chunk with another chunk behind it
+    return bool(behind) and not (
+        is_chunk and position + 16 + int.from_bytes(behind[4:], "little") in range(len(data) - 1, len(data) + 1)
+    )
+
+
+def _caf_end(data: bytes) -> int:
+    position = 8
+    for _ in range(MAX_CHUNKS):
+        if position + 12 > len(data):
+            return 0
+        name, size = struct.unpack_from(">4sq", data, position)
+        if name == b"data":
+            return position + 12 + size if size > 0 else 0  # -1: unknown
+        if size < 0:
+            return 0
+        position += 12 + size
+    return 0
+
+
+def _missing_ogg(data: bytes) -> str | None:
+    """An Ogg file cut between pages decodes without a complaint, but its last page lacks the end-of-stream flag."""
+    position, flags = 0, 0
+    while position < len(data):
+        if data[position : position + 4] != b"OggS":
+            position = data.find(b"OggS", position + 1)
+            if position < 0:
+                break  # a tag, or padding, behind the last page
+            continue
+        num_lengths = data[position + 26] if position + OGG_HEADER <= len(data) else 0
+        begin = position + OGG_HEADER + num_lengths
+        end = begin + sum(data[position + OGG_HEADER : begin])
+        if begin > len(data) or end > len(data):
+            return "its last Ogg page is not whole"
+        flags = data[position + 5]
+        position = end
+    return None if flags & 4 else "its last Ogg page does not end the stream"

@@ -1,0 +1,190 @@
+"""From bytes to samples: libsndfile for nearly everything, PyAV for what it lacks.
+
+In: a file's bytes and the segment wanted. Out: `Decoded`. Both are read in blocks, up to one sample more than the longest
+clip allowed: a declared length is never trusted with memory. What a decoder raises on damaged bytes, whatever it is, is an
+AudioFault of the file. Channels and rate are looked at before anything is decoded (PyAV 18 crashes on 36 channels).
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import soundfile
+
+from preprocess import audio_containers, mpeg_frames
+from preprocess.audio_kinds import ADTS, CONVERT, Kind, is_adts, kind_of, unknown
+from preprocess.reasons import AudioFault
+from preprocess.segment import Segment
+
+MIN_SAMPLE_RATE, MAX_SAMPLE_RATE = 4000, 384000  # telephones have 8000; beyond lie damaged headers
+MAX_CHANNELS = 16
+MAX_PYAV_CHANNELS = 8  # planes of an FFmpeg frame
+BLOCK = 1 << 18  # samples
+SEEKABLE = frozenset({"PCM_S8", "PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "ALAW"})
+PYAV_SHORTAGE_S = 0.2  # a container's duration is rounded to packets
+INTEGER_SCALES = {"u8": 128, "s16": 1 << 15, "s32": 1 << 31, "s64": 1 << 63}  # FFmpeg's sample formats, full scale
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Samples of the segment; `declared` counts the whole file's, None where its container states no number."""
+
+    samples: np.ndarray  # [S, channels] float32
+    sample_rate: int
+    declared: int | None
+
+
+def read_samples(data: bytes, max_duration_s: float, segment: Segment) -> Decoded:
+    """Decode a segment, one sample beyond `max_duration_s` at most. Raises AudioFault, and nothing else."""
+    try:
+        return _read_samples(data, max_duration_s, segment)
+    except AudioFault:
+        raise
+    except MemoryError:
+        raise AudioFault("audio_too_large", f"{len(data)} bytes, more than the memory holds when decoded") from None
+    except Exception as error:  # damaged bytes make decoders raise anything
+        raise AudioFault("audio_unreadable", f"{len(data)} bytes: {type(error).__name__}: {error}") from None
+
+
+def _read_samples(data: bytes, max_duration_s: float, segment: Segment) -> Decoded:
+    begin = mpeg_frames.after_id3(data)
+    if begin and (data[begin : begin + 4] in (b"fLaC", b"OggS", b"RIFF") or is_adts(data, begin)):
+        data = data[begin:]  # an MP3's tag before another format
+    kind = kind_of(data)
+    if kind and kind.decoder == "none":
+        raise AudioFault("audio_unreadable", f"{kind.name}; {kind.advice}")
+    if kind:
+        return _by_pyav(data, kind, max_duration_s, segment)
+    frames = None
+    if data[:1] == b"\xff" or data[:3] == b"ID3":
+        frames = mpeg_frames.scan(data)
+    try:
+        if frames:
+            return _mpeg(data, frames, max_duration_s, segment)
+        return _by_libsndfile(audio_containers.repaired(data), max_duration_s, segment)
+    except (soundfile.LibsndfileError, RuntimeError) as error:
+        detail = f"{len(data)} bytes: {str(error).rpartition(': ')[2]} {unknown(data)}"
+        raise AudioFault("audio_unreadable", detail) from None
+
+
+class _Stream(soundfile.SoundFile):
+    """A sound file that is read from front to back.
+
+    soundfile seeks after each read of a seekable file; libsndfile's MP3 decoder does not come back to the same samples, and
+    FLAC of unknown length and GSM cannot be sought at all.
+    """
+
+    def seekable(self) -> bool:
+        return False
+
+
+def check_form(num_channels: int, sample_rate: int, most: int = MAX_CHANNELS) -> None:
+    """Raises AudioFault for channels and rates that no recording of speech has, before memory is spent on them."""
+    if not 0 < num_channels <= most:
+        raise AudioFault("audio_unreadable", f"{num_channels} channels, at most {most}; a damaged header, or {CONVERT}")
+    if not MIN_SAMPLE_RATE <= sample_rate <= MAX_SAMPLE_RATE:
+        detail = f"{sample_rate} Hz; accepted are {MIN_SAMPLE_RATE} to {MAX_SAMPLE_RATE} Hz"
+        raise AudioFault("audio_sample_rate", detail)
+
+
+def _wanted(segment: Segment, max_duration_s: float, sample_rate: int) -> int:
+    """How many samples from the segment's start on are read at most."""
+    most = int(max_duration_s * sample_rate) + 1
+    end = segment.end(sample_rate)
+    return most if end is None else min(most, end - segment.start(sample_rate))
+
+
+def _mpeg(data: bytes, frames: mpeg_frames.MpegFrames, max_duration_s: float, segment: Segment) -> Decoded:
+    """MP3 and its elders: their length is a fact where a tag states it, else it is counted."""
+    if frames.declared is None:
+        if frames.ends_inside_frame and segment.is_whole:
+            raise AudioFault("audio_truncated", f"ends inside an MPEG frame, behind {frames.count} whole ones")
+        decoded = _by_libsndfile(mpeg_frames.with_count(data, frames), max_duration_s, segment)
+        lost = frames.count * frames.num_samples - (decoded.declared or 0)
+        declared = decoded.declared if abs(lost) <= 2 * frames.num_samples else None
+        return Decoded(decoded.samples, decoded.sample_rate, declared)
+    if frames.declared > frames.count + 1 and segment.is_whole:
+        raise AudioFault("audio_truncated", f"{frames.count} of {frames.declared} MPEG frames are there")
+    return _by_libsndfile(data, max_duration_s, segment)
+
+
+def _by_libsndfile(data: bytes, max_duration_s: float, segment: Segment) -> Decoded:
+    with _Stream(io.BytesIO(data)) as file:
+        check_form(file.channels, file.samplerate)
+        declared = file.frames if 0 < file.frames < 1 << 40 else None
+        skip = start = segment.start(file.samplerate)
+        if start and declared and (file.subtype in SEEKABLE or file.format == "FLAC"):
+            file.seek(min(start, declared))
+            skip = max(0, start - declared)
+        while skip > 0 and len(dropped := file.read(min(skip, BLOCK), dtype="float32", always_2d=True)):
+            skip -= len(dropped)  # packed formats seek to a neighbour, so what lies before is decoded and dropped
+        wanted = _wanted(segment, max_duration_s, file.samplerate)
+        blocks: list[np.ndarray] = []
+        while wanted > 0 and skip == 0 and len(block := file.read(min(wanted, BLOCK), dtype="float32", always_2d=True)):
+            blocks.append(block)
+            wanted -= len(block)
+        samples = np.concatenate(blocks) if blocks else np.zeros((0, file.channels), np.float32)
+        return Decoded(samples, file.samplerate, declared)
+
+
+def _by_pyav(data: bytes, kind: Kind, max_duration_s: float, segment: Segment) -> Decoded:
+    try:
+        import av
+    except ImportError:
+        detail = f"{kind.name} needs PyAV: pip install -e '.[av]', or {CONVERT}"
+        raise AudioFault("audio_unreadable", detail) from None
+    try:
+        with av.open(io.BytesIO(data), "r") as container:
+            if not container.streams.audio:
+                others = "video" if container.streams.video else "no stream that is known"
+                raise AudioFault("audio_unreadable", f"{kind.name} without audio: it holds {others}")
+            stream = container.streams.audio[0]
+            context: Any = stream.codec_context
+            check_form(context.layout.nb_channels, context.sample_rate, MAX_PYAV_CHANNELS)
+            form = (context.layout.nb_channels, context.sample_rate)
+            position, start, blocks = 0, segment.start(form[1]), []
+            left = _wanted(segment, max_duration_s, form[1])
+            for frame in container.decode(stream):
+                if not blocks and position == 0:  # HE-AAC tells its rate only here
+                    form = (frame.layout.nb_channels, frame.sample_rate)
+                    check_form(*form, MAX_PYAV_CHANNELS)
+                    start, left = segment.start(form[1]), _wanted(segment, max_duration_s, form[1])
+                if (frame.layout.nb_channels, frame.sample_rate) != form:
+                    raise AudioFault("audio_unreadable", "channels or rate change inside the file")
+                block = _frame_samples(frame)[max(0, start - position) :][:left]
+                position += frame.samples
+                blocks.append(block)
+                left -= len(block)
+                if left <= 0:
+                    break
+            samples = np.concatenate(blocks) if blocks else np.zeros((0, form[0]), np.float32)
+            _check_pyav_length(container, stream, kind, position / form[1], segment.is_whole and left > 0)
+            return Decoded(samples, form[1], None)
+    except av.FFmpegError as error:
+        raise AudioFault("audio_unreadable", f"{kind.name}, {len(data)} bytes: {error}") from None
+
+
+def _check_pyav_length(container: Any, stream: Any, kind: Kind, read_s: float, is_read_to_end: bool) -> None:
+    """Raises AudioFault for less audio than the container states. Streams of packets (ADTS, AMR) state nothing."""
+    if kind is ADTS or kind.name == "AMR" or not is_read_to_end:
+        return
+    stated_s = 0.0
+    if stream.duration:
+        stated_s = float(stream.duration * stream.time_base)
+    elif container.duration and not container.streams.video:
+        stated_s = container.duration / 1_000_000
+    if stated_s - read_s > PYAV_SHORTAGE_S:
+        raise AudioFault("audio_truncated", f"{read_s:.3f} of {stated_s:.3f} s could be read")
+
+
+def _frame_samples(frame: Any) -> np.ndarray:
+    """A PyAV frame -> [n, channels] float32."""
+    name = frame.format.name.removesuffix("p")
+    values = frame.to_ndarray()
+    values = values.T if frame.format.is_planar else values.reshape(-1, frame.layout.nb_channels)
+    if name == "u8":
+        values = values.astype(np.float32) - 128
+    return (values / INTEGER_SCALES[name] if name in INTEGER_SCALES else values).astype(np.float32)
