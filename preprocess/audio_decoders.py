@@ -115,7 +115,9 @@ def _by_libsndfile(data: bytes, max_duration_s: float, segment: Segment) -> Deco
     with _Stream(io.BytesIO(data)) as file:
         check_form(file.channels, file.samplerate)
         declared = file.frames if 0 < file.frames < 1 << 40 else None
-        if segment.is_whole and declared and declared > 2 * max_duration_s * file.samplerate:  # an hour is not worth decoding
+        if (
+            segment.is_whole and declared and declared > 2 * max_duration_s * file.samplerate
+        ):  # an hour is not worth decoding
             stated_s = declared / file.samplerate
             raise AudioFault("audio_too_long", f"{stated_s:.3f} s by its header, at most {max_duration_s:g} s")
         skip = start = segment.start(file.samplerate)

@@ -39,6 +39,7 @@ NUM_TRIES = 4
 PARTIAL_IS_OLD_S = 60.0
 MAX_RECORD_BYTES = 1 << 16
 MAX_COMMAND_CHARS = 300
+_held: set[int] = set()  # descriptors of the locks of this process
 
 
 class Holder(msgspec.Struct, frozen=True, kw_only=True):
@@ -70,6 +71,7 @@ def hold_folder(
     """
     folder.mkdir(parents=True, exist_ok=True)
     path, descriptor, ours = _acquire(folder, share, name, wait_s, tell)
+    _held.add(descriptor)
     if not ours.has_flock:
         tell(
             f"{folder}: this file system has no flock; the lock is the file {path.name} alone, checked by host and pid"
@@ -79,7 +81,18 @@ def hold_folder(
     finally:
         with suppress(FileNotFoundError):
             path.unlink()
-        os.close(descriptor)
+        if descriptor in _held:
+            _held.remove(descriptor)
+            os.close(descriptor)
+
+
+def _let_go_in_child() -> None:
+    """A forked child would keep the lock of a parent that was killed: loader processes live some seconds longer."""
+    while _held:
+        os.close(_held.pop())
+
+
+os.register_at_fork(after_in_child=_let_go_in_child)
 
 
 def _acquire(

@@ -184,3 +184,21 @@ def test_a_folder_that_cannot_be_written_is_an_oserror(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"), hold_folder(tmp_path / "file"):
         pass
+
+
+def test_a_forked_child_does_not_keep_the_lock_of_a_killed_parent(tmp_path):
+    """As the loader processes of a killed run, which live some seconds longer."""
+    code = HOLD.replace(
+        '    print("held"', '    import os\n    if os.fork() == 0:\n        time.sleep(600)\n    print("held"'
+    )
+    process = start(tmp_path / "out", code=code)
+    assert process.stdout.readline() == "held\n"  # pyright: ignore[reportOptionalMemberAccess]
+    (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.kill()
+    process.wait()
+    try:
+        assert Path(f"/proc/{child}").exists()
+        with hold_folder(tmp_path / "out"):
+            assert len(files(tmp_path / "out")) == 1
+    finally:
+        os.kill(int(child), 9)

@@ -151,8 +151,8 @@ def row_of(work: Path, kind: str, reference: int, target: int) -> dict[str, Any]
 
     clips = work / "clips"
     return chat_row(
-        Clip(str(clips / f"{kind}-{reference}.wav"), "نص المرجع", "speaker"),
-        Clip(str(clips / f"target-{target}.wav"), "نص الهدف", "speaker"),
+        Clip(str(clips / f"{kind}-{reference}.wav"), "هذا هو النص الذي قيل في تسجيل المرجع القصير", "speaker"),
+        Clip(str(clips / f"target-{target}.wav"), "وهذا هو النص الذي قيل في تسجيل الهدف القصير", "speaker"),
     )
 
 

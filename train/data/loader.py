@@ -262,7 +262,7 @@ def run_pipeline(pipeline: DataPipeline, num_workers: int) -> Iterator[LoadedPac
             if isinstance(loaded, PipelineError):
                 raise loaded
             yield loaded
-    except RuntimeError as error:
+    except (RuntimeError, ConnectionError, EOFError) as error:
         raise dead_loader(error) or error from None
     finally:
         kill_workers(iterator)
@@ -324,10 +324,13 @@ def only_the_parent_ends(_: int) -> None:
     threading.Thread(target=wait_for_parent, daemon=True).start()
 
 
-def dead_loader(error: RuntimeError) -> PipelineError | None:
-    """What to say when torch says that a loader process is gone: it does so wherever the process happens to be."""
-    said = str(error).splitlines()[0] if str(error) else ""
-    if not said.startswith("DataLoader worker"):
+def dead_loader(error: Exception) -> PipelineError | None:
+    """What to say when torch says that a loader process is gone: it does so wherever the process happens to be.
+
+    A process that dies while a pack of its is being handed over shows as a broken connection instead.
+    """
+    said = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if not said.startswith("DataLoader worker") and not isinstance(error, ConnectionError | EOFError):
         return None
     if "Bus error" in said or "shared memory" in str(error):
         return PipelineError(f"a loader process has ended ({said}); {FULL_SHARED_MEMORY}")
