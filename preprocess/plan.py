@@ -16,7 +16,6 @@ import gc
 import hashlib
 import os
 import shutil
-import sys
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,6 +34,7 @@ from shards.folder_lock import hold_folder
 from shards.index import hash64
 from shards.manifest import Fingerprints, Job, read_record
 from shards.sample import write_npy
+from shards.terminal import print_line
 from shards.writer import Reject, sync, temporary, write_bytes, write_json
 
 REJECT_LIMIT = "preprocess.max_reject_fraction"
@@ -132,16 +132,15 @@ def _starts_over(request: Request, standing: Job, identity: JobIdentity) -> bool
     differing = {name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)}
     if request.new_job:
         if request.num_tasks > 1 and not differing:
-            print(f"{request.out}: holds this very job already; --new-job continues it", file=sys.stderr)
+            print_line(f"{request.out}: holds this very job already; --new-job continues it")
             return False
         return True
     # rejects.jsonl is written when all shards are made, dataset.json when their rejects were within the limit.
     was_refused = (request.out / "rejects.jsonl").is_file() and not (request.out / "dataset.json").is_file()
     if was_refused and differing == {"input"}:
-        print(
+        print_line(
             f"{request.out}: another list than the one that had too many rejects: a new plan, "
             "and what was encoded is reused",
-            file=sys.stderr,
         )
         return True
     return False
