@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.utils.data._utils import signal_handling
 from webdataset.pipeline import DataPipeline
 
 from shards.errors import PipelineError, ShardError
@@ -250,7 +251,7 @@ def run_pipeline(pipeline: DataPipeline, num_workers: int) -> Iterator[LoadedPac
         # Stages are closures, which other ways to start a process cannot send; Python 3.14 has another way by default.
         multiprocessing_context="fork" if num_workers else None,
         prefetch_factor=4 if num_workers else None,
-        collate_fn=share_memory,
+        collate_fn=share_memory,  # pyright: ignore[reportArgumentType] - of one pack, since batch_size is None
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else it would draw from the model's random numbers
         worker_init_fn=only_the_parent_ends if num_workers else None,
@@ -285,7 +286,7 @@ def kill_workers(iterator: Any) -> None:
     torch is told first that they are no longer its own: its handler would raise wherever this process then happens to be.
     """
     if getattr(iterator, "_worker_pids_set", False):
-        torch.utils.data._utils.signal_handling._remove_worker_pids(id(iterator))
+        signal_handling._remove_worker_pids(id(iterator))
         iterator._worker_pids_set = False
     for worker in getattr(iterator, "_workers", None) or []:
         worker.kill()
