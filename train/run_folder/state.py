@@ -37,8 +37,10 @@ TENSORS = "state/tensors.safetensors"
 
 def gather_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Copies on the CPU, whole; empty on other ranks than the first. Every rank must call this."""
-    optimizer_state: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=WHOLE_ON_CPU)
+    # Weights first: taking them shards the model again where a forward without a backward (an evaluation) left it gathered;
+    # in that state the optimizer's weights are not the model's, and torch fails with KeyError.
     weights = gather_weights(model)
+    optimizer_state: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=WHOLE_ON_CPU)
     tensors = {f"model/{name}": tensor for name, tensor in weights.items()}
     for name, moments in optimizer_state.get("state", {}).items():
         for moment, tensor in moments.items():
