@@ -231,14 +231,14 @@ def test_bad_rows_are_quarantined_with_their_reason(preprocess, rows, tmp_path):
 
 def test_text_is_kept_as_written_and_said_stripped(preprocess, rows, tmp_path):
     row = copy.deepcopy(rows[0])
-    row["messages"][2]["content"][0]["text"] = "  نص له فراغات\n"
+    row["messages"][2]["content"][0]["text"] = "  نص له فراغات في أوله وفي آخره كما كتب\n"
     row["dialect"] = "gulf"
     (tmp_path / "list.jsonl").write_text(json.dumps(row))
     assert preprocess(tmp_path / "list.jsonl", tmp_path / "out").returncode == 0
     _, index = open_dataset(tmp_path / "out")
     facts = SampleReader(tmp_path / "out").read(index[0]).facts
-    assert facts.texts[facts.target_text] == "نص له فراغات"
-    assert "  نص له فراغات\n" in facts.texts
+    assert facts.texts[facts.target_text] == "نص له فراغات في أوله وفي آخره كما كتب"
+    assert "  نص له فراغات في أوله وفي آخره كما كتب\n" in facts.texts
     assert facts.extra == {"dialect": "gulf"}
     assert facts.warnings == ["instruction_text_differs"]
 
