@@ -1,4 +1,4 @@
-"""What containers state about their length: sizes that a pipe could not fill in are repaired, missing bytes are told.
+"""What containers state about their length: sizes that a pipe could not fill in are repaired, missing bytes are named.
 
 In: a file's bytes. Out: the bytes with a true data size (`repaired`), or what is missing of a stated one (`missing`). A
 size of 0, of 4 GiB or just below 2 GiB is what ffmpeg, sox and arecord write into a pipe: it states nothing. The price: a

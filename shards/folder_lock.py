@@ -1,4 +1,4 @@
-"""A lock on a folder: who works in OUT or RUN, told to whoever comes second.
+"""A lock on a folder: who works in OUT or RUN, named to whoever comes second.
 
 In: a folder. Out: a file `FOLDER/.lock.HOST.PID.RANDOM` for as long as the work lasts, locked with flock and holding host,
 pid, command and start time as JSON. A second holder gets a PipelineError that names them. flock ends with its process,
