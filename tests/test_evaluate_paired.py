@@ -1,0 +1,109 @@
+"""Differences between systems, their intervals, and what is said about them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tools.evaluate.paired import compare
+
+
+def simulated(rng: np.random.Generator, num_speakers: int, truth: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Errors and letters of two systems: voices differ in how much the second is better, sentences around that."""
+    speakers = np.repeat(np.arange(num_speakers), rng.integers(3, 12, num_speakers))
+    letters = rng.integers(20, 80, len(speakers)).astype(float)
+    base = rng.normal(0.2, 0.05, len(speakers))
+    change = truth + rng.normal(0, 0.03, num_speakers)[speakers] + rng.normal(0, 0.05, len(speakers))
+    return np.stack([(base + change) * letters, letters], 1), np.stack([base * letters, letters], 1), speakers
+
+
+def test_intervals_cover_the_truth_with_12_speakers():
+    rng = np.random.default_rng(1)
+    hits = 0
+    for seed in range(500):
+        found = compare(*simulated(rng, 12, 0.01), lower_is_better=True, seed=seed, draws=1500)
+        assert found.low is not None
+        assert found.high is not None
+        hits += found.low <= 0.01 <= found.high
+    assert 0.93 <= hits / 500 <= 0.97
+
+
+def test_a_clear_difference_is_told_in_both_directions():
+    tuned, base, speakers = simulated(np.random.default_rng(0), 12, -0.15)
+    better = compare(tuned, base, speakers, lower_is_better=True)
+    worse = compare(base, tuned, speakers, lower_is_better=True)
+    assert (better.verdict, worse.verdict) == ("better", "worse")
+    assert better.method == "bootstrap-t by speaker"
+    assert better.p_worse is not None
+    assert better.p_worse < 0.01
+    assert worse.difference == -better.difference
+    assert compare(tuned, base, speakers, lower_is_better=False).verdict == "worse"
+
+
+def test_a_small_difference_says_what_size_would_tell():
+    tuned, base, speakers = simulated(np.random.default_rng(0), 12, -0.005)
+    found = compare(tuned, base, speakers, lower_is_better=True)
+    assert found.verdict == "cannot tell"
+    assert found.speakers_needed is not None
+    assert found.speakers_needed > 12
+    assert f"about {found.speakers_needed:,} speakers like these would tell" in found.words
+
+
+def test_the_size_that_would_tell_tells_most_times():
+    rng = np.random.default_rng(5)
+    large = compare(*simulated(rng, 400, -0.02), lower_is_better=True, draws=50)
+    needed = large.speakers_needed
+    assert needed is not None
+    assert 18 <= needed <= 32  # (2.8 * 0.0355 / 0.02)^2 = 25: 0.0355 is the spread of a speaker's mean
+    told = [
+        compare(*simulated(rng, 25, -0.02), lower_is_better=True, draws=300).verdict == "better" for _ in range(100)
+    ]
+    assert np.mean(told) > 0.65
+
+
+def test_the_same_seed_gives_the_same_interval():
+    data = simulated(np.random.default_rng(3), 12, 0.01)
+    assert compare(*data, lower_is_better=True) == compare(*data, lower_is_better=True)
+
+
+@pytest.mark.parametrize("num_speakers", [0, 1, 2, 4])
+def test_few_speakers_get_no_verdict(num_speakers: int):
+    data = simulated(np.random.default_rng(0), num_speakers, -0.5)
+    found = compare(*data, lower_is_better=True)
+    assert found.verdict == "cannot tell"
+    assert "at least 5" in found.words
+    assert (found.low is None) == (num_speakers < 2)
+
+
+def test_equal_systems_are_never_better():
+    _, base, speakers = simulated(np.random.default_rng(0), 12, 0.0)
+    found = compare(base, base, speakers, lower_is_better=True)
+    assert (found.difference, found.low, found.high, found.p_worse) == (0, 0, 0, 0.5)
+    assert (found.verdict, found.speakers_needed) == ("cannot tell", None)
+
+
+def test_one_odd_speaker_leaves_a_finite_interval():
+    speakers = np.repeat(np.arange(12), 4)
+    base = np.stack([np.full(48, 0.1), np.ones(48)], 1)
+    tuned = base.copy()
+    tuned[:4, 0] = 0.9
+    found = compare(tuned, base, speakers, lower_is_better=True)
+    assert found.method == "t by speaker"
+    assert found.low is not None
+    assert found.high is not None
+    assert -1 < found.low < 0 < found.high < 1
+    assert found.verdict == "cannot tell"
+
+
+def test_a_metric_that_counted_nothing_is_no_verdict():
+    zeros = np.zeros((6, 2))
+    assert "nothing was counted" in compare(zeros, zeros, np.arange(6), lower_is_better=True).words
+
+
+def test_speakers_are_drawn_not_sentences():
+    """Copies of each sentence add nothing about further speakers: the interval stays."""
+    tuned, base, speakers = simulated(np.random.default_rng(2), 12, 0.02)
+    once = compare(tuned, base, speakers, lower_is_better=True)
+    often = compare(*(np.repeat(part, 20, axis=0) for part in (tuned, base, speakers)), lower_is_better=True)
+    assert often.low == pytest.approx(once.low, abs=1e-12)
+    assert often.high == pytest.approx(once.high, abs=1e-12)
