@@ -156,6 +156,20 @@ def test_a_row_with_a_fault_is_skipped(repository, arabic_mini, tmp_path):
     assert ["row 0" in clips.skipped[0], "row 1" in clips.skipped[1]] == [True, True]
 
 
+def test_a_part_of_a_file_is_a_clip_of_its_own(repository, arabic_mini, tmp_path):
+    row = json.loads(arabic_mini.read_text())[0]
+    parts = [
+        item for turn in row["messages"] for item in turn["content"] if isinstance(item, dict) and "audio_url" in item
+    ]
+    for item, offset_s in zip(parts, (0.25, 1.5), strict=True):
+        item.update(audio_url="tests/data/arabic-mini/spk_00_36.flac", offset=offset_s, duration=1.0)
+    (tmp_path / "list.json").write_text(json.dumps([row, row]))
+    first, second = read_clips(tmp_path / "list.json", 1024, base=repository).waves
+    whole = decode((repository / "tests/data/arabic-mini/spk_00_36.flac").read_bytes(), AudioLimits()).wave
+    np.testing.assert_array_equal(first, whole[6000:30000])
+    np.testing.assert_array_equal(second, whole[36000:60000])
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -10,10 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from shards.errors import DataError
+
+if TYPE_CHECKING:
+    from preprocess.segment import Segment
 
 
 @dataclass(frozen=True)
@@ -29,19 +33,20 @@ def read_clips(source: Path, num_frames: int, base: Path = Path()) -> Clips:
 
     Raises DataError when there is no such folder or list, or no usable clip in it.
     """
-    from preprocess.audio import CODEC_RATE, AudioFault, AudioLimits, decode, read_bytes
+    from preprocess.audio import CODEC_RATE, AudioLimits, decode, read_bytes
+    from preprocess.reasons import AudioFault
     from shards.encoders.codec import HOP
 
     waves: list[np.ndarray] = []
     paths: list[Path] = []
     skipped: list[str] = []
     num_left = 0
-    for path in _folder(source) if source.is_dir() else _list(source, base, skipped):
+    for path, segment in _folder(source) if source.is_dir() else _list(source, base, skipped):
         if sum(-(-len(wave) // HOP) for wave in waves) >= num_frames:
             num_left += 1
             continue
         try:
-            wave = decode(read_bytes(str(path)), AudioLimits()).at(CODEC_RATE)
+            wave = decode(read_bytes(str(path)), AudioLimits(), segment).at(CODEC_RATE)
         except AudioFault as fault:
             skipped.append(f"{path}: {fault.reason}: {fault.detail}")
             continue
@@ -55,19 +60,21 @@ def read_clips(source: Path, num_frames: int, base: Path = Path()) -> Clips:
     return Clips(waves, paths, skipped, num_left)
 
 
-def _folder(folder: Path) -> Iterator[Path]:
+def _folder(folder: Path) -> Iterator[tuple[Path, Segment]]:
     from preprocess.convert import AUDIO_SUFFIXES
+    from preprocess.segment import WHOLE
 
-    yield from sorted(path for path in folder.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES)
+    for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES):
+        yield path, WHOLE
 
 
-def _list(path: Path, base: Path, skipped: list[str]) -> Iterator[Path]:
-    """The audio paths of a list, each once."""
+def _list(path: Path, base: Path, skipped: list[str]) -> Iterator[tuple[Path, Segment]]:
+    """The audio items of a list, each once."""
     from preprocess.reasons import RowFault
     from preprocess.sources import find_pair, read_rows
     from shards.writer import Reject
 
-    seen: set[str] = set()
+    seen: set[tuple[str, Segment]] = set()
     for row in read_rows(path):
         if isinstance(row, Reject):
             skipped.append(f"{path}: {row.detail}")
@@ -77,7 +84,7 @@ def _list(path: Path, base: Path, skipped: list[str]) -> Iterator[Path]:
         except RowFault as fault:
             skipped.append(f"{path}: row {row.row}: {fault.detail}")
             continue
-        for name in (pair.reference_path, pair.target_path):
-            if name not in seen:
-                seen.add(name)
-                yield base / name
+        for item in ((pair.reference_path, pair.reference_segment), (pair.target_path, pair.target_segment)):
+            if item not in seen:
+                seen.add(item)
+                yield base / item[0], item[1]
