@@ -1,0 +1,169 @@
+"""Speaker encoders, recognizers and what a wave itself shows."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from shards.errors import ConfigError
+from tools.evaluate.recognizers import load_recognizer
+from tools.evaluate.similarity import NotInstalled, load_encoder, unit
+from tools.evaluate.waves import failure_of, longest_copy, measure, read_wave
+
+
+def clip(arabic_mini: Path, speaker: int, number: int) -> np.ndarray:
+    import soxr
+
+    path = sorted(arabic_mini.parent.glob(f"spk_{speaker:02d}_*.flac"))[number]
+    wave, rate = soundfile.read(path, dtype="float32")
+    return soxr.resample(wave, rate, 16000)
+
+
+def test_waves_of_one_voice_are_alike_by_both_encoders(arabic_mini: Path):
+    """Needs the extra `eval`; an encoder that is not installed is skipped by name."""
+    missing = []
+    for name in ("resemblyzer", "ovfl"):
+        try:
+            encoder = load_encoder(name)
+        except NotInstalled as error:
+            missing.append(str(error))
+            continue
+        vectors = {(voice, n): encoder.embed(clip(arabic_mini, voice, n)) for voice in (0, 2, 5) for n in (0, 1)}
+        assert all(np.linalg.norm(vector) == pytest.approx(1, abs=1e-5) for vector in vectors.values())
+        pairs = list(itertools.combinations(vectors, 2))
+        same = [vectors[a] @ vectors[b] for a, b in pairs if a[0] == b[0]]
+        other = [vectors[a] @ vectors[b] for a, b in pairs if a[0] != b[0]]
+        assert min(same) > max(other), name
+        assert len(encoder.identity.sha256) == 64
+        assert encoder.identity.name == name
+    if missing:
+        pytest.skip("; ".join(missing))
+
+
+@pytest.mark.parametrize("name", ["resemblyzer", "ovfl"])
+def test_odd_waves_give_finite_vectors(name: str):
+    try:
+        encoder = load_encoder(name)
+    except NotInstalled as error:
+        pytest.skip(str(error))
+    for wave in (np.zeros(16000), np.zeros(1), np.full(100, 0.5), np.random.default_rng(0).normal(0, 0.1, 40000)):
+        vector = encoder.embed(wave.astype(np.float32))
+        assert vector.shape == (256,)
+        assert np.isfinite(vector).all()
+
+
+def test_wavlm_is_named_by_its_folder_and_weights(tmp_path: Path):
+    import torch
+    from transformers import WavLMConfig, WavLMForXVector
+
+    torch.manual_seed(0)
+    config = WavLMConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        conv_dim=(8,),
+        conv_kernel=(10,),
+        conv_stride=(160,),
+        num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=2,
+        tdnn_dim=(8, 8),
+        tdnn_kernel=(3, 1),
+        tdnn_dilation=(1, 1),
+        xvector_output_dim=12,
+        classifier_proj_size=8,
+    )
+    WavLMForXVector(config).save_pretrained(tmp_path / "sv")
+    encoder = load_encoder(f"wavlm:{tmp_path / 'sv'}")
+    wave = np.random.default_rng(0).normal(0, 0.1, 20000).astype(np.float32)
+    assert encoder.embed(wave) @ encoder.embed(wave) == pytest.approx(1, abs=1e-5)
+    assert encoder.identity.name == "wavlm:sv"
+    assert len(encoder.identity.sha256) == 64
+
+
+@pytest.mark.parametrize("name", ["speechbrain", "wavlm:", "wavlm:/nowhere"])
+def test_an_unknown_encoder_is_refused_in_words(name: str):
+    with pytest.raises(ConfigError, match=r"known: resemblyzer|WavLMForXVector"):
+        load_encoder(name)
+
+
+@pytest.mark.parametrize("name", ["google", "faster-whisper:/nowhere", "whisper:/nowhere"])
+def test_an_unknown_recognizer_is_refused_in_words(name: str):
+    with pytest.raises(ConfigError, match=r"--asr"):
+        load_recognizer(name, "ar")
+
+
+def test_no_recognizer_is_a_choice():
+    assert load_recognizer("none", "ar") is None
+
+
+def test_a_missing_package_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("tools.evaluate.similarity.importlib.util.find_spec", lambda name: None)
+    for name in ("resemblyzer", "ovfl"):
+        with pytest.raises(NotInstalled, match=f"{name}: not installed; pip install"):
+            load_encoder(name)
+
+
+def tone(seconds: float, level: float = 0.3) -> np.ndarray:
+    return (level * np.sin(np.arange(round(seconds * 24000)) / 20)).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("wave", "ended", "expected_s", "failure"),
+    [
+        (tone(2), True, 2.0, ""),
+        (tone(2), None, None, ""),
+        (tone(0), True, 2.0, "empty"),
+        (0 * tone(2), True, 2.0, "silent"),
+        (tone(2, 1e-4), True, 2.0, "silent"),
+        (np.sign(tone(2)), True, 2.0, "clipped"),
+        (tone(4.1), True, 2.0, "runaway"),
+        (tone(3.9), True, 2.0, ""),
+        (tone(2), False, 2.0, "not ended"),
+    ],
+)
+def test_failures_are_named(wave: np.ndarray, ended: bool | None, expected_s: float | None, failure: str):
+    assert failure_of(measure(wave, 24000), ended, expected_s) == failure
+
+
+def test_edges_of_silence_are_measured():
+    facts = measure(np.concatenate([np.zeros(12000), tone(1), np.zeros(6000)]).astype(np.float32), 24000)
+    assert facts.leading_silence_s == pytest.approx(0.5, abs=0.01)
+    assert facts.trailing_silence_s == pytest.approx(0.25, abs=0.01)
+    assert facts.duration_s == pytest.approx(1.75)
+
+
+def test_what_is_no_wave_is_an_error_row(tmp_path: Path):
+    (tmp_path / "text.wav").write_text("no wave")
+    soundfile.write(tmp_path / "nan.wav", np.array([0, np.nan]), 24000, subtype="FLOAT")
+    for name, word in (("none.wav", "No such file"), ("text.wav", "not readable"), ("nan.wav", "finite")):
+        wave, facts = read_wave(tmp_path / name)
+        assert word in facts.error
+        assert len(wave) == 0
+        assert failure_of(facts, True, 2.0) == "missing"
+
+
+def test_another_rate_comes_as_24_khz(tmp_path: Path):
+    soundfile.write(tmp_path / "a.wav", tone(1)[:16000], 16000)
+    wave, facts = read_wave(tmp_path / "a.wav")
+    assert abs(len(wave) - 24000) <= 1
+    assert facts.duration_s == 1
+
+
+def test_the_longest_copy_of_the_prompt_is_found():
+    rng = np.random.default_rng(0)
+    prompt, speech = rng.integers(0, 1024, (8, 40)), rng.integers(0, 1024, (8, 30))
+    assert longest_copy(speech, prompt) == 0
+    speech[:, 5:12] = prompt[:, 20:27]
+    assert longest_copy(speech, prompt) == 7
+    speech[3, 8] += 1
+    assert longest_copy(speech, prompt) == 3
+    assert longest_copy(speech[:, :0], prompt) == 0
+
+
+def test_a_vector_of_zeros_stays_zero():
+    assert not unit(np.zeros(4)).any()

