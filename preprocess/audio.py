@@ -17,8 +17,9 @@ from preprocess.audio_decoders import read_samples
 from preprocess.audio_file import read_bytes as read_bytes
 from preprocess.reasons import AudioFault
 from preprocess.segment import WHOLE, Segment
+from shards.sequence import SAMPLE_RATE
 
-CODEC_RATE = 24000
+CODEC_RATE = SAMPLE_RATE
 WHISPER_RATE = 16000
 SILENT_PEAK = 1e-3  # -60 dB of full scale: nothing anybody said
 QUIET_PEAK = 0.03  # -30 dB

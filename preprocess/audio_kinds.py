@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from shards.printable import excerpt
+
 CONVERT = "convert it, e.g. ffmpeg -i FILE FILE.flac"
 
 
@@ -94,5 +96,5 @@ def unknown(data: bytes) -> str:
     except UnicodeDecodeError:
         text = ""
     if text and all(letter.isprintable() or letter in "\r\n\t" for letter in text):
-        return f"text, which begins with {text[:40]!r}; {NOT_AUDIO}"
+        return f"text, which begins with {excerpt(text)!r}; {NOT_AUDIO}"
     return f"begins with {data[:8].hex(' ')}, which no decoder knows; {CONVERT}"

@@ -14,6 +14,8 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from shards.printable import excerpt
+
 Normalizer = Literal["nfc", "tatweel", "digits"]
 
 # U+FEFF byte order mark; U+200E/F marks; U+202A-E embeddings and overrides; U+2066-9 isolates.
@@ -73,14 +75,17 @@ def text_fault(text: str, duration_s: float, section: TextSection) -> tuple[str,
     if count < section.min_chars:
         return "text_too_short", f"{count} characters, at least {section.min_chars}: {text!r}"
     if count > section.max_chars:
-        return "text_too_long", f"{count} characters, at most {section.max_chars}: {text[:40]!r}..."
+        return "text_too_long", f"{count} characters, at most {section.max_chars}: {excerpt(text)!r}"
     if count / duration_s > section.max_chars_per_s:
         rate = f"{count / duration_s:.1f} characters per second, at most {section.max_chars_per_s:g}"
-        return "text_too_fast", f"{rate}: {count} characters in {duration_s:.2f} s, {text[:40]!r}"
+        return "text_too_fast", f"{rate}: {count} characters in {duration_s:.2f} s, {excerpt(text)!r}"
     if count / duration_s < section.min_chars_per_s:
         rate = f"{count / duration_s:.1f} characters per second, at least {section.min_chars_per_s:g}"
-        return "text_too_slow", f"{rate}: {count} characters in {duration_s:.2f} s, {text[:40]!r}"
+        return "text_too_slow", f"{rate}: {count} characters in {duration_s:.2f} s, {excerpt(text)!r}"
     share = arabic_share(text)
     if share < section.min_arabic_share:
-        return "text_not_arabic", f"{share:.0%} Arabic letters, at least {section.min_arabic_share:.0%}: {text[:40]!r}"
+        return (
+            "text_not_arabic",
+            f"{share:.0%} Arabic letters, at least {section.min_arabic_share:.0%}: {excerpt(text)!r}",
+        )
     return None

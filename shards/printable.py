@@ -23,6 +23,8 @@ HARMLESS_FORMAT = frozenset(
 ESCAPED_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
+EXCERPT_CHARS = 60  # of a text, wherever a message quotes one
+ERROR_CHARS = 200  # of the first line of a library's error
 HIDDEN = "***"
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s\"'<>\\]+")
 # The spellings of secrets outside of a URL's query: --set x.token=..., "password": "...", AccountKey=...;
@@ -39,6 +41,17 @@ KNOWN_SHAPES = re.compile(
 )
 SECRET_VARIABLE = re.compile(rf"(?:^|_){SECRET_NAME}(?:_|$)", re.IGNORECASE)
 SHORTEST_SECRET = 8  # characters of an environment variable's value: shorter ones stand in words by chance
+
+
+def excerpt(text: str) -> str:
+    """The beginning of a text that may be of any length, for a message."""
+    return text if len(text) <= EXCERPT_CHARS else f"{text[: EXCERPT_CHARS - 3]}..."
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, without the pages that some append."""
+    said = str(error).strip()
+    return said.splitlines()[0][:ERROR_CHARS] if said else type(error).__name__
 
 
 def printable(text: str) -> str:

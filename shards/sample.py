@@ -17,6 +17,7 @@ import numpy as np
 import zstandard
 
 from shards.errors import ShardError
+from shards.printable import first_line
 from shards.sample_checks import check_sample
 
 SCHEMA_VERSION = 1
@@ -169,8 +170,7 @@ def unpack_sample(key: str, members: dict[str, bytes]) -> Sample:
         )
         check_sample(sample)
     except Exception as error:  # msgspec and numpy have many kinds for bytes that are not theirs, RecursionError too
-        said = str(error).strip() or type(error).__name__
-        raise ShardError(f"sample {key}: malformed member: {said.splitlines()[0][:300]}") from None
+        raise ShardError(f"sample {key}: malformed member: {first_line(error)}") from None
     return sample
 
 

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shards.errors import ConfigError, PipelineError
+from shards.printable import first_line
 
 LONG_TIMEOUT = timedelta(minutes=30)  # until every rank has loaded and compiled
 MAX_SHOWN_CHARACTERS = 16  # characters of a value in a message
@@ -97,7 +98,7 @@ class World:
             return None
         return PipelineError(
             f"rank {self.rank} of {self.size}: another rank has ended or has been silent for too long "
-            f"({str(error).splitlines()[0][:120]}); its own log says why; start the same command again to go on from the "
+            f"({first_line(error)}); its own log says why; start the same command again to go on from the "
             "last checkpoint"
         )
 
@@ -133,7 +134,7 @@ def join(device: str, timeout: timedelta = LONG_TIMEOUT) -> World:
         except (RuntimeError, ValueError) as error:
             raise PipelineError(
                 f"rank {rank} of {size}: the ranks did not come together within {timeout.total_seconds():.0f} s "
-                f"({str(error).splitlines()[0][:120]}); start them with torchrun, all with the same number of processes"
+                f"({first_line(error)}); start them with torchrun, all with the same number of processes"
             ) from None
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

@@ -20,12 +20,12 @@ import numpy as np
 
 from shards.encoders.codec_names import native_name, native_state
 from shards.errors import CheckpointError
+from shards.sequence import FRAMES_PER_SECOND, SAMPLE_RATE
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-SAMPLE_RATE = 24000
-HOP = 960  # samples per frame
+HOP = SAMPLE_RATE // FRAMES_PER_SECOND  # 960 samples per frame
 
 
 class Codec:

@@ -17,6 +17,8 @@ import torchaudio
 from torch import Tensor, nn
 from transformers import HubertConfig, HubertModel
 
+from shards.sequence import SAMPLE_RATE
+
 SEMANTIC_RATE = 16000  # what HuBERT reads
 SEMANTIC_HOP = 320  # samples at 16 kHz per HuBERT frame: 50 frames a second
 SEMANTIC_PAD = 160  # samples on each side: 50 frames a second exactly, not one less
@@ -36,7 +38,7 @@ class BosonCodec(nn.Module):
         hubert = HubertConfig(**config["semantic_model_config"])
         ratios, width = acoustic["downsampling_ratios"], acoustic["hidden_size"]
         hop = math.prod(ratios)
-        self.sample_rate: int = config.get("sample_rate", 24000)
+        self.sample_rate: int = config.get("sample_rate", SAMPLE_RATE)
         self.semantic_stride = hop * SEMANTIC_RATE // (self.sample_rate * SEMANTIC_HOP)
         # A codebook of 1024 entries says 10 bit per frame; the largest bandwidth (kbit/s) says how many there are.
         bits_per_second = math.ceil(self.sample_rate / hop) * math.ceil(math.log2(config["codebook_size"]))

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SAMPLE_RATE = 24000
-NUM_CODEBOOKS = 8
+from shards.sequence import NUM_CODEBOOKS, SAMPLE_RATE
+
 RATIOS = [8, 5, 4, 2, 3]  # of the released codec: 960 samples a frame
 TINY_CONFIG: dict[str, Any] = {
     "model_type": "higgs_audio_v2_tokenizer",

@@ -25,9 +25,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tools.tiny.codec import NUM_CODEBOOKS, TINY_CONFIG, joint_features, random_weights, save_codec
+from shards.encoders.codec import HOP
+from shards.sequence import NUM_CODEBOOKS
+from tools.tiny.codec import TINY_CONFIG, joint_features, random_weights, save_codec
 
-HOP = 960
 NUM_ENTRIES = 1024
 BAND = 60  # coefficients of 12.5 Hz in a codebook
 SEMANTIC_PER_BOOK = 4

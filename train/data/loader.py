@@ -30,7 +30,7 @@ from webdataset.pipeline import DataPipeline
 
 from shards.errors import PipelineError, ShardError
 from shards.index import hash64
-from shards.printable import printable
+from shards.printable import first_line, printable
 from shards.reader import SampleReader
 from shards.sample import unpack_sample
 from shards.sequence import AUDIO_OUT, BEGIN_OF_TEXT, IGNORE, NUM_CODEBOOKS, STREAM_BOS, Sequence, SequenceBuilder
@@ -303,8 +303,7 @@ def share_memory(loaded: LoadedPack | PipelineError) -> LoadedPack | PipelineErr
     try:
         return replace(loaded, batch=loaded.batch.shared())
     except (RuntimeError, OSError) as error:
-        said = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        return PipelineError(f"a loader process cannot hand over a pack: {said}; {FULL_SHARED_MEMORY}")
+        return PipelineError(f"a loader process cannot hand over a pack: {first_line(error)}; {FULL_SHARED_MEMORY}")
 
 
 def only_the_parent_ends(_: int) -> None:
