@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from shards.terminal import explained, print_json, print_line
+from shards.terminal import ends_on_signals, explained, print_json, print_line
 
 CONTINUES = "the same command continues this job"
 PATH = click.Path(path_type=Path)
@@ -80,7 +80,7 @@ def run_command(
     """
     if (task_index is None) != (num_tasks is None) or (task_index or 0) >= (num_tasks or 1):
         raise click.UsageError("--task-index I and --num-tasks N belong together, with I from 0 to N - 1")
-    with explained(CONTINUES):
+    with explained(CONTINUES), ends_on_signals():
         from preprocess.config import PreprocessConfig
         from preprocess.plan import Request
         from shards.config import read_config
@@ -111,7 +111,7 @@ def run_command(
 )
 def finalize_command(out: Path, max_reject_fraction: float | None) -> None:
     """Check every shard in OUT and write dataset.json, after the last task of an array has ended."""
-    with explained(CONTINUES):
+    with explained(CONTINUES), ends_on_signals():
         from preprocess.join import finalize
         from preprocess.report import print_summary
 
@@ -125,7 +125,7 @@ def finalize_command(out: Path, max_reject_fraction: float | None) -> None:
 @click.option("--seed", default=0, show_default=True, help="Of drawing references.")
 def convert_command(kind: str, source: Path, chatml: Path, seed: int) -> None:
     """Write the list CHATML (.json or .jsonl) from SOURCE, another project's data set."""
-    with explained():
+    with explained(), ends_on_signals():
         from preprocess.convert import convert
 
         made = convert(kind, source, chatml, seed)

@@ -18,9 +18,11 @@ from typing import Any
 
 import numpy as np
 
+from preprocess.child_process import start_child
 from preprocess.features import WhisperEncoder
 from shards.encoders.codec import Codec, load_codec, pad_to_frames
 from shards.errors import ConfigError, PipelineError
+from shards.sequence import SAMPLE_RATE
 from shards.terminal import print_traceback
 
 MAX_BATCH_S = 240  # seconds of audio encoded at once: about 10 GB of activations at full size, an estimate
@@ -68,17 +70,13 @@ class CodecServers:
         self.key = os.urandom(16)
         self.addresses: list[str] = []
         self._processes: list[Any] = []
-        context = multiprocessing.get_context("spawn")
+        self._pipes: list[Connection] = []  # a server lives as long as ours
         for device in devices:
-            ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_serve, args=(theirs, codec_dir, whisper_dir, device, self.key), daemon=True
-            )
-            process.start()
-            theirs.close()
+            process, pipe = start_child(_serve, codec_dir, whisper_dir, device, self.key)
             self._processes.append(process)
+            self._pipes.append(pipe)
             try:
-                self.addresses.append(ours.recv())
+                self.addresses.append(pipe.recv())
             except EOFError:
                 self.close()
                 raise PipelineError(f"the codec process on {device} did not start; its error stands above") from None
@@ -104,31 +102,40 @@ def _serve(parent: Connection, codec_dir: str, whisper_dir: str | None, device: 
         whisper = WhisperEncoder(Path(whisper_dir), device) if whisper_dir else None
         listener = Listener(authkey=key)
         parent.send(listener.address)
-        clients = _Clients(listener)
+        clients = _Clients(listener, parent)
         while True:
             requests = clients.requests()
             _answer_mels(whisper, [request for request in requests if isinstance(request[1], tuple)])
             _answer_waves(codec, [request for request in requests if not isinstance(request[1], tuple)])
+    except _ParentGone:
+        os._exit(0)
     except Exception:
         print_traceback(*sys.exc_info())
         os._exit(1)  # the accepting thread must not keep a dead server alive
 
 
-class _Clients:
-    """Connections that come and go."""
+class _ParentGone(Exception):
+    """Killed, most likely; nobody is left to answer."""
 
-    def __init__(self, listener: Listener) -> None:
+
+class _Clients:
+    """Connections that come and go; the parent's stays."""
+
+    def __init__(self, listener: Listener, parent: Connection) -> None:
         self._listener = listener
+        self._parent = parent
         self._connections: list[Connection] = []
         wake_reader, self._wake = multiprocessing.Pipe(duplex=False)
         self._wake_reader = wake_reader
         threading.Thread(target=self._accept, daemon=True).start()
 
     def requests(self) -> list[tuple[Connection, Any]]:
-        """Wait for requests and return all that are there: (connection, wave or mel)."""
+        """Wait for requests and return all that are there: (connection, wave or mel). Raises _ParentGone."""
         waiting: list[tuple[Connection, Any]] = []
-        for connection in wait([self._wake_reader, *self._connections]):
+        for connection in wait([self._parent, self._wake_reader, *self._connections]):
             assert isinstance(connection, Connection)
+            if connection is self._parent:
+                raise _ParentGone  # it sends nothing, so its end has closed
             try:
                 message = connection.recv()
             except (EOFError, ConnectionError):
@@ -154,7 +161,7 @@ def _answer_waves(codec: Codec, requests: list[tuple[Connection, np.ndarray]]) -
         padded = pad_to_frames(wave)
         by_length[len(padded)].append((connection, padded))
     for length, group in by_length.items():
-        size = max(1, MAX_BATCH_S * 24000 // length)
+        size = max(1, MAX_BATCH_S * SAMPLE_RATE // length)
         for start in range(0, len(group), size):
             part = group[start : start + size]
             codes = codec.encode_batch(np.stack([wave for _, wave in part]))

@@ -3,15 +3,12 @@
 The standard pools fail here: `multiprocessing.Pool` can wait for ever when the system kills a worker, and
 `ProcessPoolExecutor` loses every pending task. This one watches pipes and process sentinels together. A worker says
 which row it begins, so when it is killed the row is known: the task is given to a new worker, and a row that kills
-twice is skipped from then on (reason `worker_died`). Workers are spawned, not forked (torch's threads do not survive a
-fork), and end when their pipe closes, so a killed parent leaves none behind.
+twice is skipped from then on (reason `worker_died`). A parent that is killed leaves no worker behind.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import signal
 import traceback
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
@@ -19,6 +16,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
+from preprocess.child_process import start_child
 from shards.errors import DataError, PipelineError
 
 MAX_DEATHS_PER_ROW = 2
@@ -85,7 +83,7 @@ class _Pool:
 
     def hand_out(self, num_workers: int) -> None:
         while self.waiting and len(self.workers) < num_workers:
-            self.workers.append(_start(self.prepare, self.setup))
+            self.workers.append(_Worker(*start_child(_work, self.prepare, self.setup)))
         for worker in self.workers:
             if worker.task is None and self.waiting:
                 worker.task, worker.position = self.waiting.popleft(), None
@@ -146,17 +144,7 @@ class _Pool:
         self.waiting.appendleft(worker.task)
 
 
-def _start(prepare: Prepare, setup: Any) -> _Worker:
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_work, args=(theirs, prepare, setup), daemon=True)
-    process.start()
-    theirs.close()
-    return _Worker(process, ours)
-
-
 def _work(pipe: Connection, prepare: Prepare, setup: Any) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     try:
         worker = prepare(setup)
         while True:

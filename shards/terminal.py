@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import errno
 import logging
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -72,6 +74,42 @@ class LineFormatter(logging.Formatter):
         return printable_lines(super().format(record))
 
 
+class StoppedBySignal(KeyboardInterrupt):
+    """SIGTERM or SIGHUP, raised where Ctrl-C would be."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+@contextmanager
+def ends_on_signals() -> Iterator[None]:
+    """Inside, SIGTERM and SIGHUP end the command as Ctrl-C does: what it started is ended first, and it says so.
+
+    Only the first one counts: a second must not end the clearing up. No effect outside the main thread.
+    """
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, _: object) -> None:
+        for each in numbers:
+            signal.signal(each, signal.SIG_IGN)
+        raise StoppedBySignal(number)
+
+    # One that is ignored already (nohup) stays so.
+    old = {number: signal.getsignal(number) for number in numbers}
+    taken = [number for number in numbers if old[number] is not signal.SIG_IGN]
+    for number in taken:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, old[number])
+
+
 @contextmanager
 def explained(next_step: str = "") -> Iterator[None]:
     """Faults a person can act on become one line and exit status 1; `next_step` says what to do about a disk's.
@@ -90,6 +128,9 @@ def explained(next_step: str = "") -> Iterator[None]:
             raise  # `| head` is no fault; click ends the command quietly
         print_line(f"error: {system_fault(error)}{after}")
         sys.exit(1)
+    except StoppedBySignal as stop:
+        print_line(f"stopped by {stop}{after}")
+        sys.exit(128 + stop.number)
     except KeyboardInterrupt:
         print_line(f"interrupted{after}")
         sys.exit(130)

@@ -48,12 +48,12 @@ def main(
     """Train LoRA adapters on SHARDS (the OUT folder of `preprocess`, or its URL) into the folder RUN."""
     from shards.config import read_config
     from shards.errors import PipelineError
+    from shards.parent_death import die_with_parent
     from train.config import TrainConfig
     from train.launch import (
         STOPPED,
         WorkerFailed,
         allocator_settings,
-        die_with_launcher,
         is_worker,
         launch,
         mark_well_ended,
@@ -75,7 +75,7 @@ def main(
 
             open_dataset(Path(shards))  # before torch is imported: a mistyped folder is answered at once
         if is_worker():
-            die_with_launcher()
+            die_with_parent()
         else:
             num_workers = num_processes(gpus, config.train.device)
             if num_workers > 1:

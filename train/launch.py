@@ -7,11 +7,9 @@ above, so only its status is reported here.
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import shutil
-import signal
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -19,7 +17,6 @@ from pathlib import Path
 
 from shards.errors import ConfigError, PipelineError
 
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 STOPPED = 143  # 128 + SIGTERM, as shells report a process ended by it
 WELL_ENDED = "HIGGS_VOICE_WELL_ENDED"  # names a file that the first rank makes
 
@@ -67,12 +64,6 @@ def first_host(nodes: str) -> str:
         return prefix
     numbers, _, suffix = (rest if "]" in rest else nodes.partition("[")[2]).partition("]")
     return prefix + numbers.split(",")[0].split("-")[0] + suffix.split(",")[0]
-
-
-def die_with_launcher() -> None:
-    """Have the system end this rank when its launcher is killed outright (Linux): orphans would go on writing into RUN."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def num_processes(gpus: int | None, device: str) -> int:
