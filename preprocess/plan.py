@@ -27,7 +27,7 @@ import numpy as np
 
 from preprocess.config import PreprocessConfig, deciding_keys
 from preprocess.reasons import reject
-from preprocess.sources import SourceRow, read_rows
+from preprocess.sources import SourceRow, has_own_id, read_rows
 from shards.errors import DataError
 from shards.folder_lock import PREFIX as LOCK_PREFIX
 from shards.folder_lock import hold_folder
@@ -201,7 +201,7 @@ def ingest(request: Request, seed: int) -> tuple[int, int]:
                 continue
             offsets.append(offsets[-1] + rows.write(encoder.encode(item) + b"\n"))
             # A row without an id of its own is named by its number, which no other row has.
-            ids.append(hash64(item.id) if "id" in item.extra else item.row)
+            ids.append(hash64(item.id) if has_own_id(item.extra) else item.row)
             row_numbers.append(item.row)
         sync(rows)
         duplicates = _duplicates(np.frombuffer(ids, np.uint64))

@@ -258,7 +258,7 @@ def test_without_mels(preprocess, arabic_mini, tmp_path):
         (["nowhere.json", "OUT"], 1, "error: nowhere.json: no such file; give a ChatML list"),
         (["tests", "OUT"], 1, "error: tests: a folder; give the ChatML list"),
         (["EMPTY", "OUT"], 1, "the list is empty"),
-        (["BROKEN", "OUT"], 1, "row 1: not valid JSON"),
+        (["BROKEN", "OUT"], 1, "line 1: the list ends without"),
         (["SILENT", "OUT"], 1, "error: no usable row in"),
         (["LIST", "tests"], 1, "error: tests: not empty ("),
         (["LIST", "LIST"], 1, "is a file; OUT must be a folder"),

@@ -111,8 +111,10 @@ def test_a_row_without_the_form_is_rejected_with_its_place(tmp_path: Path, row, 
         ('{"data": []}', "the list itself must be the top level"),
         ('{\n "data": [\n', "the list itself must be the top level"),
         ("text", "begins with b't'; expected a JSON array"),
-        (f"[{json.dumps(ROW)}, {{broken", "row 1: not valid JSON"),
-        (f"{json.dumps(ROW)}\n{json.dumps(ROW)}\n{{broken", "row 2: not valid JSON"),
+        (f"[{json.dumps(ROW)},\n{{broken", "line 2: the list ends without its closing ']'"),
+        (f"[{json.dumps(ROW)}, {json.dumps(ROW)}", "line 1: the list ends without its closing ']'"),
+        (f"{json.dumps(ROW)}\n\n{json.dumps(ROW)[:-9]}", "line 3: the list ends inside a row"),
+        (f"[{json.dumps(ROW)}]\n[{json.dumps(ROW)}]", "line 2: '[' behind the list's closing ']'"),
     ],
 )
 def test_a_broken_list_says_where(tmp_path: Path, text: str, message: str):
