@@ -1,6 +1,7 @@
 """`checkpoints`: what a run wrote, and what to do with it.
 
     list RUN            the complete checkpoints with their metrics
+    validate PATH       whether a checkpoint is whole, fits its base and does something
     merge RUN OUT       base + adapter -> one model folder, in the native or the older layout
     convert MODEL OUT   a model or adapter folder of either layout -> the other
 
@@ -12,10 +13,12 @@ made exactly as it was trained.
 from __future__ import annotations
 
 import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+import msgspec
 
 from shards.terminal import explained, print_json, print_line
 
@@ -34,7 +37,7 @@ LAYOUT = click.option(
 
 @click.group()
 def main() -> None:
-    """List, merge and convert checkpoints."""
+    """List, validate, merge and convert checkpoints."""
 
 
 @main.command("list")
@@ -57,6 +60,31 @@ def list_command(run: Path, as_json: bool) -> None:
             numbers = {name: value for name, value in sorted(values.items()) if isinstance(value, int | float)}
             losses = "  ".join(f"{name.split('/')[-1]} {numbers[name]:.4f}" for name in numbers if "_loss" in name)
             print_line(f"{folder}  step {read_step(Path(folder))}  {losses}", to_stdout=True)
+
+
+@main.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print data as JSON on stdout.")
+def validate(checkpoint: Path, as_json: bool) -> None:
+    """Check CHECKPOINT (a checkpoint folder, RUN/best, or RUN: its newest) in every way; exit status 1 if a check fails."""
+    with explained():
+        from tools.checkpoints.merge import find_checkpoint
+        from tools.checkpoints.validate import validate_checkpoint
+
+        folder = find_checkpoint(checkpoint)
+        findings = validate_checkpoint(folder)
+    if as_json:
+        print_json(
+            {"checkpoint": str(folder), "checks": [msgspec.to_builtins(finding) for finding in findings]}, indent=1
+        )
+    for finding in findings:
+        print_line(
+            f"{'ok    ' if finding.passed else 'FAILED'}  {finding.check}: {finding.detail}", to_stdout=not as_json
+        )
+    failed = sum(not finding.passed for finding in findings)
+    if failed:
+        print_line(f"error: {folder}: {failed} of {len(findings)} checks failed")
+        sys.exit(1)
 
 
 @main.command()

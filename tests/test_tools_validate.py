@@ -1,0 +1,168 @@
+"""`checkpoints validate`: passes on what `train` writes, fails with the reason on each kind of damage."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+
+from shards.writer import write_json
+from tools.checkpoints.cli import main
+from tools.checkpoints.validate import validate_checkpoint
+from train.loop import RunOptions, train
+from train.run_folder.checkpoint_folders import digests
+
+ADAPTER, STATE = "adapter/adapter_model.safetensors", "state/tensors.safetensors"
+CHECKS = ("files", "step", "base", "adapter fits the base", "finite", "state equals adapter", "resumable")
+CHECKS += ("every group acts", "adapter changes logits")
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory, short_data, tiny_dir) -> Path:
+    """A checkpoint of two steps, with a base of its own to be damaged."""
+    from shards.config import read_config
+    from train.config import TrainConfig
+
+    folder = tmp_path_factory.mktemp("sound")
+    base = shutil.copytree(tiny_dir / "model", folder / "base")
+    quick = ["batch_tokens=700", "packs_per_step=2", "max_steps=2", "log_every=1", "num_workers=0", "warmup_steps=0"]
+    overrides = [f"train.{word}" for word in [*quick, "listening_samples=0"]] + ["lora.rank=4", f"model.base={base}"]
+    last = train(
+        read_config(TrainConfig, tiny_dir / "pipeline.toml", overrides), short_data, folder / "run", RunOptions()
+    )
+    assert last is not None
+    return last
+
+
+@pytest.fixture
+def copied(sound, tmp_path) -> Path:
+    """Renamed, too: a checkpoint is known by what is in it."""
+    return shutil.copytree(sound, tmp_path / "my-voice")
+
+
+def failed(folder: Path) -> dict[str, str]:
+    findings = validate_checkpoint(folder)
+    assert tuple(finding.check for finding in findings) == CHECKS
+    return {finding.check: finding.detail for finding in findings if not finding.passed}
+
+
+def change(folder: Path, name: str, edit: Callable[[dict[str, torch.Tensor]], object], seal: bool = True) -> None:
+    """Edit the tensors of a file; sealed, its COMPLETE says that it was written so."""
+    tensors = load_file(folder / name)
+    edit(tensors)
+    save_file(tensors, folder / name, metadata={"format": "pt"})
+    if seal:
+        write_json(folder / "COMPLETE", digests(folder))
+
+
+def test_what_train_writes_passes_every_check(sound, copied):
+    assert failed(sound) == failed(copied) == {}
+
+
+def test_a_changed_byte_is_named(copied):
+    data = bytearray((copied / STATE).read_bytes())
+    data[-1] ^= 1
+    (copied / STATE).write_bytes(data)
+    assert "tensors.safetensors is not what was written" in failed(copied)["files"]
+
+
+def test_a_number_that_is_not_finite_is_named(copied):
+    def spoil(tensors):
+        name = next(name for name in tensors if "lora_B" in name)
+        tensors[name][0, 0] = float("nan")
+
+    change(copied, ADAPTER, spoil)
+    found = failed(copied)
+    assert "lora_B" in found["finite"]
+    assert "lora_B" in found["state equals adapter"]
+    assert "not finite" in found["adapter changes logits"]
+
+
+def test_an_untrained_adapter_does_nothing(copied):
+    def reset(tensors):
+        for name, tensor in tensors.items():
+            if "lora_B" in name and "optimizer/" not in name:
+                tensor.zero_()
+
+    change(copied, ADAPTER, reset)
+    change(copied, STATE, reset)
+    found = failed(copied)
+    assert set(found) == {"every group acts", "adapter changes logits"}
+    assert "it does nothing" in found["adapter changes logits"]
+
+
+def test_one_group_that_learned_nothing_is_named(copied):
+    def reset(tensors):
+        for name, tensor in tensors.items():
+            if "audio_mlp.up_proj.lora_B" in name and "optimizer/" not in name:
+                tensor.zero_()
+
+    change(copied, ADAPTER, reset)
+    change(copied, STATE, reset)
+    assert failed(copied) == {"every group acts": "still at its start, as untrained: audio_mlp.up_proj"}
+
+
+def test_an_adapter_of_another_training_is_told_apart(copied):
+    change(copied, ADAPTER, lambda tensors: next(iter(tensors.values())).add_(0.5))
+    assert set(failed(copied)) == {"state equals adapter"}
+
+
+def test_a_lost_moment_cannot_be_resumed(copied):
+    change(copied, STATE, lambda tensors: tensors.pop(next(name for name in tensors if name.endswith("exp_avg_sq"))))
+    found = failed(copied)
+    assert set(found) == {"resumable"}
+    assert "lacks exp_avg_sq of" in found["resumable"]
+
+
+def test_a_missing_tensor_does_not_fit_the_base(copied):
+    change(copied, ADAPTER, lambda tensors: tensors.pop(next(iter(tensors))))
+    assert "missing base_model" in failed(copied)["adapter fits the base"]
+
+
+def test_another_base_under_the_same_path_is_told(sound, copied, tmp_path):
+    base = sound.parents[2] / "base"
+    kept = shutil.copytree(base, tmp_path / "kept")
+    try:
+        weights = load_file(base / "model.safetensors")
+        weights["model.layers.0.mlp.down_proj.weight"] += 0.01
+        save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+        found = failed(copied)
+        assert set(found) == {"base"}
+        assert "was trained on" in found["base"]
+    finally:
+        shutil.rmtree(base)
+        shutil.copytree(kept, base)
+
+
+def test_a_lost_base_leaves_the_other_checks(sound, copied, tmp_path):
+    base = sound.parents[2] / "base"
+    base.rename(tmp_path / "elsewhere")
+    try:
+        found = failed(copied)
+    finally:
+        (tmp_path / "elsewhere").rename(base)
+    assert set(found) == {"base", "adapter fits the base", "adapter changes logits"}
+    assert all("not checked: model.base" in detail for detail in found.values())
+
+
+def test_the_command_says_so_by_its_status(sound, copied):
+    good = CliRunner().invoke(main, ["validate", str(sound.parents[1]), "--json"])
+    assert good.exit_code == 0, good.output
+    facts = json.loads(good.stdout)
+    assert facts["checkpoint"] == str(sound)
+    assert [check["passed"] for check in facts["checks"]] == [True] * len(CHECKS)
+
+    (copied / "config.toml").unlink()
+    bad = CliRunner().invoke(main, ["validate", str(copied)])
+    assert bad.exit_code == 1
+    assert "FAILED  files: config.toml is missing" in bad.stdout
+    assert "checks failed" in bad.stderr
+    nothing = CliRunner().invoke(main, ["validate", str(copied / "adapter")])
+    assert nothing.exit_code == 1
+    assert "no complete checkpoint here" in nothing.stderr
