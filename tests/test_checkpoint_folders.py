@@ -212,7 +212,7 @@ def test_state_that_does_not_fit_is_refused_tensor_by_tensor(run, short_data, sh
         assert name in str(caught.value)
 
 
-def test_nothing_in_the_repository_unpickles_what_comes_from_outside(repository):
+def test_nothing_here_unpickles_what_comes_from_outside(repository):
     """`torch.load` only with weights_only; pickle only between the processes of one Ray job."""
     found = []
     for path in sorted(

@@ -151,7 +151,7 @@ def test_target_codes_are_worth_learning(demo: Path):
 
 
 @pytest.mark.slow
-def test_merged_equals_base_with_adapter_and_loads_in_transformers(demo: Path, tiny_dir, tokenizer):
+def test_merged_is_base_with_adapter_and_loads_in_transformers(demo: Path, tiny_dir, tokenizer):
     from train.model.lora import load_adapter
     from train.run_folder.checkpoint_folders import complete_checkpoints
 

@@ -157,6 +157,16 @@ def test_names_and_opening_words(repository: Path):
         assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), f"{path} does not say what it is for"
 
 
+def test_every_test_name_is_a_sentence_of_at_most_60_characters(repository: Path):
+    for path in sorted((repository / "tests").glob("test_*.py")):
+        functions = [
+            node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.FunctionDef)
+        ]
+        names = [node.name for node in functions if node.name.startswith("test_")]
+        assert names, f"{path} holds no test"
+        assert not [name for name in names if len(name) > 60], f"{path}: say it shorter"
+
+
 def console_scripts(repository: Path) -> dict[str, str]:
     return tomllib.loads((repository / "pyproject.toml").read_text())["project"]["scripts"]
 

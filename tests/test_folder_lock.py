@@ -186,7 +186,7 @@ def test_a_folder_that_cannot_be_written_is_an_oserror(tmp_path):
         pass
 
 
-def test_a_forked_child_does_not_keep_the_lock_of_a_killed_parent(tmp_path):
+def test_a_forked_child_does_not_keep_a_killed_parents_lock(tmp_path):
     """As the loader processes of a killed run, which live some seconds longer."""
     code = HOLD.replace(
         '    print("held"', '    import os\n    if os.fork() == 0:\n        time.sleep(600)\n    print("held"'

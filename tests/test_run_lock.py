@@ -14,7 +14,7 @@ LIMIT_S = 400
 
 
 @pytest.mark.parametrize("gpus", [1, 2])
-def test_a_second_train_is_refused_and_a_killed_one_is_not_in_the_way(
+def test_a_second_train_is_refused_unless_the_first_was_killed(
     short_data, tiny_dir, repository, tmp_path: Path, gpus: int
 ):
     run = tmp_path / "my run"

@@ -74,7 +74,7 @@ def test_every_situation_of_a_run_has_its_graph(model_dir, batches):
             model.eval()(batch)
 
 
-def test_the_first_layer_compiles_as_the_others_do_with_a_projection(model_dir, batches):
+def test_with_a_projection_the_first_layer_compiles_like_others(model_dir, batches):
     model = load_model(model_dir, torch.float32)
     add_lora(model, LoraSection(rank=4), "base", seed=0)
     embeddings = torch.zeros(1, model.config.hidden_size, requires_grad=True)

@@ -194,7 +194,7 @@ def test_a_mistake_that_all_ranks_see_is_told_once(command_of, repository, tmp_p
 
 
 @pytest.mark.slow
-def test_a_loss_not_finite_ends_all_ranks_and_keeps_the_checkpoint(command_of, repository, tmp_path):
+def test_a_loss_not_finite_ends_all_ranks_keeps_the_checkpoint(command_of, repository, tmp_path):
     run = tmp_path / "run"
     harmful = ["train.learning_rate=1e30", "train.warmup_steps=0", "train.save_every=1"]
     process = Started([*command_of(run, 2, *harmful), "--skip-preflight"], repository)
@@ -390,7 +390,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(train_run, command_of, unint
 
 
 @pytest.mark.slow
-def test_a_full_disk_keeps_the_last_checkpoint_and_training_goes_on(command_of, repository, tmp_path):
+def test_a_full_disk_keeps_the_checkpoint_and_training_goes_on(command_of, repository, tmp_path):
     """Files larger than 200 kB cannot be written from the third step on: a real fault of the operating system."""
     run = tmp_path / "run"
     limited = (

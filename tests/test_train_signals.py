@@ -16,7 +16,7 @@ from train.signals import AT_ONCE, SAVING
 from train.step import train_step
 
 
-def test_a_signal_at_a_checkpoint_writes_it_once_at_the_start_none(short_data, short_config, tmp_path, monkeypatch):
+def test_a_signal_writes_one_checkpoint_and_none_at_the_start(short_data, short_config, tmp_path, monkeypatch):
     from train.run_folder import checkpoint
 
     def stopping(model, optimizer, batches, of_step, *given):
@@ -72,7 +72,7 @@ assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert ran.returncode == 0
 
 
-def test_a_signal_between_packs_breaks_the_step_off_resume_redoes_it(short_data, short_config, tmp_path, monkeypatch):
+def test_a_signal_between_packs_ends_the_step_resume_redoes_it(short_data, short_config, tmp_path, monkeypatch):
     """Steps of many packs may take longer than the 30 seconds that launchers wait."""
     from train.model.decoder import HiggsAudio
 
