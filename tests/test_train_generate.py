@@ -18,9 +18,10 @@ from train.model.batch import pack
 from train.model.decoder import HiggsAudio
 from train.model.generate import GREEDY, Sampling, generate
 from train.model.generation.audio_path import AudioPath, ModulePath
+from train.model.generation.end_of_speech import NEVER, delay_pattern, until_end
 from train.model.generation.key_value_cache import KeyValueCache
 from train.model.generation.products import lay_together, lie_together
-from train.model.generation.sampling import NEVER, Rules, delay_pattern, draw
+from train.model.generation.sampling import Rules, draw
 from train.model.generation.slots import Slots
 from train.model.lora import add_lora, lora_parameters
 from train.model.weights import load_model
@@ -151,6 +152,16 @@ def test_staircases_are_forced_at_both_ends():
         assert (said[0, 12 + book :, book] == STREAM_EOS).all()
     assert (said[1, 9 + BOOKS :] == STREAM_EOS).all()
     assert said[1, 9].tolist() == [7] * 5 + [STREAM_EOS] + [7] * 2
+
+
+def test_nothing_is_kept_behind_the_column_that_ends_all_books():
+    columns = np.full((6, BOOKS), 7)
+    columns[2, :-1] = STREAM_EOS  # one book still speaks
+    assert until_end(columns)[0] is columns
+    assert not until_end(columns)[1]
+    columns[3:5] = STREAM_EOS
+    kept, ends = until_end(columns)
+    assert (len(kept), ends) == (4, True)
 
 
 # --- products and kernels ----------------------------------------------------------------------------------------------

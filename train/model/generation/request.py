@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from shards.sequence import FRAMES_PER_SECOND, STREAM_BOS, STREAM_EOS, Sequence, undelay
+from shards.sequence import FRAMES_PER_SECOND, STREAM_BOS, Sequence, undelay
+from train.model.generation.end_of_speech import until_end
 
 __all__ = ["FRAMES_PER_SECOND", "GREEDY", "Request", "Sampling", "Speech"]
 
@@ -73,11 +74,8 @@ class Request:
 
     def append(self, columns: np.ndarray) -> None:
         """Take columns [n, K] as the device made them; those behind the end are dropped."""
-        columns = columns[: self.num_columns_left]
-        ends = np.flatnonzero((columns == STREAM_EOS).all(axis=1))
-        if len(ends):
-            columns = columns[: ends[0] + 1]
-            self.stopped = True
+        columns, ends = until_end(columns[: self.num_columns_left])
+        self.stopped |= ends
         self._columns.append(columns)
         self.num_columns += len(columns)
 

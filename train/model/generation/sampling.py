@@ -14,12 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shards.sequence import STREAM_BOS, STREAM_EOS
+from shards.sequence import STREAM_BOS
 from train.model.generation.request import Sampling
 
 NARROW = 64  # candidates that are sorted if every slot's top_k allows it; else all are
 HIGHEST = 1 - 2**-20  # of the uniform numbers: a product with a sum must stay below the sum after rounding
-NEVER = 1 << 40  # of a column that has not come
 SMALLEST_WINDOW = 8
 
 
@@ -91,15 +90,3 @@ def pick(chances: Tensor, noise: Tensor) -> Tensor:
     """chances [B, K, n], not summed to 1, noise [B, K] -> [B, K, 1]: the first whose sum of chances exceeds its number."""
     sums = chances.cumsum(dim=-1)
     return (sums <= noise[..., None].clamp(max=HIGHEST) * sums[..., -1:]).sum(dim=-1, keepdim=True)
-
-
-def delay_pattern(drawn: Tensor, books: Tensor, number: Tensor, first_eos: Tensor) -> tuple[Tensor, Tensor]:
-    """Force the staircases: codes [B, K] of each slot's column `number` [B] -> (the column [B, K], first_eos [B]).
-
-    Codebook k is BOS in the first k + 1 columns, and EOS from k + 1 columns after the first EOS on, as in transformers'
-    `HiggsAudioV2DelayPatternLogitsProcessor`. first_eos is NEVER until one has come.
-    """
-    column = torch.where(books >= number[:, None], STREAM_BOS, drawn)
-    column = torch.where(books < (number - first_eos)[:, None], STREAM_EOS, column)
-    has_eos = (column == STREAM_EOS).any(dim=-1)
-    return column, torch.minimum(first_eos, torch.where(has_eos, number, NEVER))

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from shards.sequence import STREAM_BOS
 from train.model.generation.audio_path import Path
+from train.model.generation.end_of_speech import NEVER, delay_pattern
 from train.model.generation.key_value_cache import KeyValueCache
 from train.model.generation.request import Sampling
-from train.model.generation.sampling import NEVER, SMALLEST_WINDOW, Rules, delay_pattern, draw
+from train.model.generation.sampling import SMALLEST_WINDOW, Rules, draw
 
 COLUMNS_PER_LOOK = 8
 
