@@ -1,0 +1,48 @@
+"""Every byte of a data set against its markers, shards side by side.
+
+Threads: hashing a file leaves Python to the others, so it runs at the speed of the disk or of the cores. A damaged shard is
+then read sample by sample, so that the samples are named.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from shards.errors import ShardError
+from shards.index import read_index
+from shards.manifest import Dataset, read_record
+from shards.reader import verify
+from shards.writer import ShardDone, shard_path
+
+MAX_THREADS = 16  # more than a disk answers at once
+
+
+def dataset_faults(dataset: Path, record: Dataset, index: np.ndarray, on_shard: Callable[[], None]) -> list[str]:
+    """All faults, in the order of the shards; `on_shard` is called as each is done."""
+    with ThreadPoolExecutor(min(MAX_THREADS, len(os.sched_getaffinity(0)))) as threads:
+        faults = []
+        for found in threads.map(lambda shard: shard_faults(dataset, shard), record.shards):
+            faults += found
+            on_shard()
+    if not faults and not np.array_equal(index, joined_index(dataset, record)):
+        faults.append(f"{dataset}/index.npy: differs from the indexes of the shards")
+    return faults
+
+
+def shard_faults(dataset: Path, shard: ShardDone) -> list[str]:
+    marker_path = shard_path(dataset, shard.shard, ".done.json")
+    try:
+        marker = read_record(marker_path, ShardDone)
+    except ShardError as error:
+        return [f"no done marker: {error}"]
+    differs = [f"{marker_path}: differs from dataset.json"] if marker != shard else []
+    return differs + list(verify(dataset, shard))
+
+
+def joined_index(dataset: Path, record: Dataset) -> np.ndarray:
+    return np.concatenate([read_index(shard_path(dataset, shard.shard, ".idx.npy")) for shard in record.shards])
