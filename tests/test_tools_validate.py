@@ -134,7 +134,7 @@ def test_another_base_under_the_same_path_is_told(sound, copied, tmp_path):
         save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
         found = failed(copied)
         assert set(found) == {"base"}
-        assert "was trained on" in found["base"]
+        assert "trained with" in found["base"]
     finally:
         shutil.rmtree(base)
         shutil.copytree(kept, base)

@@ -5,27 +5,22 @@ from __future__ import annotations
 import errno
 import json
 import math
-import shutil
 import time
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from short_run import losses
 
 from shards.config import SequenceSection
 from shards.errors import CheckpointError, PipelineError
 from shards.sequence import SequenceBuilder
-from shards.writer import write_json
 from train import loop
 from train.loop import RunOptions, train
 from train.model.batch import pack
 from train.model.lora import load_adapter, lora_parameters
 from train.model.weights import load_model
-from train.run_folder.checkpoint_folders import check_identity, read_identity
 from train.step import train_step
 
 
@@ -43,34 +38,6 @@ def test_resumed_run_equals_the_uninterrupted_one(short_data, short_config, tmp_
         for name in ("cut", "whole")
     ]
     assert adapters[0] == adapters[1]
-
-
-def test_a_checkpoint_of_another_run_is_refused_with_both_values(short_data, short_config, tmp_path):
-    train(short_config("train.max_steps=2"), short_data, tmp_path / "run", RunOptions())
-    with pytest.raises(PipelineError, match=r"seed was 0, is 7.*new RUN folder"):
-        train(short_config("train.seed=7"), short_data, tmp_path / "run", RunOptions())
-    with pytest.raises(PipelineError, match="rank"):
-        train(short_config("lora.rank=8"), short_data, tmp_path / "run", RunOptions())
-    with pytest.raises(PipelineError, match="holds checkpoints of another run"):
-        train(short_config(), short_data, tmp_path / "run", RunOptions(resume="never"))
-
-
-def test_other_weights_under_the_same_path_are_refused(short_data, short_config, tmp_path, tiny_dir):
-    """A base that was merged or downloaded again between two starts; one written before weights were noted goes on."""
-    base = shutil.copytree(tiny_dir / "model", tmp_path / "model")
-    config, run = short_config(f"model.base={base}", "train.max_steps=2"), tmp_path / "run"
-    last = train(config, short_data, run, RunOptions())
-    weights = load_file(base / "model.safetensors")
-    weights["model.layers.0.mlp.down_proj.weight"] += 0.01
-    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(PipelineError, match=r"another run: model_weights was '[0-9a-f]{64}', is '[0-9a-f]{64}'"):
-        train(config, short_data, run, RunOptions())
-
-    assert last is not None
-    identity = read_identity(last)
-    check_identity(last, identity)
-    write_json(last / "identity.json", {**msgspec.to_builtins(identity), "model_weights": ""})
-    check_identity(last, identity)
 
 
 def test_adapter_loads_with_plain_peft_on_the_transformers_class(

@@ -19,7 +19,8 @@ from train.data.heaviest_pack import PackCosts, PlannedPacks
 from train.data.packing import PlanSettings
 from train.loop import RunOptions, train
 from train.memory import BUDGET_MULTIPLE, CLOSE_ENOUGH, MAX_GROWTH, HostMemory, LargestBudget, largest_budget
-from train.run_folder.checkpoint_folders import complete_checkpoints, read_identity
+from train.run_folder.checkpoint_folders import complete_checkpoints
+from train.run_folder.identity import read_identity
 
 MB = 1_000_000
 

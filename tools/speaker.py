@@ -70,6 +70,7 @@ def load_speaker(model_dir: Path, adapter: Path | None, config: SpeakConfig, dev
     from train.model.conditioning import decide_conditioning
     from train.model.lora import load_adapter
     from train.model.weights import load_model
+    from train.run_folder.identity import check_adapter, find_model_files
 
     voice = read_voice(model_dir)
     if adapter and (adapter.parent / "config.toml").is_file():  # of the checkpoint that the adapter lies in
@@ -89,6 +90,9 @@ def load_speaker(model_dir: Path, adapter: Path | None, config: SpeakConfig, dev
     sequence = voice.sequence if voice else config.sequence
     conditioning = decide_conditioning(sequence, config.features, base)
     sequence = msgspec.structs.replace(sequence, conditioning=conditioning.name)
+    if adapter:
+        named = msgspec.structs.replace(config.model, base=str(model_dir))
+        check_adapter(adapter, find_model_files(base, codec_dir, conditioning), named, config.features)
     # An adapter may hold the text head, which speaking does not need, so it must be there to take it.
     model = load_model(base, dtype, where, text_head=adapter is not None, conditioning=conditioning)
     if adapter:

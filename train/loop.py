@@ -16,14 +16,7 @@ import msgspec
 import torch
 from torch import nn
 
-from shards.artifacts import (
-    codec_fingerprint,
-    load_tokenizer,
-    mel_fingerprint,
-    resolve,
-    tokenizer_fingerprint,
-    weights_fingerprint,
-)
+from shards.artifacts import codec_fingerprint, load_tokenizer, mel_fingerprint, resolve, tokenizer_fingerprint
 from shards.config import SequenceSection, to_toml
 from shards.errors import PipelineError
 from shards.manifest import Fingerprints
@@ -48,8 +41,17 @@ from train.model.lora import lora_parameters, trainable_table
 from train.model.loss import LossTerms
 from train.optim import make_optimizer
 from train.run_folder import checkpoint, checkpoint_folders
+from train.run_folder.identity import (
+    Identity,
+    check_identity,
+    find_model_files,
+    log_changes,
+    make_identity,
+    read_identity,
+)
 from train.run_folder.metrics import Metrics, console_line, held_out_history, log, open_log, start_wandb
-from train.run_folder.start import begin_run, find_start, hold_run, make_identity, require_one_folder
+from train.run_folder.start import begin_run, find_start, hold_run, require_one_folder
+from train.run_folder.state import load_state
 from train.signals import Stopped, StopSignal
 from train.step import StepClock, StepSettings, garbage_collection_paused, train_step
 from train.world import World, join, leave, release_frames, shorten_timeout
@@ -156,6 +158,7 @@ def set_up(
     codec_dir = resolve(asked.model.codec, asked.model.codec_revision, "model.codec")
     expected = Fingerprints(codec_fingerprint(codec_dir), tokenizer_fingerprint(base_dir), mel_fingerprint())
     conditioning = source.check(expected, decide_conditioning(asked.sequence, asked.features, base_dir))
+    model_files = find_model_files(base_dir, codec_dir, conditioning)
     sequence = msgspec.structs.replace(asked.sequence, conditioning=conditioning.name)
     builder = SequenceBuilder(load_tokenizer(base_dir), sequence)
 
@@ -168,6 +171,13 @@ def set_up(
 
     # 3. The plan: every epoch follows from lengths, seed and pack budget. "auto" is measured when the model is here.
     wanted = wanted_budget(asked.train, start_from)
+
+    def identify(config: TrainConfig) -> Identity:
+        return make_identity(config, model_files, source.digest, source.validation_digest, PLAN_VERSION)
+
+    if start_from:  # before anything of another run is planned or written
+        assert wanted, "a run that goes on has its budget"
+        check_identity(start_from, identify(with_budget(asked, sequence, Budget(wanted, recomputes=False))))
     if wanted:
         prepare(source, builder, wanted, run_dir, world)
     wandb_run = None
@@ -182,7 +192,7 @@ def set_up(
 
     # 5. Memory: what a step needs is measured; a budget that does not fit ends here. Nothing is "auto" from here on.
     budget = find_budget(model, source.heaviest_packs(builder), asked, world, wanted)
-    config = final_config(asked, sequence, budget)
+    config = with_budget(asked, sequence, budget)
     if not wanted:
         prepare(source, builder, budget.batch_tokens, run_dir, world)
     held_out = source.held_out(world)
@@ -202,9 +212,11 @@ def set_up(
         return None
 
     # 7. Resume, or begin.
-    identity = make_identity(config, source.digest, weights_fingerprint(base_dir), PLAN_VERSION)
-    step = checkpoint.restore(start_from, model, optimizer, identity) if start_from else 0
-    world.require_equal({"the first step": str(step), "the base model": identity.model_weights})
+    identity = identify(config)
+    step = load_state(start_from, model, optimizer) if start_from else 0
+    if start_from and world.is_first:
+        log_changes(start_from, config)
+    world.require_equal({"the first step": str(step), **model_files.named()})
     num_listened = config.train.listening_samples if world.is_first else 0
     with waiting():
         listened = source.listening_samples(num_listened) if num_listened else []
@@ -321,7 +333,7 @@ def open_source(location: str, section: TrainSection) -> Source:
     return PlannedSource(location, section) if section.loader == "plan" else StreamedSource(location, section)
 
 
-def final_config(asked: TrainConfig, sequence: SequenceSection, budget: Budget) -> TrainConfig:
+def with_budget(asked: TrainConfig, sequence: SequenceSection, budget: Budget) -> TrainConfig:
     """What was asked for with every "auto" decided."""
     section = msgspec.structs.replace(
         asked.train,
@@ -335,7 +347,7 @@ def wanted_budget(section: TrainSection, start_from: Path | None) -> int | None:
     """Tokens per pack as asked for; "auto" in a run that goes on is what it was before. None: to be found."""
     if section.batch_tokens != "auto":
         return section.batch_tokens
-    return checkpoint_folders.read_identity(start_from).batch_tokens if start_from else None
+    return read_identity(start_from).batch_tokens if start_from else None
 
 
 def prepare(source: Source, builder: SequenceBuilder, batch_tokens: int, run_dir: Path, world: World) -> None:

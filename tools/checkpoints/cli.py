@@ -91,12 +91,15 @@ def validate(checkpoint: Path, as_json: bool) -> None:
 @click.argument("run", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @LAYOUT
-def merge(run: Path, out: Path, layout: Layout) -> None:
+@click.option("--base", help="Where its base lies now, if not where config.toml says: folder or hub id.")
+@click.option("--codec", help="The same of its codec.")
+@click.option("--whisper", help="The same of its Whisper tower, if the base has none.")
+def merge(run: Path, out: Path, layout: Layout, base: str | None, codec: str | None, whisper: str | None) -> None:
     """Merge the newest checkpoint of RUN (or a checkpoint folder) into its base model and write OUT."""
     with explained():
-        from tools.checkpoints.merge import merge_checkpoint
+        from tools.checkpoints.merge import MovedTo, merge_checkpoint
 
-        step = merge_checkpoint(run, out, layout)
+        step = merge_checkpoint(run, out, layout, MovedTo(base, codec, whisper))
     model = shlex.quote(str(out))
     print_line(f"merged step {step} into {out}; next: speak {model} --reference WAV --reference-text TEXT --text TEXT")
 

@@ -6,6 +6,7 @@ says how prompts must be built and which codec its codes belong to, so that spee
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from tools.checkpoints.model_folder import Layout
 
 
+NAME_THEM = "name those it was trained with: --base, --codec, --whisper"
+
+
 class CheckpointConfig(msgspec.Struct, frozen=True, kw_only=True):
     """The sections of a checkpoint's config.toml that a merged model must remember."""
 
@@ -25,8 +29,28 @@ class CheckpointConfig(msgspec.Struct, frozen=True, kw_only=True):
     sequence: SequenceSection
 
 
-def merge_checkpoint(run: Path, out: Path, layout: Layout = "native") -> int:
-    """Write the merged model folder; returns the step it comes from. Raises CheckpointError."""
+@dataclass(frozen=True)
+class MovedTo:
+    """Where base, codec and Whisper tower lie now; None: where the checkpoint's config.toml says."""
+
+    base: str | None = None
+    codec: str | None = None
+    whisper: str | None = None
+
+    def applied(self, config: CheckpointConfig) -> CheckpointConfig:
+        model, features = config.model, config.features
+        if self.base:
+            model = msgspec.structs.replace(model, base=self.base, revision="")
+        if self.codec:
+            model = msgspec.structs.replace(model, codec=self.codec, codec_revision="")
+        if self.whisper:
+            features = msgspec.structs.replace(features, whisper_model=self.whisper, whisper_revision="")
+        return msgspec.structs.replace(config, model=model, features=features)
+
+
+def merge_checkpoint(run: Path, out: Path, layout: Layout = "native", moved_to: MovedTo = MovedTo()) -> int:
+    """Write the merged model folder; returns the step it comes from. Raises CheckpointError, also where base, codec,
+    tokenizer or tower are not those that the checkpoint was trained with."""
     import dataclasses
 
     from shards.artifacts import codec_fingerprint, resolve
@@ -37,6 +61,7 @@ def merge_checkpoint(run: Path, out: Path, layout: Layout = "native") -> int:
     from train.model.lora import load_adapter
     from train.model.weights import load_model, stored_dtype
     from train.run_folder.checkpoint_folders import damage, read_step
+    from train.run_folder.identity import check_model_files, find_model_files
 
     # 1. The checkpoint, and the base it was trained on.
     folder = find_checkpoint(run)
@@ -45,10 +70,13 @@ def merge_checkpoint(run: Path, out: Path, layout: Layout = "native") -> int:
     faults = damage(folder)
     if faults:
         raise CheckpointError(f"{folder}: damaged: {faults[0]}; give a sound checkpoint's folder (`checkpoints list`)")
-    config = read_config(CheckpointConfig, require_config(folder / "config.toml"))
+    config = moved_to.applied(read_config(CheckpointConfig, require_config(folder / "config.toml")))
     base_dir = resolve(config.model.base, config.model.revision, "model.base")
     codec_dir = resolve(config.model.codec, config.model.codec_revision, "model.codec")
     conditioning = decide_conditioning(config.sequence, config.features, base_dir)
+    check_model_files(
+        folder, find_model_files(base_dir, codec_dir, conditioning), config.model, config.features, NAME_THEM
+    )
 
     # 2. Base + adapter, in the base's own dtype.
     model = load_model(base_dir, stored_dtype(base_dir), conditioning=conditioning)

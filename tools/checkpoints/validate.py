@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from shards.artifacts import resolve, weights_fingerprint
+from shards.artifacts import resolve
 from shards.config import read_config
 from shards.errors import PipelineError
 from shards.sequence import CODEBOOK_SIZE
@@ -28,7 +28,8 @@ from train.model.attention import Documents
 from train.model.conditioning import Conditioning, decide_conditioning
 from train.model.lora import file_name, group_of, load_adapter
 from train.model.weights import empty_model, load_model, stored_dtype
-from train.run_folder.checkpoint_folders import damage, read_identity, read_step
+from train.run_folder.checkpoint_folders import damage, read_step
+from train.run_folder.identity import find_model_files, model_differences, read_identity
 from train.run_folder.state import TENSORS
 
 if TYPE_CHECKING:
@@ -93,13 +94,19 @@ class _Checkpoint:
         return f"{read_step(self._folder)} finished steps"
 
     def check_base(self) -> str:
-        base, _ = self._base()
-        trained_on, found = read_identity(self._folder).model_weights, weights_fingerprint(base)
-        if not trained_on:
-            return f"{base} (the checkpoint does not say which weights it was trained on)"
-        if trained_on != found:
-            raise Failed(f"{base} holds weights {found[:16]}, the adapter was trained on {trained_on[:16]}")
-        return f"{base}, weights {found[:16]}"
+        """Weights, tokenizer, codec and tower, by the fingerprints that the checkpoint keeps."""
+        config = read_config(CheckpointConfig, require_config(self._folder / "config.toml"))
+        base, conditioning = self._base()
+        codec_dir = resolve(config.model.codec, config.model.codec_revision, "model.codec")
+        found = find_model_files(base, codec_dir, conditioning)
+        trained_on = read_identity(self._folder).model
+        differing = [
+            f"{what} of {key} is {now}, trained with {was}"
+            for what, key, was, now in model_differences(trained_on, found)
+        ]
+        if differing:
+            raise Failed(f"{base}: {_some(differing)}")
+        return f"{base}, fingerprint {found.base[:16]}"
 
     def check_shapes(self) -> str:
         base, conditioning = self._base()

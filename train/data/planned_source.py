@@ -51,6 +51,7 @@ class PlannedSource:
             self.reader = SampleReader(Path(location))
         self.digest = self.dataset.digest
         self._validation = validation_source(section)
+        self.validation_digest = self._validation.digest if self._validation else ""
         self._held_out: np.ndarray | None = None  # speakers
 
     def check(self, expected: Fingerprints, conditioning: Conditioning) -> Conditioning:

@@ -41,6 +41,7 @@ class Source(Protocol):
     """Training data. Methods below `prepare` may be called only after it."""
 
     digest: str  # of the data set, or of the list of shards of a stream
+    validation_digest: str  # of the data set in train.validation_data; "" without
     total_steps: int  # known after `prepare`
 
     def check(self, expected: Fingerprints, conditioning: Conditioning) -> Conditioning:

@@ -77,6 +77,7 @@ class StreamedSource:
         self.urls = shard_urls(location)
         self.digest = hashlib.sha256("\n".join(self.urls).encode()).hexdigest()
         self._validation = validation_source(section)
+        self.validation_digest = self._validation.digest if self._validation else ""
 
     def check(self, expected: Fingerprints, conditioning: Conditioning) -> Conditioning:
         """Hold fingerprints against the model where there are any: foreign shards have none."""

@@ -32,15 +32,14 @@ from shards.errors import CheckpointError
 from shards.writer import sync_folder, write_bytes, write_json
 from train.model.lora import save_adapter
 from train.run_folder.checkpoint_folders import (
-    Identity,
     best_checkpoint,
-    check_identity,
     digests,
     mark_best,
     move_away,
     own_checkpoints,
 )
-from train.run_folder.state import gather_state, load_state, write_state
+from train.run_folder.identity import IDENTITY, Identity
+from train.run_folder.state import gather_state, write_state
 from train.world import World
 
 log = logging.getLogger("train")
@@ -123,7 +122,7 @@ class Checkpoints:
             raise
 
     def _complete(self, partial: Path, folder: Path, metrics: dict[str, float]) -> None:
-        write_json(partial / "identity.json", self._identity)
+        write_json(partial / IDENTITY, self._identity)
         write_json(partial / "metrics.json", metrics)
         write_bytes(partial / "config.toml", self._config_toml.encode())
         _sync_tree(partial)
@@ -163,15 +162,6 @@ def reason(error: BaseException) -> str:
     """The first line of what went wrong."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
-
-
-def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, identity: Identity) -> int:
-    """Load weights and optimizer; returns the number of finished steps. Every rank must call this.
-
-    Raises CheckpointError when the checkpoint belongs to another run, naming both values, or cannot be read.
-    """
-    check_identity(folder, identity)
-    return load_state(folder, model, optimizer)
 
 
 def _sync_tree(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoint folders of a run: which are complete, undamaged, the best, and of this very run.
+"""Checkpoint folders of a run: which are complete, undamaged, and the best.
 
 In: RUN, or one folder of it as `checkpoint.py` writes them. Out: paths and facts. The step stands in the checkpoint, since
 people copy and rename folders. What a run does by itself (go on, remove the oldest) it does with folders named
@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 
 from shards.errors import CheckpointError
-from shards.manifest import read_record
 
 if TYPE_CHECKING:
     from train.world import World
@@ -226,44 +225,3 @@ def mark_best(run_dir: Path, folder: Path, metrics: dict[str, float]) -> None:
     link.unlink(missing_ok=True)
     link.symlink_to(folder.relative_to(run_dir))
     link.replace(run_dir / "best")
-
-
-# --- whose checkpoint -----------------------------------------------------------------------------------------------
-
-
-class Identity(msgspec.Struct, frozen=True, kw_only=True):
-    """What must be equal for a run to go on: another value means another run."""
-
-    dataset_digest: str
-    model_base: str
-    model_weights: str = ""  # their fingerprint; "" in checkpoints written before it was kept
-    lora: dict[str, Any]
-    seed: int
-    batch_tokens: int
-    packs_per_step: int
-    max_supervised_tokens: int
-    max_references: int
-    shuffle_window: int
-    order: str
-    plan_version: int
-    loader: str
-    validation_fraction: float
-    layout: str
-    conditioning: str = "codes"
-
-
-def read_identity(folder: Path) -> Identity:
-    """What a checkpoint's run is made of. Raises ShardError when the file is not readable."""
-    return read_record(folder / "identity.json", Identity)
-
-
-def check_identity(folder: Path, now: Identity) -> None:
-    """Raises CheckpointError naming both values where a checkpoint's run is another one than this."""
-    before, after = msgspec.to_builtins(read_identity(folder)), msgspec.to_builtins(now)
-    differing = [
-        f"{name} was {before[name]!r}, is {after[name]!r}" for name in before if before[name] not in ("", after[name])
-    ]
-    if differing:
-        raise CheckpointError(
-            f"{folder}: belongs to another run: {'; '.join(differing)}; restore those settings or give a new RUN folder"
-        )

@@ -1,8 +1,8 @@
 """The run directory as a run begins: whether all ranks see it, where to start from, and what is left in it.
 
-In: RUN and the configuration. Out: the checkpoint to go on from, who this run is (`Identity`), config.toml and
-environment.json. The surprising check: ranks on several nodes must see one RUN, because a checkpoint is written by all of
-them; a folder on each node's own disk would look well until the first resume.
+In: RUN and the configuration. Out: the checkpoint to go on from, config.toml and environment.json. The surprising check:
+ranks on several nodes must see one RUN, because a checkpoint is written by all of them; a folder on each node's own disk
+would look well until the first resume.
 """
 
 from __future__ import annotations
@@ -98,31 +98,6 @@ def find_start(run_dir: Path, resume: str, world: World) -> Path | None:
     if resume == "never" and checkpoint_folders.checkpoint_folders(run_dir):
         raise CheckpointError(f"{run_dir}: holds checkpoints of another run; give a new RUN folder or --resume auto")
     return checkpoint_folders.newest_sound(run_dir, world)
-
-
-def make_identity(
-    config: TrainConfig, dataset_digest: str, model_weights: str, plan_version: int
-) -> checkpoint_folders.Identity:
-    batch_tokens = config.train.batch_tokens
-    assert batch_tokens != "auto", "settled before"
-    return checkpoint_folders.Identity(
-        dataset_digest=dataset_digest,
-        model_base=config.model.base,
-        model_weights=model_weights,
-        lora=msgspec.to_builtins(config.lora),
-        seed=config.train.seed,
-        batch_tokens=batch_tokens,
-        packs_per_step=config.train.packs_per_step,
-        max_supervised_tokens=config.train.max_supervised_tokens,
-        max_references=config.train.max_references,
-        shuffle_window=config.train.shuffle_window,
-        order=config.train.order,
-        plan_version=plan_version,
-        loader=config.train.loader,
-        validation_fraction=config.train.validation_fraction,
-        layout=config.sequence.layout,
-        conditioning=config.sequence.conditioning,
-    )
 
 
 def begin_run(config: TrainConfig, run_dir: Path, step: int, world: World, wandb_run: Any) -> Metrics:
