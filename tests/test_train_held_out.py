@@ -90,10 +90,15 @@ def test_one_speaker_cannot_be_split():
         choose_speakers(index_of([30]), 0, 0.1)
 
 
-def test_training_does_not_notice_an_evaluation(dataset, configure, tmp_path):
-    """With dropout, so that random numbers count; the validation set is the same data, so both runs train on all of it."""
+def test_training_does_not_notice_an_evaluation(dataset, configure, tmp_path, make_dataset, make_sample):
+    """With dropout, so that random numbers count; the validation set is another one, so both runs train on the same data."""
+    held_out = make_dataset(
+        tmp_path / "held-out", [make_sample(seed, 6, 9 + seed, "another") for seed in range(20, 28)]
+    )
     train(configure(), dataset, tmp_path / "without", RunOptions())
-    train(configure(f"train.validation_data={dataset}", "train.eval_every=2"), dataset, tmp_path / "with", RunOptions())
+    train(
+        configure(f"train.validation_data={held_out}", "train.eval_every=2"), dataset, tmp_path / "with", RunOptions()
+    )
     without, with_ = history(tmp_path / "without"), history(tmp_path / "with")
     assert [line["loss/total_loss"] for line in with_] == [line["loss/total_loss"] for line in without]
     assert [line["metrics/grad_norm"] for line in with_] == [line["metrics/grad_norm"] for line in without]

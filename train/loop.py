@@ -18,7 +18,7 @@ from torch import nn
 
 from shards.artifacts import codec_fingerprint, load_tokenizer, mel_fingerprint, resolve, tokenizer_fingerprint
 from shards.config import SequenceSection, to_toml
-from shards.errors import PipelineError
+from shards.errors import ConfigError, PipelineError
 from shards.manifest import Fingerprints
 from shards.sequence import SequenceBuilder
 from train import preflight
@@ -165,6 +165,7 @@ def set_up(
     # 2. The run directory, and where to start from.
     open_log(run_dir, world.rank)
     require_one_folder(run_dir, world)
+    require_apart(source, world)
     start_from = find_start(run_dir, options.resume, world)
     log.info("layout %s, %s", sequence.layout, conditioning)
     log.info("%s", world)
@@ -348,6 +349,18 @@ def wanted_budget(section: TrainSection, start_from: Path | None) -> int | None:
     if section.batch_tokens != "auto":
         return section.batch_tokens
     return read_identity(start_from).batch_tokens if start_from else None
+
+
+def require_apart(source: Source, world: World) -> None:
+    """Held-out data are not trained on; the first rank looks for all. Raises ConfigError. Every rank must call this."""
+    problem = ""
+    if world.is_first:
+        try:
+            source.require_apart()
+        except PipelineError as error:
+            problem = str(error)
+    if problem := world.gather(problem)[0]:
+        raise ConfigError(problem)
 
 
 def prepare(source: Source, builder: SequenceBuilder, batch_tokens: int, run_dir: Path, world: World) -> None:

@@ -27,6 +27,7 @@ from train.data.loader import LoadedPack, LoaderShare, load_planned_packs, read_
 from train.data.plan import Keep, Planner, PlanSettings
 from train.data.remote import CachedReader, RemoteShards, is_remote
 from train.data.source import HeldOut
+from train.data.validation_overlap import OpenData, require_apart
 from train.data.validation_split import choose_samples, choose_speakers, of_speakers
 from train.model.batch import PackedBatch
 from train.model.conditioning import Conditioning, fit_to_shards
@@ -41,6 +42,7 @@ class PlannedSource:
     def __init__(self, location: str, section: TrainSection) -> None:
         """Raises ShardError when there is no data set."""
         self._section = section
+        self._location = location
         self._remote: RemoteShards | None = None
         if is_remote(location):
             self._remote = RemoteShards(location, Path(section.cache_dir), int(section.cache_gb * 1e9))
@@ -61,6 +63,13 @@ class PlannedSource:
         if self._validation and self._validation.check(expected, conditioning).runs_tower:
             return conditioning  # held-out shards hold mels, whatever those trained on hold: the tower is needed
         return settled
+
+    def require_apart(self) -> None:
+        if self._validation:
+            require_apart(self.open_data(), self._validation.open_data())
+
+    def open_data(self) -> OpenData:
+        return OpenData(self._location, self.dataset, self.index, None if self._remote else self.reader)
 
     def heaviest_packs(self, builder: SequenceBuilder) -> PackSource:
         """Packs to measure memory with, before anything is planned."""

@@ -48,6 +48,10 @@ class Source(Protocol):
         """Refuse data that was not made for this model; settle what the reference enters as. Raises ShardError."""
         ...
 
+    def require_apart(self) -> None:
+        """Refuse held-out data that are trained on as well, and warn of common speakers. Raises ConfigError."""
+        ...
+
     def heaviest_packs(self, builder: SequenceBuilder) -> PackSource:
         """Packs to measure memory with, before anything is planned."""
         ...

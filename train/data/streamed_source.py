@@ -49,6 +49,7 @@ from train.data.loader import (
 from train.data.packing import OPEN_PACKS, OnlinePacks
 from train.data.planned_source import plan_settings, validation_source
 from train.data.source import HeldOut
+from train.data.validation_overlap import data_of_shards, require_apart
 from train.model.batch import PackedBatch
 from train.model.conditioning import Conditioning
 from train.world import ALONE, World
@@ -86,6 +87,15 @@ class StreamedSource:
         if self._validation:
             self._validation.check(expected, conditioning)
         return conditioning
+
+    def require_apart(self) -> None:
+        """Of shards that stage one made here; foreign ones say nothing about what is in them."""
+        if self._validation:
+            known = data_of_shards(self.urls)
+            for data in known:
+                require_apart(data, self._validation.open_data())
+            if not known:
+                log.info("train.validation_data is not compared with the stream: its shards have no index")
 
     def heaviest_packs(self, builder: SequenceBuilder) -> PackSource:
         """Packs to measure memory with: of the first sound samples, in the order of the list."""

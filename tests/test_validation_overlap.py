@@ -1,0 +1,184 @@
+"""train.validation_data against the data trained on: the same set, common audio, common voices, and sound ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import shutil
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from shards.errors import ConfigError
+from shards.sample import Sample
+from train.config import TrainSection
+from train.data.planned_source import PlannedSource
+from train.data.streamed_source import StreamedSource
+from train.data.validation_overlap import look_alikes
+from train.loop import RunOptions, train
+
+
+@pytest.fixture(scope="module")
+def samples(make_sample) -> list[Sample]:
+    return [make_sample(seed, 5 + seed, 8 + seed, speaker=f"speaker-{seed % 4}") for seed in range(12)]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory, make_dataset, samples) -> Path:
+    return make_dataset(tmp_path_factory.mktemp("trained"), samples)
+
+
+@pytest.fixture
+def compare(dataset, make_dataset, tmp_path, caplog):
+    """A function held-out samples -> log text of the comparison with `dataset`."""
+    logging.getLogger("train").propagate = True
+    caplog.set_level(logging.INFO)
+
+    def compare(held_out: list[Sample]) -> str:
+        folder = make_dataset(tmp_path / "held-out", held_out)
+        PlannedSource(str(dataset), section(folder)).require_apart()
+        return caplog.text
+
+    return compare
+
+
+def section(folder: Path, **values) -> TrainSection:
+    return TrainSection(batch_tokens=700, packs_per_step=1, validation_data=str(folder), **values)
+
+
+def by(sample: Sample, speaker: str) -> Sample:
+    return dataclasses.replace(sample, facts=msgspec.structs.replace(sample.facts, speaker=speaker))
+
+
+def turned(sample: Sample) -> Sample:
+    """Another row of the same list: reference and target change places, with their texts."""
+    facts = sample.facts
+    swapped = msgspec.structs.replace(
+        facts,
+        reference=facts.target,
+        target=facts.reference,
+        texts=[facts.texts[0], facts.texts[3], facts.texts[2], facts.texts[1]],
+        text_token_counts=[facts.text_token_counts[i] for i in (0, 3, 2, 1)],
+    )
+    ids = np.concatenate([sample.text_item_ids(i) for i in (0, 3, 2, 1)])
+    return dataclasses.replace(
+        sample,
+        facts=swapped,
+        text_ids=ids,
+        reference_codes=sample.target_codes,
+        target_codes=sample.reference_codes,
+    )
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_the_training_set_is_not_held_out_data(dataset, short_config, tmp_path, copied):
+    place = shutil.copytree(dataset, tmp_path / "copy") if copied else dataset
+    config = short_config(f"train.validation_data={place}")
+    with pytest.raises(
+        ConfigError, match=r"validation_data = .* is the data set that is trained on \(12 samples"
+    ) as told:
+        train(config, dataset, tmp_path / "run", RunOptions())
+    assert "give another one, or hold out speakers of this one with train.validation_fraction" in str(told.value)
+
+
+def test_common_audio_is_refused_with_count_and_example(compare, samples, make_sample):
+    others = [make_sample(seed, speaker="other") for seed in range(50, 55)]
+    with pytest.raises(
+        ConfigError, match=r"at least 2 clips of it are trained on .*sample 000000000003\), held out"
+    ) as told:
+        compare([*others, *samples[3:5]])
+    assert "run preprocess again" in str(told.value)
+
+
+def test_common_audio_is_found_under_another_speaker(compare, samples):
+    with pytest.raises(ConfigError, match="at least 1 clips of it are trained on"):
+        compare([by(samples[7], "somebody else")])
+
+
+def test_a_reference_that_was_a_target_is_common_audio(compare, samples):
+    with pytest.raises(ConfigError, match="at least 2 clips of it are trained on"):
+        compare([turned(samples[7])])
+
+
+def test_common_references_and_speakers_are_warned_of(compare, samples, make_sample):
+    """A speaker's one prompt in both sets: nothing that is learned is held out."""
+    other = make_sample(60, 5, 40, speaker="speaker-1")
+    facts, first = other.facts, samples[1]
+    texts = [facts.texts[0], first.facts.texts[1], *facts.texts[2:]]
+    counts = [facts.text_token_counts[0], first.facts.text_token_counts[1], *facts.text_token_counts[2:]]
+    ids = np.concatenate(
+        [other.text_item_ids(0), first.text_item_ids(1), other.text_item_ids(2), other.text_item_ids(3)]
+    )
+    shared = dataclasses.replace(
+        other,
+        facts=msgspec.structs.replace(facts, texts=texts, text_token_counts=counts, reference=first.facts.reference),
+        text_ids=ids,
+        reference_codes=first.reference_codes,
+    )
+    said = compare([shared, make_sample(61, speaker="new"), make_sample(62, speaker="new")])
+    assert "at least 1 reference clips are also references of training" in said
+    assert "1 of its 2 speakers, with 1 of its 3 samples, are trained on as well: speaker-1; their losses" in said
+
+
+def test_samples_of_equal_lengths_are_not_taken_for_the_same(compare, samples):
+    """Same speaker, lengths and texts, other codes."""
+    rng = np.random.default_rng(1)
+    others = [
+        dataclasses.replace(
+            sample,
+            target_codes=rng.integers(0, 1024, sample.target_codes.shape).astype(np.uint16),
+            reference_codes=rng.integers(0, 1024, sample.reference_codes.shape).astype(np.uint16),
+        )
+        for sample in samples
+    ]
+    assert "4 of its 4 speakers, with 12 of its 12 samples" in compare(others)
+
+
+def test_sound_held_out_data_are_not_remarked_on(compare, make_sample):
+    assert compare([make_sample(seed, speaker="new") for seed in range(70, 74)]) == ""
+
+
+def test_a_stream_is_compared_by_the_data_set_its_shards_lie_in(dataset, samples, make_dataset, tmp_path):
+    held_out = make_dataset(tmp_path / "held-out", [samples[2]])
+    stream = {"loader": "stream", "max_steps": 2}
+    tars = str(dataset / "shards" / "*" / "*.tar")
+    for location, folder, told in (
+        (tars, dataset, "is the data set that is trained on"),
+        (dataset, held_out, "1 clips"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            StreamedSource(str(location), section(folder, **stream)).require_apart()
+
+
+def test_foreign_shards_are_told_not_to_be_compared(dataset, samples, make_dataset, tmp_path, caplog):
+    logging.getLogger("train").propagate = True
+    caplog.set_level(logging.INFO)
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    shutil.copy(next(dataset.rglob("*.tar")), foreign / "a.tar")
+    held_out = make_dataset(tmp_path / "held-out", [samples[2]])
+    StreamedSource(str(foreign), section(held_out, loader="stream", max_steps=2)).require_apart()
+    assert "not compared with the stream" in caplog.text
+
+
+def test_nothing_is_read_behind_a_url_and_that_is_told(dataset, samples, make_dataset, tmp_path, http_server, caplog):
+    logging.getLogger("train").propagate = True
+    address = http_server(dataset)
+    held_out = make_dataset(tmp_path / "held-out", [samples[2]])
+    PlannedSource(address, section(held_out, cache_dir=str(tmp_path / "cache"))).require_apart()
+    assert "1 training samples have speaker and lengths of held-out ones" in caplog.text
+    assert not [path for path in http_server.gets if path.endswith(".tar")]
+
+
+def test_look_alikes_beyond_one_chunk_are_found(monkeypatch, dataset):
+    import train.data.validation_overlap as module
+
+    index = PlannedSource(str(dataset), TrainSection()).index
+    whole, _ = look_alikes(index, index[9:11])
+    monkeypatch.setattr(module, "CHUNK", 5)
+    chunked, _ = look_alikes(index, index[9:11])
+    assert whole.tolist() == chunked.tolist()
+    assert {9, 10} <= set(whole[:2].tolist())
+    assert look_alikes(index, index[:0])[0].tolist() == []
