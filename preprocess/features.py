@@ -18,7 +18,9 @@ from shards.mel import NUM_FRAMES, num_rows, num_stored_frames, rebuild_mel
 
 def stored_mel(wave: np.ndarray) -> tuple[np.ndarray, float]:
     """wave [n] float32 at 16 kHz, at most 30 s -> (frames [128, ceil(n / 160) + 2] float32, floor)."""
-    features = _extractor()(wave, sampling_rate=16000, return_tensors="np")["input_features"][0]
+    features = _extractor()(wave, sampling_rate=WHISPER_FEATURES["sampling_rate"], return_tensors="np")[
+        "input_features"
+    ][0]
     assert features.shape == (WHISPER_FEATURES["feature_size"], NUM_FRAMES), features.shape
     return features[:, : num_stored_frames(len(wave))], float(features[:, -1].min())
 

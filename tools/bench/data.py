@@ -139,7 +139,9 @@ def write_data(work: Path, num_samples: int) -> None:
     import soundfile
 
     from shards.artifacts import load_tokenizer
+    from shards.encoders.codec import HOP
     from shards.index import read_index
+    from shards.sequence import SAMPLE_RATE
     from shards.writer import sample_key, shard_path, write_shard
     from tools.tiny.cli import write_tiny
 
@@ -147,10 +149,10 @@ def write_data(work: Path, num_samples: int) -> None:
     tokenizer = load_tokenizer(work / "model")
     rng = np.random.default_rng(0)
     per_shard = -(-num_samples // 2)
-    noise = (0.1 * rng.standard_normal(20 * 24000)).astype(np.float32)
+    noise = (0.1 * rng.standard_normal(20 * SAMPLE_RATE)).astype(np.float32)
     (work / "waves").mkdir()
     for number in range(per_shard * 2):
-        soundfile.write(work / "waves" / f"{number}.wav", noise[: int(frames(rng, 1)[0]) * 960], 24000)
+        soundfile.write(work / "waves" / f"{number}.wav", noise[: int(frames(rng, 1)[0]) * HOP], SAMPLE_RATE)
     for shard in range(2):
         keys = [sample_key(shard, number) for number in range(per_shard)]
         write_shard(work, shard, (random_sample(rng, tokenizer, key) for key in keys), [])
@@ -161,6 +163,7 @@ def write_data(work: Path, num_samples: int) -> None:
 def random_sample(rng: np.random.Generator, tokenizer: Any, key: str) -> Any:
     import msgspec
 
+    from shards.artifacts import WHISPER_FEATURES
     from shards.cloning import cloning_sample
     from shards.sample import MelFacts, compress, write_npy
 
@@ -170,7 +173,7 @@ def random_sample(rng: np.random.Generator, tokenizer: Any, key: str) -> Any:
     sample = cloning_sample(
         tokenizer, texts[0], codes[0], texts[1], codes[1], key=key, speaker=f"speaker-{rng.integers(20)}"
     )
-    facts = msgspec.structs.replace(sample.facts, mel=MelFacts(int(16000 * MEL_S), 0.0))
+    facts = msgspec.structs.replace(sample.facts, mel=MelFacts(int(WHISPER_FEATURES["sampling_rate"] * MEL_S), 0.0))
     return replace(sample, facts=facts, reference_mel_zst=compress(write_npy(mel)))
 
 
@@ -250,9 +253,11 @@ def load_online(work: str, batch_tokens: str) -> dict[str, float]:
 
     from shards.artifacts import WHISPER_FEATURES
     from shards.encoders.codec import load_codec
+    from shards.sequence import SAMPLE_RATE
 
     torch.set_num_threads(1)
     codec, mels = load_codec(Path(work) / "codec"), WhisperFeatureExtractor(**WHISPER_FEATURES)  # pyright: ignore[reportArgumentType]
+    whisper_rate = WHISPER_FEATURES["sampling_rate"]
     waves = sorted((Path(work) / "waves").iterdir())[:24]
 
     def samples() -> Iterator[tuple[int, int, int]]:
@@ -262,8 +267,8 @@ def load_online(work: str, batch_tokens: str) -> dict[str, float]:
                 wave, _ = soundfile.read(path, dtype="float32")
                 num_frames += codec.encode(wave).shape[-1]
             wave, _ = soundfile.read(reference, dtype="float32")
-            low = torchaudio.functional.resample(torch.from_numpy(wave), 24000, 16000)
-            mels(low.numpy(), sampling_rate=16000)
+            low = torchaudio.functional.resample(torch.from_numpy(wave), SAMPLE_RATE, whisper_rate)
+            mels(low.numpy(), sampling_rate=whisper_rate)
             yield 1, num_frames, num_frames
 
     return timed(samples(), 24, workers_too=False)

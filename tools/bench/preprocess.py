@@ -162,13 +162,14 @@ def write_full_codec(folder: Path) -> None:
     from safetensors.torch import save_file
 
     from shards.encoders.codec import codec_model, native_config, native_tensors
+    from shards.sequence import SAMPLE_RATE
     from tools.tiny.codec import RATIOS
 
     config = native_config(
         {
             "D": 256,
             "ratios": RATIOS,
-            "sample_rate": 24000,
+            "sample_rate": SAMPLE_RATE,
             "bins": 1024,
             "n_q": 8,
             "target_bandwidths": [0.5, 1, 1.5, 2],
@@ -228,11 +229,12 @@ def bench_codec(folder: Path, seconds: float = 5.0, repeats: int = 3) -> dict[st
     import torch
 
     from shards.encoders.codec import load_codec
+    from shards.sequence import SAMPLE_RATE
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     codec = load_codec(folder)
-    wave = (0.1 * np.random.default_rng(0).standard_normal(int(seconds * 24000))).astype(np.float32)
+    wave = (0.1 * np.random.default_rng(0).standard_normal(int(seconds * SAMPLE_RATE))).astype(np.float32)
     model = codec._model
     batch = torch.from_numpy(wave)[None, None]
     with torch.inference_mode():
