@@ -33,8 +33,8 @@ def pending_shards(out: Path, job: Job) -> list[int]:
 
 def missing_part(out: Path, shard: int) -> str | None:
     """What a shard lacks, by sizes alone (`finalize` reads every byte); None for one that is there."""
-    if told := _marker_fault(out, shard):
-        return told
+    if fault := _marker_fault(out, shard):
+        return fault
     tar_path = shard_path(out, shard, ".tar")
     try:
         marker = _marker(out, shard)
@@ -77,11 +77,11 @@ def finalize(out: Path, max_reject_fraction: float | None = None) -> Dataset:
         _refuse_missing(out, job, _marker_fault)
         faults = [fault for shard in range(job.num_shards) for fault in verify(out, _marker(out, shard))]
         if faults:
-            told = "; ".join(faults[:2])  # the shard, and the first sample of it that is not readable
+            first = "; ".join(faults[:2])  # the shard, and the first sample of it that is not readable
             again = "the same `preprocess` command makes that shard again"
-            if not pending_shards(out, job):  # the sizes are right: only its marker tells `preprocess` to make it
+            if not pending_shards(out, job):  # the sizes are right: only without its marker does `preprocess` make it
                 again = f"remove its .done.json, then {again}"
-            raise ShardError(f"{len(faults)} faults: {told}; {again}")
+            raise ShardError(f"{len(faults)} faults: {first}; {again}")
         dataset = join_dataset(out, job)
         shutil.rmtree(out / "encoded", ignore_errors=True)
     return dataset
@@ -94,9 +94,9 @@ def _marker(out: Path, shard: int) -> ShardDone:
 def _refuse_missing(out: Path, job: Job, fault_of: Callable[[Path, int], str | None] = missing_part) -> None:
     missing = [shard for shard in range(job.num_shards) if fault_of(out, shard)]
     if missing:
-        told = fault_of(out, missing[0])
+        fault = fault_of(out, missing[0])
         raise ShardError(
-            f"{told}, as {len(missing)} of {job.num_shards} shards; the same `preprocess` command makes what is missing"
+            f"{fault}, as {len(missing)} of {job.num_shards} shards; the same `preprocess` command makes what is missing"
         )
 
 
@@ -171,14 +171,14 @@ def check_rejects(
     total = sum(rejects.values())
     reasons = ", ".join(f"{reason} {count}" for reason, count in rejects.items())
     first = (out / "rejects.jsonl").read_bytes().splitlines()[:1]
-    told = f"{reasons}; first: {_tell(first)}; see {out}/rejects.jsonl" if first else reasons
+    message = f"{reasons}; first: {_described(first)}; see {out}/rejects.jsonl" if first else reasons
     again = f"fix {input_path} and run the same command again (what was encoded is reused)"
     if total and total >= num_rows:
-        raise DataError(f"no usable row in {input_path}: {told}; {again}")
+        raise DataError(f"no usable row in {input_path}: {message}; {again}")
     if total > max_reject_fraction * num_rows:
         enough = min(1.0, math.ceil(1000 * total / num_rows) / 1000)
         raise DataError(
-            f"{total} of {num_rows} rows rejected, more than {REJECT_LIMIT} = {max_reject_fraction:g}: {told}; {again}, "
+            f"{total} of {num_rows} rows rejected, more than {REJECT_LIMIT} = {max_reject_fraction:g}: {message}; {again}, "
             f"{next_step}{enough:g}"
         )
 
@@ -189,7 +189,7 @@ def histogram(seconds: np.ndarray, edges_s: tuple[int, ...]) -> dict[str, int]:
     return {f"{low}-{high}": int(n) for (low, high), n in zip(itertools.pairwise(edges_s), counts, strict=True)}
 
 
-def _tell(lines: list[bytes]) -> str:
+def _described(lines: list[bytes]) -> str:
     reject = msgspec.json.decode(lines[0])
     place = f" {reject['path']}" if reject["path"] else ""
     return f"row {reject['row']}{place}: {reject['detail']}"

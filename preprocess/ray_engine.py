@@ -1,7 +1,7 @@
 """`--engine ray`: the same shard tasks on Ray core, on this machine or a cluster that shares the file system.
 
 Shards are idempotent, so a lost node or worker only repeats its shards. What Ray gives up on after its retries is made by
-the supervised local pool, which finds the row that kills its worker and leaves it out.
+the supervised local pool, which finds the row that kills its worker and skips it.
 """
 
 from __future__ import annotations

@@ -61,7 +61,6 @@ TEXT_WARNINGS = {
     "normalized_digits": "text.normalize wrote Arabic-Indic digits as ASCII",
 }
 ROLES = ("reference", "target")
-WARNINGS = {**ROLE_WARNINGS, **TEXT_WARNINGS}
 WRITTEN_WARNINGS = frozenset({f"{role}_{code}" for role in ROLES for code in ROLE_WARNINGS} | TEXT_WARNINGS.keys())
 
 

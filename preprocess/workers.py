@@ -28,7 +28,7 @@ Skip = dict[int, str]  # position in the task -> why it is skipped
 
 
 class Task(Protocol):
-    """What a worker runs: `run` reports each position before it begins it, and leaves out those in `skip`."""
+    """What a worker runs: `run` reports each position before it begins it, and skips those in `skip`."""
 
     def run(self, task: int, skip: Skip, begins: Callable[[int], None]) -> Any: ...
 

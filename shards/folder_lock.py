@@ -47,7 +47,9 @@ class Holder(msgspec.Struct, frozen=True, kw_only=True):
 
     host: str
     pid: int
-    pid_started: int  # clock ticks after the boot: tells a process from a later one with the same pid; 0 unknown
+    pid_started: (
+        int  # clock ticks after the boot: distinguishes a process from a later one with the same pid; 0 unknown
+    )
     command: str
     started: str  # ISO 8601, UTC
     share: str | None = None  # holders with the same one may be there together ...
@@ -61,19 +63,19 @@ def hold_folder(
     share: str | None = None,
     name: str | None = None,
     wait_s: float = 0.0,
-    tell: Callable[[str], None] = print_line,
+    show: Callable[[str], None] = print_line,
 ) -> Iterator[None]:
     """Hold `folder`, made if it is missing, until the block ends; alone, or together with holders of the same `share`.
 
-    Somebody who holds it is waited for `wait_s` seconds. `tell` gets one line when a dead process's lock was removed, or
+    Somebody who holds it is waited for `wait_s` seconds. `show` gets one line when a dead process's lock was removed, or
     when the file system has no flock. Raises PipelineError when somebody holds it, OSError when no file can be written
     there.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path, descriptor, ours = _acquire(folder, share, name, wait_s, tell)
+    path, descriptor, ours = _acquire(folder, share, name, wait_s, show)
     _held.add(descriptor)
     if not ours.has_flock:
-        tell(
+        show(
             f"{folder}: this file system has no flock; the lock is the file {path.name} alone, checked by host and pid"
         )
     try:
@@ -86,23 +88,23 @@ def hold_folder(
             os.close(descriptor)
 
 
-def _let_go_in_child() -> None:
+def _close_in_child() -> None:
     """A forked child would keep the lock of a parent that was killed: loader processes live some seconds longer."""
     while _held:
         os.close(_held.pop())
 
 
-os.register_at_fork(after_in_child=_let_go_in_child)
+os.register_at_fork(after_in_child=_close_in_child)
 
 
 def _acquire(
-    folder: Path, share: str | None, name: str | None, wait_s: float, tell: Callable[[str], None]
+    folder: Path, share: str | None, name: str | None, wait_s: float, show: Callable[[str], None]
 ) -> tuple[Path, int, Holder]:
     end = time.monotonic() + wait_s
     for attempt in itertools.count():
         path, descriptor, ours = _announce(folder, share, name)
         try:
-            rival = _rival(folder, path, ours, tell)
+            rival = _rival(folder, path, ours, show)
             if rival is None:
                 return path, descriptor, ours
         except BaseException:
@@ -149,7 +151,7 @@ def _withdraw(path: Path, descriptor: int) -> None:
     os.close(descriptor)
 
 
-def _rival(folder: Path, own_path: Path, ours: Holder, tell: Callable[[str], None]) -> tuple[Path, Holder] | None:
+def _rival(folder: Path, own_path: Path, ours: Holder, show: Callable[[str], None]) -> tuple[Path, Holder] | None:
     """A live holder that does not go together with ours. Files of dead ones are removed."""
     for path in sorted(folder.glob(f"{PREFIX}*")):
         if path == own_path:
@@ -157,13 +159,13 @@ def _rival(folder: Path, own_path: Path, ours: Holder, tell: Callable[[str], Non
         if path.name.startswith(f"{PREFIX}tmp."):
             _remove_if_old(path)
             continue
-        holder, alive = _look(path)
+        holder, alive = _read_holder(path)
         if holder is None:
             continue
         if not alive:
             with suppress(FileNotFoundError):
                 path.unlink()
-                tell(f"{folder}: removed the lock of a process that has ended ({_named(holder)})")
+                show(f"{folder}: removed the lock of a process that has ended ({_named(holder)})")
         elif ours.share is None or ours.share != holder.share or ours.name == holder.name:
             return path, holder
     return None
@@ -176,7 +178,7 @@ def _remove_if_old(partial: Path) -> None:
             partial.unlink()
 
 
-def _look(path: Path) -> tuple[Holder | None, bool]:
+def _read_holder(path: Path) -> tuple[Holder | None, bool]:
     """(what stands in a lock file, whether its holder lives); None for what is no lock file of ours."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)

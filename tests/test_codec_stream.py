@@ -79,14 +79,14 @@ def test_the_joined_stream_equals_the_whole_decode(codec: Codec, sizes: list[int
 
 
 def test_the_decoder_reaches_no_further_than_the_context(codec: Codec):
-    """Change one frame's codes: what sounds otherwise tells how far the decoder sees to each side."""
+    """Change one frame's codes: what sounds otherwise shows how far the decoder sees to each side."""
     codes = random_codes(2 * CONTEXT + 41)
     changed = codes.copy()
     middle = CONTEXT + 20
     changed[:, middle] = (changed[:, middle] + 511) % 1024
     difference = np.abs(codec.decode(codes) - codec.decode(changed)).reshape(-1, HOP).max(axis=1)
-    heard = np.flatnonzero(difference > 1e-7)
-    before, after = middle - heard[0], heard[-1] - middle
+    changed = np.flatnonzero(difference > 1e-7)
+    before, after = middle - changed[0], changed[-1] - middle
     print(f"the decoder reaches {before} frames ahead and {after} back")
     assert 1 <= before < CONTEXT
     assert 1 <= after < CONTEXT

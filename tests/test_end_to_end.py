@@ -81,15 +81,15 @@ def test_overfit_model_speaks_its_targets_and_stops(demo: Path, audible_dir: Pat
     for row in index:
         sample = SampleReader(demo / "shards").read(row)
         facts = sample.facts
-        codes, heard = speak_sample(demo, run_command, facts)
+        codes, spoken = speak_sample(demo, run_command, facts)
         num_frames = max(codes.shape[1], sample.target_codes.shape[1])
         shorter = min(codes.shape[1], sample.target_codes.shape[1])
         equal += int((codes[:, :shorter] == sample.target_codes[:, :shorter]).all(axis=0).sum())
         total += num_frames
-        assert len(heard) == codes.shape[1] * 960
+        assert len(spoken) == codes.shape[1] * 960
         recording = decode(Path(facts.target.path).read_bytes(), AudioLimits()).wave
-        assert snr_db(codec.decode(sample.target_codes), heard) > 15, "the codec's own reconstruction"
-        assert snr_db(recording, heard) > 10, "the recording, of which the codec keeps what is below 6 kHz"
+        assert snr_db(codec.decode(sample.target_codes), spoken) > 15, "the codec's own reconstruction"
+        assert snr_db(recording, spoken) > 10, "the recording, of which the codec keeps what is below 6 kHz"
     assert equal / total >= 0.95, f"{equal} of {total} frames are equal in all 8 codebooks"
 
 
@@ -109,11 +109,11 @@ def speak_sample(demo: Path, run_command, facts) -> tuple[np.ndarray, np.ndarray
     return np.load(demo / "codes.npy"), wave
 
 
-def snr_db(wanted: np.ndarray, heard: np.ndarray) -> float:
+def snr_db(wanted: np.ndarray, spoken: np.ndarray) -> float:
     """Signal-to-noise ratio; the shorter wave is followed by silence."""
-    length = max(len(wanted), len(heard))
-    wanted, heard = (np.pad(wave, (0, length - len(wave))) for wave in (wanted, heard))
-    return 10 * np.log10(np.square(wanted).sum() / np.square(wanted - heard).sum())
+    length = max(len(wanted), len(spoken))
+    wanted, spoken = (np.pad(wave, (0, length - len(wave))) for wave in (wanted, spoken))
+    return 10 * np.log10(np.square(wanted).sum() / np.square(wanted - spoken).sum())
 
 
 @pytest.mark.slow

@@ -82,7 +82,7 @@ def test_the_lock_of_a_killed_process_is_taken(holder, tmp_path):
     process.kill()
     process.wait()
     assert len(files(tmp_path / "out")) == 1
-    with hold_folder(tmp_path / "out", tell=lines.append):
+    with hold_folder(tmp_path / "out", show=lines.append):
         assert len(files(tmp_path / "out")) == 1
     assert files(tmp_path / "out") == []
     assert len(lines) == 1
@@ -135,11 +135,11 @@ def test_without_flock_pid_and_host_decide(holder, tmp_path, monkeypatch):
     monkeypatch.setattr(folder_lock.fcntl, "flock", without_flock)
     lines: list[str] = []
     process = holder()
-    with pytest.raises(PipelineError, match=f"pid {process.pid}"), hold_folder(out, tell=lines.append):
+    with pytest.raises(PipelineError, match=f"pid {process.pid}"), hold_folder(out, show=lines.append):
         pass
     process.kill()
     process.wait()
-    with hold_folder(out, tell=lines.append):
+    with hold_folder(out, show=lines.append):
         (own,) = out.iterdir()
         record = json.loads(own.read_bytes())
         assert record["has_flock"] is False
@@ -150,7 +150,7 @@ def test_without_flock_pid_and_host_decide(holder, tmp_path, monkeypatch):
     # Left there by: a process of this host whose pid another one has now; a process of a host we cannot ask.
     record["pid_started"] -= 1
     (out / ".lock.earlier").write_text(json.dumps(record))
-    with hold_folder(out, tell=lines.append):
+    with hold_folder(out, show=lines.append):
         assert not (out / ".lock.earlier").exists()
     (out / ".lock.elsewhere").write_text(json.dumps({**record, "host": "node-7"}))
     with pytest.raises(PipelineError, match=r"host node-7.*delete .*\.lock\.elsewhere"), hold_folder(out):

@@ -216,7 +216,7 @@ def test_an_index_that_contradicts_its_sample_is_a_fault(sound, builder):
 
 
 def test_bad_whisper_features_are_a_fault(sound, tokenizer):
-    heard = SequenceBuilder(tokenizer, SequenceSection(conditioning="whisper+codes"))
+    with_whisper = SequenceBuilder(tokenizer, SequenceSection(conditioning="whisper+codes"))
     mel = {"num_samples": 16000, "floor": -1.0}
     good = np.zeros((128, 102), np.float16)
     arrays = [
@@ -231,10 +231,10 @@ def test_bad_whisper_features_are_a_fault(sound, tokenizer):
     packed.append(compress(write_npy(np.zeros((128, 200_000), np.float16))))
     for data in packed:
         changes = {"json": facts_with(sound, mel=mel), "ref.mel.npy.zst": data}
-        (built,) = build_sequences(heard)([RawSample("k", members_with(sound, changes), "a.tar")])
+        (built,) = build_sequences(with_whisper)([RawSample("k", members_with(sound, changes), "a.tar")])
         assert built.sequence is None
     changes = {"json": facts_with(sound, mel=mel), "ref.mel.npy.zst": compress(write_npy(good))}
-    (built,) = build_sequences(heard)([RawSample("k", members_with(sound, changes), "a.tar")])
+    (built,) = build_sequences(with_whisper)([RawSample("k", members_with(sound, changes), "a.tar")])
     assert built.sequence is not None
     for facts in ({**mel, "num_samples": -5}, {**mel, "num_samples": 0}, {**mel, "num_samples": 2**40}):
         with pytest.raises(ShardError, match="mel of"):

@@ -108,7 +108,7 @@ def loader_process(pid: int) -> int:
 
 @pytest.mark.parametrize("how", ["SIGSTOP", "SIGKILL"])
 def test_a_loader_that_hangs_or_dies_ends_the_run(short_data, tiny_dir, repository, tmp_path, how):
-    """A stopped loader gives nothing for ever: SIGTERM ends the wait, and a checkpoint is saved. A killed one is told."""
+    """A stopped loader gives nothing for ever: SIGTERM ends the wait, and a checkpoint is saved. A killed one is logged."""
     settings = ["train.num_workers=1", "train.packs_per_step=2", "train.max_steps=100000", "train.save_every=100000"]
     started = Started(train_command(short_data, tmp_path / "run", tiny_dir, 1, *settings), repository)
     started.wait_for("step 2/")

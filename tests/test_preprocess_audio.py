@@ -10,7 +10,7 @@ import pytest
 import soundfile
 
 from preprocess.audio import AudioLimits, decode, read_bytes
-from preprocess.reasons import REASONS, WARNINGS, AudioFault
+from preprocess.reasons import REASONS, ROLE_WARNINGS, AudioFault
 
 RATE = 24000
 
@@ -156,7 +156,7 @@ def test_every_reason_is_explained():
 def test_what_is_odd_is_measured_and_flagged(name, wave, rate):
     measures = decode(encoded(wave, rate), AudioLimits()).measures
     assert measures.warnings == [name]
-    assert name in WARNINGS
+    assert name in ROLE_WARNINGS
     if name.endswith("silence"):
         assert getattr(measures, f"{name}_s") == pytest.approx(2.0, abs=0.1)
 

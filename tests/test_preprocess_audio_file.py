@@ -1,4 +1,4 @@
-"""Paths: only regular files are opened, and a name that is nearly there is told."""
+"""Paths: only regular files are opened, and a name that is nearly there is named."""
 
 from __future__ import annotations
 

@@ -96,12 +96,12 @@ def test_the_message_says_what_to_type(make, lists, refused, tmp_path):
     out = shutil.copytree(refused, tmp_path / "out folder")
     with pytest.raises(DataError) as error:
         make(lists["bad"], out)
-    told = f"preprocess finalize {shlex.quote(str(out))} --max-reject-fraction 0.25"
-    assert str(error.value).endswith(f"or accept these: {told}")
+    offered = f"preprocess finalize {shlex.quote(str(out))} --max-reject-fraction 0.25"
+    assert str(error.value).endswith(f"or accept these: {offered}")
     assert "fix " in str(error.value)
     assert "mend" not in str(error.value)
     with pytest.raises(SystemExit) as ended:
-        main(shlex.split(told)[1:])
+        main(shlex.split(offered)[1:])
     assert ended.value.code == 0
     assert (out / "dataset.json").is_file()
     assert not (out / "encoded").exists()

@@ -26,8 +26,8 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
 
 
-def heard(frequency: float, from_rate: int, to_rate: int) -> float:
-    """Level in dB that a tone of 2 s has after resampling, whatever its frequency there; the ends are left out."""
+def level_db(frequency: float, from_rate: int, to_rate: int) -> float:
+    """Level in dB that a tone of 2 s has after resampling, whatever its frequency there; the ends do not count."""
     tone = np.sin(2 * np.pi * frequency * np.arange(2 * from_rate) / from_rate).astype(np.float32)
     wave = AudioFile(tone, AudioMeasures(2.0, from_rate, 1, 0.0, 0.0, 0.0, [])).at(to_rate)
     middle = wave[to_rate // 2 : -to_rate // 2].astype(np.float64)
@@ -36,14 +36,14 @@ def heard(frequency: float, from_rate: int, to_rate: int) -> float:
 
 @pytest.mark.parametrize("from_rate", [44100, 48000, 44101, 96000])
 def test_speech_passes_and_nothing_folds_back(from_rate: int):
-    assert all(abs(heard(frequency, from_rate, 24000)) < 0.1 for frequency in range(100, 10501, 400))
-    assert all(heard(frequency, from_rate, 24000) < -80 for frequency in range(13000, 22001, 500))
+    assert all(abs(level_db(frequency, from_rate, 24000)) < 0.1 for frequency in range(100, 10501, 400))
+    assert all(level_db(frequency, from_rate, 24000) < -80 for frequency in range(13000, 22001, 500))
 
 
 @pytest.mark.parametrize("from_rate", [24000, 48000])
 def test_what_whisper_hears_passes_and_nothing_folds_back(from_rate: int):
-    assert all(abs(heard(frequency, from_rate, 16000)) < 0.1 for frequency in range(100, 7001, 300))
-    assert all(heard(frequency, from_rate, 16000) < -80 for frequency in range(8700, 12000, 300))
+    assert all(abs(level_db(frequency, from_rate, 16000)) < 0.1 for frequency in range(100, 7001, 300))
+    assert all(level_db(frequency, from_rate, 16000) < -80 for frequency in range(8700, 12000, 300))
 
 
 @pytest.mark.parametrize("rate", ODD_RATES)

@@ -66,7 +66,7 @@ def dataset(original, tmp_path) -> Path:
 
 
 def faults(folder: Path, builder: SequenceBuilder) -> list[str]:
-    """Keys of the samples that one epoch leaves out."""
+    """Keys of the samples that one epoch skips."""
     source = PlannedSource(str(folder), SECTION)
     source.prepare(builder)
     packs = itertools.islice(source.loaded_packs(0, LoaderShare()), source.planner.num_steps(0))

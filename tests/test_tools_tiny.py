@@ -44,8 +44,8 @@ def codec(folder: Path):
     return load_codec(folder)
 
 
-def snr_db(wanted: np.ndarray, heard: np.ndarray) -> float:
-    return 10 * np.log10(np.square(wanted).sum() / np.square(wanted - heard).sum())
+def snr_db(wanted: np.ndarray, decoded: np.ndarray) -> float:
+    return 10 * np.log10(np.square(wanted).sum() / np.square(wanted - decoded).sum())
 
 
 def below_6_khz(wave: np.ndarray) -> np.ndarray:
@@ -57,20 +57,20 @@ def below_6_khz(wave: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("name", FITTED)
 def test_a_clip_comes_back_below_6_khz(codec, waves, name):
     wave = waves[name]
-    heard = codec.decode(codec.encode(wave))[: len(wave)]
+    decoded = codec.decode(codec.encode(wave))[: len(wave)]
     fade = 480  # the first and last 20 ms have no neighbouring frame
-    assert snr_db(below_6_khz(wave)[fade:-fade], heard[fade:-fade]) > 30
-    assert snr_db(wave, heard) > 10, "what lies above 6 kHz is little of speech"
-    spectrum = np.abs(np.fft.rfft(heard)) ** 2
+    assert snr_db(below_6_khz(wave)[fade:-fade], decoded[fade:-fade]) > 30
+    assert snr_db(wave, decoded) > 10, "what lies above 6 kHz is little of speech"
+    spectrum = np.abs(np.fft.rfft(decoded)) ** 2
     assert spectrum[int(len(spectrum) * 6.5 / 12) :].sum() < 1e-4 * spectrum.sum()
 
 
 def test_a_voice_it_was_not_fitted_to_comes_back_roughly(codec, waves):
     wave = waves[UNFITTED]
-    heard = codec.decode(codec.encode(wave))[: len(wave)]
-    assert -3 < snr_db(wave, heard) < 10
-    loudness, of_heard = (np.square(w[: len(w) // 960 * 960]).reshape(-1, 960).mean(axis=1) for w in (wave, heard))
-    assert np.corrcoef(np.log(loudness + 1e-6), np.log(of_heard + 1e-6))[0, 1] > 0.8, "its rhythm is heard"
+    decoded = codec.decode(codec.encode(wave))[: len(wave)]
+    assert -3 < snr_db(wave, decoded) < 10
+    loudness, of_decoded = (np.square(w[: len(w) // 960 * 960]).reshape(-1, 960).mean(axis=1) for w in (wave, decoded))
+    assert np.corrcoef(np.log(loudness + 1e-6), np.log(of_decoded + 1e-6))[0, 1] > 0.8, "its rhythm is kept"
 
 
 def test_books_and_clips_have_codes_of_their_own(codec, waves):
@@ -199,7 +199,7 @@ def test_the_command_fits_to_a_folder_and_says_what_it_holds(repository, tmp_pat
     result = CliRunner().invoke(cli.main, [str(tmp_path / "out"), "--fit", str(tmp_path / "clips"), *small])
     assert result.exit_code == 0, result.output
     assert (
-        "gives back 1 clip, below 6 kHz; other sounds only roughly (0 more clips left out, 1 skipped)" in result.output
+        "gives back 1 clip, below 6 kHz; other sounds only roughly (0 more clips not read, 1 skipped)" in result.output
     )
     assert f"skipped: {tmp_path}/clips/x.wav: audio_unreadable" in result.output
     wave = decode((tmp_path / "clips" / "spk_06_35.flac").read_bytes(), AudioLimits()).wave

@@ -31,7 +31,7 @@ from train.model.lora import add_lora, load_adapter, lora_parameters, save_adapt
 from train.model.weights import load_model
 from train.world import ALONE
 
-HEARS = SequenceSection(conditioning="whisper+codes")
+WITH_WHISPER = SequenceSection(conditioning="whisper+codes")
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def features(whisper) -> FeaturesSection:
 
 @pytest.fixture(scope="module")
 def decided(features, model_dir):
-    return decide_conditioning(HEARS, features, model_dir)
+    return decide_conditioning(WITH_WHISPER, features, model_dir)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def with_states(sample: Sample, encoder: WhisperEncoder) -> Sample:
     return dataclasses.replace(sample, reference_mel_zst=None, reference_whisper_zst=compress(write_npy(states)))
 
 
-def hearing_model(model_dir, decided):
+def whisper_model(model_dir, decided):
     """A model whose projection says something."""
     model = load_model(model_dir, torch.float32, conditioning=decided)
     assert model.audio_encoder_proj is not None
@@ -96,8 +96,8 @@ def test_whisper_rows_stand_before_the_reference_and_count(samples, tokenizer, m
 
 
 def test_clips_of_a_pack_do_not_hear_each_other(model_dir, decided, samples, tokenizer):
-    model = hearing_model(model_dir, decided)
-    sequences = [SequenceBuilder(tokenizer, HEARS).training(sample) for sample in samples]
+    model = whisper_model(model_dir, decided)
+    sequences = [SequenceBuilder(tokenizer, WITH_WHISPER).training(sample) for sample in samples]
     with torch.no_grad():
         together = model(pack(sequences, [0, 1, 2], ["a", "b", "c"]))
         alone = [model(pack([sequence], [0], ["k"])) for sequence in sequences]
@@ -106,8 +106,8 @@ def test_clips_of_a_pack_do_not_hear_each_other(model_dir, decided, samples, tok
 
 
 def test_the_reference_is_heard(model_dir, decided, samples, tokenizer):
-    model = hearing_model(model_dir, decided)
-    builder = SequenceBuilder(tokenizer, HEARS)
+    model = whisper_model(model_dir, decided)
+    builder = SequenceBuilder(tokenizer, WITH_WHISPER)
     other = dataclasses.replace(samples[0], reference_mel_zst=louder(samples[0]))
     with torch.no_grad():
         first, second = (model(pack([builder.training(s)], [0], ["k"])).audio.sum() for s in (samples[0], other))
@@ -122,11 +122,11 @@ def louder(sample: Sample) -> bytes:
 
 def test_stored_states_equal_the_tower(model_dir, decided, samples, tokenizer, whisper):
     encoder = WhisperEncoder(whisper, "cpu")
-    model = hearing_model(model_dir, decided)
+    model = whisper_model(model_dir, decided)
     without_tower = load_model(model_dir, torch.float32, conditioning=dataclasses.replace(decided, runs_tower=False))
     assert without_tower.audio_tower is None
     without_tower.load_state_dict({n: p for n, p in model.state_dict().items() if not n.startswith("audio_tower.")})
-    builder = SequenceBuilder(tokenizer, HEARS)
+    builder = SequenceBuilder(tokenizer, WITH_WHISPER)
     with torch.no_grad():
         from_mels = model(pack([builder.training(s) for s in samples], [0, 1, 2], ["k"] * 3))
         stored = [with_states(s, encoder) for s in samples]
@@ -153,8 +153,8 @@ def test_a_filler_pack_still_uses_the_projection(model_dir, decided):
 
 def test_generation_hears_what_training_heard(model_dir, decided, samples, tokenizer):
     """Greedy codes of the prompt must be the likeliest ones of the training pass over prompt + those codes."""
-    model = hearing_model(model_dir, decided).eval()
-    builder = SequenceBuilder(tokenizer, HEARS)
+    model = whisper_model(model_dir, decided).eval()
+    builder = SequenceBuilder(tokenizer, WITH_WHISPER)
     speech = generate(model, builder.prompt(samples[1]), 12)
     assert not speech.stopped
     whole = builder.training(dataclasses.replace(samples[1], target_codes=speech.codes))
@@ -179,7 +179,7 @@ def test_a_base_without_a_tower_starts_as_if_nothing_were_said(model_dir, decide
     assert trainable_table(model)["audio_encoder_proj.linear (whole)"] == (1, 32 * 128 + 128)
     assert not any(name.startswith("audio_tower.") for name, _ in lora_parameters(model))
 
-    batch = pack([SequenceBuilder(tokenizer, HEARS).training(s) for s in samples], [0, 1, 2], ["k"] * 3)
+    batch = pack([SequenceBuilder(tokenizer, WITH_WHISPER).training(s) for s in samples], [0, 1, 2], ["k"] * 3)
     model(batch).audio.sum().backward()
     assert linear.weight.grad is not None
     assert linear.weight.grad.abs().max() > 0
@@ -225,7 +225,7 @@ def test_held_out_shards_may_hold_mels_where_others_hold_states(
     section = TrainSection(batch_tokens=700, packs_per_step=1, validation_data=str(held_out))
     source = PlannedSource(str(folder), section)
     model = load_model(model_dir, torch.float32, conditioning=source.check(marked, decided))
-    source.prepare(SequenceBuilder(tokenizer, HEARS))
+    source.prepare(SequenceBuilder(tokenizer, WITH_WHISPER))
     model(source.preflight_batch(3))
     held_out = source.held_out(ALONE)
     assert held_out

@@ -134,7 +134,7 @@ def fit_in_words(clips: Clips) -> str:
     whole = len(clips.paths) - (num_frames > NUM_ENTRIES)
     start = f" and the start of {clips.paths[-1].name}" if num_frames > NUM_ENTRIES else ""
     held = f"gives back {whole} clip{'s' * (whole != 1)}{start}, below 6 kHz"
-    return f"{held}; other sounds only roughly ({clips.num_left} more clips left out, {len(clips.skipped)} skipped)"
+    return f"{held}; other sounds only roughly ({clips.num_left} more clips not read, {len(clips.skipped)} skipped)"
 
 
 def write_tiny(

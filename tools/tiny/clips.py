@@ -1,7 +1,7 @@
 """The clips that the fitted codec holds: from a folder or a ChatML list, in order, until the frames are enough.
 
 In: a folder (every audio file below it, by name) or a list as `preprocess` reads it (reference, then target of each row).
-Out: waves, and what was left out. A file or row with a fault is skipped and counted, because a fit needs no certain clip;
+Out: waves, and what was not read. A file or row with a fault is skipped and counted, because a fit needs no certain clip;
 only when nothing at all is usable is that an error.
 """
 

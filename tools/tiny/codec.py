@@ -103,12 +103,12 @@ def random_weights(name: str, shape: torch.Size, generator: torch.Generator) -> 
 
 def joint_features(model: nn.Module, wave: Tensor) -> Tensor:
     """wave [1, 1, S] -> what the codec's first linear layer reads, acoustic before semantic [T, d]."""
-    heard: list[Tensor] = []
+    inputs: list[Tensor] = []
     (joint,) = [layer for name, layer in model.named_modules() if name in ("fc", "fc_prior")]
-    hook = joint.register_forward_pre_hook(lambda _, inputs: heard.append(inputs[0][0].clone()))
+    hook = joint.register_forward_pre_hook(lambda _, given: inputs.append(given[0][0].clone()))
     cast(Any, model).encode(wave, return_dict=False)
     hook.remove()
-    return heard[0]
+    return inputs[0]
 
 
 def _calibrate(state: dict[str, Tensor], features: Tensor, num_acoustic: int, generator: torch.Generator) -> None:

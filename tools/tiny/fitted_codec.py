@@ -112,14 +112,14 @@ def transform() -> Tensor:
 
 
 # --- the two convolution stacks -------------------------------------------------------------------------------------
-# A convolution of stride s has a kernel of 2s and pads ceil(s / 2): step t hears, or says, 2s steps of the finer level
+# A convolution of stride s has a kernel of 2s and pads ceil(s / 2): step t reads, or writes, 2s steps of the finer level
 # from s * t - ceil(s / 2) on. All but one of them only lay out: the s values of a step stand in s groups of channels.
 
 
 def _write_encoder(state: dict[str, Tensor]) -> None:
     """Samples are gathered in channels, 8, 40, 160 and 320 of them; the last stride transforms six steps of 320.
 
-    The decoder's frame t says samples 960 t - 480 to 960 t + 1440, the last stride here hears from 960 t - 640 on. So the
+    The decoder's frame t writes samples 960 t - 480 to 960 t + 1440, the last stride here reads from 960 t - 640 on. So the
     stride before it gathers 160 samples late; the price is the first 160 samples of a clip, where the fade begins.
     """
     _write(state, "acoustic_encoder.conv1", {(0, 0, 3): 1.0})

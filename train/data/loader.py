@@ -283,7 +283,7 @@ def require_semaphores(num_workers: int) -> None:
 def kill_workers(iterator: Any) -> None:
     """End loader processes outright: one that hangs, or is stopped, would be waited for at exit for ever.
 
-    torch is told first that they are no longer its own: its handler would raise wherever this process then happens to be.
+    They are taken off torch's list first: its handler would raise wherever this process then happens to be.
     """
     if getattr(iterator, "_worker_pids_set", False):
         signal_handling._remove_worker_pids(id(iterator))

@@ -28,7 +28,7 @@ from train.data.packing import PlanSettings, best_fit
 
 PLAN_VERSION = 1  # raise it when the same settings give other packs: a cached or resumed plan is then refused
 CHUNK = 1 << 16  # rows read together, where all rows are read
-MAX_NAMED = 5  # too long samples named
+MAX_NAMED_KEYS = 5  # of samples that are too long
 
 Lengths = Callable[[np.ndarray], np.ndarray]  # index rows [n] -> tokens [n] int64
 Keep = Callable[[np.ndarray], np.ndarray]  # index rows [n] -> bool [n]
@@ -262,9 +262,9 @@ class Planner:
             previous = int(shards[-1])
             fits, lengths, _ = self._measure(found)
             taking_part = self._keep(found) if self._keep is not None else np.ones(len(found), bool)
-            left_out = np.flatnonzero(taking_part & ~fits)
-            self.num_too_long += len(left_out)
-            self.too_long_rows += (start + left_out[: MAX_NAMED - len(self.too_long_rows)]).tolist()
+            too_long = np.flatnonzero(taking_part & ~fits)
+            self.num_too_long += len(too_long)
+            self.too_long_rows += (start + too_long[: MAX_NAMED_KEYS - len(self.too_long_rows)]).tolist()
             self.num_samples += int(fits.sum())
             self.num_tokens += int(lengths[fits].sum())
             self._length_counts += np.bincount(lengths[fits], minlength=len(self._length_counts))

@@ -26,7 +26,7 @@ from train.model.batch import PackedBatch
 from train.model.loss import LossCounts, LossSums, step_losses
 from train.world import World
 
-MAX_KEYS = 8  # of a pack that are told
+MAX_KEYS = 8  # of a pack that are logged
 
 log = logging.getLogger("train")
 

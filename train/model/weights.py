@@ -2,7 +2,7 @@
 
 In: safetensors, one file or sharded with an index, in the native layout (transformers) or the older one (boson), known
 apart by their tensor names. Every missing, unexpected or wrongly shaped tensor is listed; nothing is skipped but what the
-caller leaves out by name. Tensors are read one by one and cast, so the peak is one model, not two.
+caller names. Tensors are read one by one and cast, so the peak is one model, not two.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Drawing the next column of every slot, on the device, without a look at the host.
+"""Drawing the next column of every slot, on the device, without waiting for the host.
 
 In: logits and uniform numbers. Out: codes. Each slot has its own rules and its own numbers, which come from its request's seed
 alone: whoever sits beside it changes nothing. A code is where its number falls among the sorted probabilities; one number per
