@@ -7,7 +7,7 @@ from typing import Annotated
 import msgspec
 
 from preprocess.audio import AudioLimits
-from preprocess.text import TextSection
+from preprocess.text import TEXT_RULES, TextSection
 from shards.config import FeaturesSection, ModelSection
 
 
@@ -34,6 +34,7 @@ class PreprocessConfig(msgspec.Struct, frozen=True, kw_only=True):
 def deciding_keys(config: PreprocessConfig) -> dict[str, object]:
     """What decides the output bytes: everything but the models' names (their fingerprints do) and the worker count."""
     return {
+        "rules": {"text": TEXT_RULES},
         "features": {"whisper": config.features.whisper},
         "text": msgspec.to_builtins(config.text),
         "preprocess": {key: value for key, value in msgspec.to_builtins(config.preprocess).items() if key != "workers"},

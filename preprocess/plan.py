@@ -33,6 +33,7 @@ from shards.folder_lock import PREFIX as LOCK_PREFIX
 from shards.folder_lock import hold_folder
 from shards.index import hash64
 from shards.manifest import Fingerprints, Job, read_record
+from shards.printable import redact
 from shards.sample import write_npy
 from shards.terminal import print_line
 from shards.writer import Reject, sync, temporary, write_bytes, write_json
@@ -109,11 +110,13 @@ def _plan_job(request: Request, config: PreprocessConfig, identity: JobIdentity)
     refuse_foreign_folder(out)
     size = config.preprocess.samples_per_shard
     num_rows, num_valid = ingest(request, config.preprocess.seed)
+    if _file_sha256(request.data) != identity.input_sha256:
+        raise _changed(request.data)
     job = Job(
         config=identity.config,
         fingerprints=identity.fingerprints,
         input_sha256=identity.input_sha256,
-        input_path=str(request.data),
+        input_path=redact(str(request.data)),
         num_rows=num_rows,
         num_shards=-(-num_valid // size),
         rows_per_shard=size,
@@ -180,6 +183,7 @@ class JobRows:
 
 def ingest(request: Request, seed: int) -> tuple[int, int]:
     """Read the list once, in constant memory, and write job/. Returns rows read and rows that go into shards."""
+    state = _state_of(request.data)
     folder = request.out / "job"
     folder.mkdir(parents=True, exist_ok=True)
     offsets, ids, row_numbers = array("Q", [0]), array("Q"), array("Q")
@@ -213,6 +217,8 @@ def ingest(request: Request, seed: int) -> tuple[int, int]:
                 duplicate = reject(row.row, row.id, "intake", "duplicate_id", detail)
                 rejects.write(encoder.encode(duplicate) + b"\n")
         sync(rejects)
+    if _state_of(request.data) != state:
+        raise _changed(request.data)
     write_array(folder / "offsets.npy", np.frombuffer(offsets, np.uint64))
     lines = np.delete(np.arange(len(ids)), [line for line, _ in duplicates])
     order = np.random.Generator(np.random.Philox(key=seed)).permutation(lines)
@@ -303,6 +309,15 @@ def _short(value: Any) -> str:
 
 def write_array(path: Path, array: np.ndarray) -> None:
     write_bytes(path, write_npy(array))
+
+
+def _state_of(path: Path) -> tuple[int, int, int]:
+    facts = path.stat()
+    return facts.st_ino, facts.st_size, facts.st_mtime_ns
+
+
+def _changed(path: Path) -> DataError:
+    return DataError(f"{path}: changed while it was read; run the same command again when nothing writes it any more")
 
 
 def _file_sha256(path: Path) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from shards.printable import redact
 from shards.writer import Reject
 
 # Reason code -> what it means. The closed list of why a row is rejected (rejects.jsonl).
@@ -19,11 +20,13 @@ REASONS = {
     "text_missing": "no reference text or no target text",
     "text_unclear": "what stands where a text belongs may be a label, an instruction or one of several texts",
     "text_control_token": "a text contains <|...|>, which would become a control token; only a system's text may, for a scene",
+    "text_control_character": "a text holds NUL or another control character: damaged bytes, and the letters around may be, too",
     "text_too_short": "a text has fewer than text.min_chars characters",
     "text_too_long": "a text has more than text.max_chars characters",
     "text_too_fast": "more than text.max_chars_per_s characters per second: text and audio do not belong together",
     "text_too_slow": "fewer than text.min_chars_per_s characters per second: most of what is said is not in the text",
     "text_not_arabic": "fewer Arabic letters than text.min_arabic_share",
+    "audio_not_a_file": "an address (http, s3, file, data), or audio inside the list, where the path of a file belongs",
     "audio_missing": "the file does not exist or is not a regular file",
     "audio_unreadable": "no decoder knows the file, or the file system does not give it",
     "audio_truncated": "the file ends before its header says",
@@ -48,6 +51,8 @@ ROLE_WARNINGS = {  # of an audio or its text; written with the role in front: ta
     "leading_silence": "more than a second before the first sound",
     "trailing_silence": "more than a second after the last sound: the model learns to stop late",
     "text_slow": "fewer than twice text.min_chars_per_s characters per second: is all of it in the text?",
+    "text_garbled": "looks like a wrong encoding: UTF-8 read as a code page, U+FFFD, private letters, ???? for words",
+    "text_presentation_forms": "letters as shapes (U+FB50-FDFF, U+FE70-FEFC); normalize presentation_forms writes plain ones",
     "channels_cancel": "the channels cancel each other when mixed (one is upside down); the louder one was taken",
 }
 TEXT_WARNINGS = {
@@ -55,11 +60,14 @@ TEXT_WARNINGS = {
     "texts_are_the_same": "reference and target have the same text, in different audio",
     "target_text_from_instruction": "the assistant's turn has no text; the user's last text was taken",
     "instruction_text_differs": "the instruction asks for another text than the assistant's, which was taken",
-    "invisible_marks_removed": "byte order marks or bidirectional controls were removed from a text",
+    "speaker_from_reference": "no speaker is named; the reference file stands for one: a voice of two files counts as two",
+    "invisible_marks_removed": "marks without a sound (byte order, direction, zero width, soft hyphen) were removed from a text",
     "normalized_nfc": "text.normalize changed a text (Unicode composition)",
     "normalized_tatweel": "text.normalize removed tatweel",
+    "normalized_presentation_forms": "text.normalize wrote letters of the presentation blocks as plain ones",
     "normalized_digits": "text.normalize wrote Arabic-Indic digits as ASCII",
 }
+MAX_TOLD_CHARS = 500  # of an id, a path or a detail in rejects.jsonl
 ROLES = ("reference", "target")
 WRITTEN_WARNINGS = frozenset({f"{role}_{code}" for role in ROLES for code in ROLE_WARNINGS} | TEXT_WARNINGS.keys())
 
@@ -81,8 +89,19 @@ def known_warnings(codes: Iterable[str]) -> list[str]:
 
 
 def reject(row: int, row_id: str, stage: str, reason: str, detail: str, path: str | None = None) -> Reject:
-    """The only maker of rejects in stage one. `stage` is where it was found: intake, pair, text, audio or worker."""
-    return Reject(row=row, id=row_id, stage=stage, reason=known_reason(reason), detail=detail, path=path)
+    """The only maker of rejects in stage one. `stage` is where it was found: intake, pair, text, audio or worker.
+
+    What a list holds may be megabytes long or a secret: every part is cut to MAX_TOLD_CHARS and passes `redact`.
+    """
+    path = None if path is None else _told(path)
+    return Reject(row=row, id=_told(row_id), stage=stage, reason=known_reason(reason), detail=_told(detail), path=path)
+
+
+def _told(text: str) -> str:
+    cut = redact(text[: 100 * MAX_TOLD_CHARS])  # before the cut, or half a secret stays at its end
+    if len(text) <= MAX_TOLD_CHARS:
+        return cut
+    return f"{cut[:MAX_TOLD_CHARS]}... ({len(text)} characters)"
 
 
 class AudioFault(Exception):

@@ -13,6 +13,8 @@ from preprocess.sources import Pair, SourceRow, find_pair
 from preprocess.text import TextSection, clean, text_fault, text_warnings
 from shards.sample import Message, TextItem
 
+NO_SPEAKER = frozenset({"", "unknown", "none", "null", "nan", "n/a", "na", "undefined", "unk", "?", "-"})
+
 
 class CheckedRow(msgspec.Struct, frozen=True):
     """A row with cleaned texts and its pair."""
@@ -42,7 +44,21 @@ def check_row(row: SourceRow, section: TextSection) -> CheckedRow:
     ]
     row = msgspec.structs.replace(row, chat=msgspec.structs.replace(row.chat, messages=messages))
     pair = find_pair(row.chat)
-    return CheckedRow(row, pair, sorted(set(changes)) + pair.warnings)
+    warnings = sorted(set(changes)) + pair.warnings
+    return CheckedRow(row, pair, warnings if has_speaker(row) else [*warnings, "speaker_from_reference"])
+
+
+def has_speaker(row: SourceRow) -> bool:
+    return (row.chat.speaker or "").strip().casefold() not in NO_SPEAKER
+
+
+def speaker_of(row: SourceRow, reference_sha256: str) -> str:
+    """The row's speaker; without one, a name for its reference file, wherever that lies.
+
+    One name for all would leave the contrastive loss without other speakers and validation without one to hold out. The price: a
+    voice with several reference files counts as several, so it may be on both sides of the validation.
+    """
+    return row.chat.speaker or "" if has_speaker(row) else f"reference-{reference_sha256[:16]}"
 
 
 def check_pair(

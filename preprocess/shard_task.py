@@ -21,7 +21,7 @@ from preprocess.config import PreprocessConfig
 from preprocess.features import WhisperEncoder, stored_mel
 from preprocess.plan import JobRows
 from preprocess.reasons import AudioFault, RowFault, reject_of
-from preprocess.row_checks import check_pair, check_row
+from preprocess.row_checks import check_pair, check_row, speaker_of
 from preprocess.segment import Segment
 from preprocess.sources import SourceRow
 from preprocess.workers import Skip
@@ -116,7 +116,7 @@ class ShardTask:
         facts = SampleFacts(
             id=row.id,
             row=row.row,
-            speaker=row.chat.speaker or "unknown",
+            speaker=speaker_of(row, reference_sha),
             turns=turns,
             texts=texts,
             text_token_counts=[len(item) for item in ids],

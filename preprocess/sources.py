@@ -13,10 +13,12 @@ from typing import Any, NoReturn
 
 import msgspec
 
+from preprocess.audio_url import not_a_file
 from preprocess.list_file import BadRow, RawRow, read_raw_rows
 from preprocess.reasons import RowFault, reject
 from preprocess.segment import WHOLE, Segment
 from preprocess.spoken_text import not_spoken
+from preprocess.unseen import control_character
 from shards.cloning import INSTRUCTION
 from shards.errors import DataError
 from shards.sample import AudioItem, ChatRow, Role, TextItem
@@ -58,6 +60,11 @@ def _row_invalid(raw: RawRow | BadRow, name: str, detail: str) -> Reject:
 def _typed(raw: RawRow) -> SourceRow | Reject:
     value = raw.value
     name = str(value["id"]) if isinstance(value, dict) and has_own_id(value) else f"row-{raw.number}"
+    elsewhere = not_a_file(value)
+    if elsewhere:
+        return reject(
+            raw.number, name, "intake", "audio_not_a_file", f"row {raw.number} (line {raw.line}): {elsewhere}"
+        )
     try:
         chat = msgspec.convert(value, ChatRow)
     except msgspec.ValidationError as error:
@@ -144,7 +151,7 @@ def find_pair(chat: ChatRow) -> Pair:
 
 
 def _audios_and_texts(chat: ChatRow) -> tuple[list[_Audio], list[_Texts]]:
-    """Raises RowFault for a text with a control token."""
+    """Raises RowFault for a text with a control token or a control character."""
     audios: list[_Audio] = []
     texts: list[_Texts] = []
     for turn, message in enumerate(chat.messages):
@@ -238,6 +245,9 @@ def _quote(text: str) -> str:
 
 def _refuse_control_tokens(text: str, role: Role) -> None:
     """A system's text may hold a scene as the released prompts do, opened and closed; no other text holds any."""
+    control = control_character(text)
+    if control:
+        raise RowFault("pair", "text_control_character", f"{control} in {_quote(text)}")
     checked = SCENE.sub("", text) if role == "system" else text
     found = CONTROL_TOKEN.search(checked)
     if found:

