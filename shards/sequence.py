@@ -1,4 +1,4 @@
-"""The one sequence builder: index lengths, training, speaking, serving and evaluation all use it.
+"""The one sequence builder, delay pattern and label shift included: all that trains, speaks or counts lengths uses it.
 
 In: a `Sample` (facts). Out: a `Sequence`, what the model reads at each position and what each position must predict.
 The targets are stored already shifted (`next_token`, `next_codes`): the most expensive bug of this field is a shift
@@ -78,7 +78,6 @@ class Sequence:
     codes: np.ndarray  # [K, A] int16, markers included; A over all audios of the sample
     next_token: np.ndarray  # [L] int32, what the text head must say at this position; IGNORE = not learned
     next_codes: np.ndarray  # [K, A] int16, what the audio head must say at this column; IGNORE = not learned
-    reference_columns: tuple[int, int]  # [start, end) of the reference in A
     target_columns: tuple[int, int]  # [start, end) of the target in A; empty in a prompt
     whisper_clips: tuple[WhisperClip, ...] = ()  # in the order of their positions; empty without Whisper conditioning
 
@@ -281,7 +280,7 @@ def assemble(segments: list[Segment]) -> Sequence:
     labels: list[np.ndarray] = []
     columns: list[np.ndarray] = []
     targets: list[np.ndarray] = []
-    spans = {False: (0, 0), True: (0, 0)}  # is_target -> columns
+    target_columns = (0, 0)
     num_columns = 0
     whisper_clips: list[WhisperClip] = []
     for segment in segments:
@@ -294,7 +293,8 @@ def assemble(segments: list[Segment]) -> Sequence:
             ids.append(np.full(len(segment.whisper), WHISPER, dtype=np.int32))
             labels.append(np.full(len(segment.whisper), IGNORE, dtype=np.int32))
         delayed = delay(segment.codes)
-        spans[segment.is_target] = (num_columns, num_columns + delayed.shape[1])
+        if segment.is_target:
+            target_columns = (num_columns, num_columns + delayed.shape[1])
         num_columns += delayed.shape[1]
         columns.append(delayed)
         targets.append(next_columns(segment.codes) if segment.is_target else np.full_like(delayed, IGNORE))
@@ -306,8 +306,7 @@ def assemble(segments: list[Segment]) -> Sequence:
         codes=np.concatenate(columns, axis=1) if columns else np.zeros((NUM_CODEBOOKS, 0), np.int16),
         next_token=np.append(label[1:], np.int32(IGNORE)),
         next_codes=np.concatenate(targets, axis=1) if targets else np.zeros((NUM_CODEBOOKS, 0), np.int16),
-        reference_columns=spans[False],
-        target_columns=spans[True],
+        target_columns=target_columns,
         whisper_clips=tuple(whisper_clips),
     )
 

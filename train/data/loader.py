@@ -44,7 +44,6 @@ FILLER = Sequence(
     codes=np.full((NUM_CODEBOOKS, 1), STREAM_BOS, np.int16),
     next_token=np.full(2, IGNORE, np.int32),
     next_codes=np.full((NUM_CODEBOOKS, 1), IGNORE, np.int16),
-    reference_columns=(0, 1),
     target_columns=(1, 1),
 )
 
