@@ -15,6 +15,7 @@ import torch
 from damage import flip_payload
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from train_process import environment, train_command
 
 from shards.config import SequenceSection, read_config
 from shards.errors import ConfigError, PipelineError
@@ -26,6 +27,7 @@ from train.data.validation_split import choose_speakers, of_speakers
 from train.evaluation.held_out import Evaluation
 from train.loop import RunOptions, train
 from train.model.weights import load_model
+from train.run_folder.checkpoint_folders import best_checkpoint
 from train.world import ALONE
 
 CPU = torch.device("cpu")
@@ -198,3 +200,45 @@ def test_a_rank_whose_held_out_data_fail_ends_all_at_once(model_dir, repository)
     finally:
         for process in processes:
             process.kill()
+
+
+POISONED = """
+import os, train.evaluation.held_out as held_out, train.model.decoder as decoder
+losses, forward, number = held_out.Evaluation.losses, decoder.HiggsAudio.forward, []
+def counted(self, *given):
+    number.append(1)
+    return losses(self, *given)
+def poisoned(self, batch, *given, **named):
+    sums = forward(self, batch, *given, **named)
+    is_bad = not self.training and len(number) == 1 and os.environ["RANK"] == "1"
+    return sums._replace(audio=sums.audio + float("nan")) if is_bad else sums
+held_out.Evaluation.losses, decoder.HiggsAudio.forward = counted, poisoned
+"""
+
+
+@pytest.mark.slow
+def test_one_rank_whose_held_out_loss_is_nan_judges_nothing(dataset, tiny_dir, repository, tmp_path):
+    """Two ranks; rank 1's first evaluation is not finite: no best checkpoint of it, and the later ones are saved."""
+    run = tmp_path / "run"
+    settings = ["validation_fraction=0.4", "eval_every=2", "save_every=2", "max_steps=6", "packs_per_step=2"]
+    settings += ["batch_tokens=700", "keep_checkpoints=9"]
+    command = train_command(dataset, run, tiny_dir, 1, *(f"train.{setting}" for setting in settings))[:-2]
+    command[2] = POISONED + command[2].replace("; ", "\n")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    processes = []
+    for rank in "01":
+        ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        env = {**environment(repository), **ranks}
+        processes.append(subprocess.Popen(command, cwd=repository, env=env, stderr=subprocess.PIPE, text=True))
+    ended = [(process.communicate(timeout=240)[1], process.returncode) for process in processes]
+    assert [status for _, status in ended] == [0, 0], ended
+    assert "(rank 1): not counted as an evaluation; the best checkpoint stays" in ended[0][0].replace("\n", " ")
+    judged = {line["step"]: line.get("eval/audio_loss") for line in history(run) if "eval/samples" in line}
+    assert judged[2] is None
+    assert {step for step, loss in judged.items() if loss is not None} == {4, 6}
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"checkpoint-2", "checkpoint-4", "checkpoint-6"}
+    best = best_checkpoint(run)
+    assert best
+    assert best.name == ("checkpoint-4" if judged[4] <= judged[6] else "checkpoint-6")
