@@ -20,7 +20,8 @@ from shards.reader import SampleReader
 from shards.sequence import SequenceBuilder
 from train.config import LossSection, TrainSection
 from train.data.feed import MAX_LOGGED_FAULTS, DamageLimits, Feed
-from train.data.loader import FILLER, LoadedPack, LoaderShare, dead_loader
+from train.data.loader import FILLER, LoadedPack, LoaderShare
+from train.data.loader_processes import dead_loader
 from train.data.planned_source import PlannedSource
 from train.model.batch import pack
 from train.model.loss import LossCounts, step_losses
@@ -208,7 +209,7 @@ def test_the_command_tells_too_few_packs_with_numbers(dataset, run_command, tiny
     assert "Traceback" not in result.stderr
 
 
-def test_a_killed_loader_process_is_told_with_what_to_do(dataset, builder):
+def test_a_killed_loader_process_is_logged_with_what_to_do(dataset, builder):
     loaded_packs = open_source(dataset, builder).loaded_packs(0, LoaderShare(num_workers=1))
     next(loaded_packs)
     with pytest.raises(PipelineError, match=r"a loader process has ended \(.*lower train.num_workers"):

@@ -14,18 +14,13 @@ process border would arrive as a page of traceback.
 from __future__ import annotations
 
 import itertools
-import multiprocessing
-import os
-import signal
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data._utils import signal_handling
 from webdataset.pipeline import DataPipeline
 
 from shards.errors import PipelineError, ShardError
@@ -35,6 +30,13 @@ from shards.reader import SampleReader
 from shards.sample import unpack_sample
 from shards.sequence import AUDIO_OUT, BEGIN_OF_TEXT, IGNORE, NUM_CODEBOOKS, STREAM_BOS, Sequence, SequenceBuilder
 from shards.writer import shard_path
+from train.data.loader_processes import (
+    FULL_SHARED_MEMORY,
+    dead_loader,
+    kill_workers,
+    only_the_parent_ends,
+    require_semaphores,
+)
 from train.data.plan import Planner
 from train.model.batch import PackedBatch, pack
 
@@ -45,12 +47,6 @@ FILLER = Sequence(
     next_token=np.full(2, IGNORE, np.int32),
     next_codes=np.full((NUM_CODEBOOKS, 1), IGNORE, np.int16),
     target_columns=(1, 1),
-)
-
-
-FULL_SHARED_MEMORY = (
-    "/dev/shm is full (`df -h /dev/shm`), through which loader processes pass packs: give the container more "
-    "(docker run --shm-size=8g, or --ipc=host), or set train.num_workers=0"
 )
 
 
@@ -268,29 +264,6 @@ def run_pipeline(pipeline: DataPipeline, num_workers: int) -> Iterator[LoadedPac
         kill_workers(iterator)
 
 
-def require_semaphores(num_workers: int) -> None:
-    """Raises PipelineError where /dev/shm has no room even for the queues' semaphores, before a loader is half made."""
-    try:
-        made = [
-            multiprocessing.get_context("fork").Semaphore() for _ in range(8 + 6 * num_workers if num_workers else 0)
-        ]
-    except OSError as error:
-        raise PipelineError(f"loader processes cannot be started: {error.strerror}; {FULL_SHARED_MEMORY}") from None
-    del made
-
-
-def kill_workers(iterator: Any) -> None:
-    """End loader processes outright: one that hangs, or is stopped, would be waited for at exit for ever.
-
-    They are taken off torch's list first: its handler would raise wherever this process then happens to be.
-    """
-    if getattr(iterator, "_worker_pids_set", False):
-        signal_handling._remove_worker_pids(id(iterator))
-        iterator._worker_pids_set = False
-    for worker in getattr(iterator, "_workers", None) or []:
-        worker.kill()
-
-
 def share_memory(loaded: LoadedPack | PipelineError) -> LoadedPack | PipelineError:
     """In a loader process: move a pack's tensors into shared memory here, where a full /dev/shm can be reported.
 
@@ -303,37 +276,3 @@ def share_memory(loaded: LoadedPack | PipelineError) -> LoadedPack | PipelineErr
         return replace(loaded, batch=loaded.batch.shared())
     except (RuntimeError, OSError) as error:
         return PipelineError(f"a loader process cannot hand over a pack: {first_line(error)}; {FULL_SHARED_MEMORY}")
-
-
-def only_the_parent_ends(_: int) -> None:
-    """In a loader process: SIGTERM of anybody but its rank is not for it.
-
-    torch's launcher signals a rank's whole process group and Slurm every process of a step. The rank wants to save then, and
-    cannot once a loader process is gone. To ignore the signal would not do: a DataLoader ends its own processes with it.
-    """
-    if not hasattr(signal, "sigwaitinfo"):  # macOS
-        return
-
-    def wait_for_parent() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-            pass
-        os._exit(0)
-
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=wait_for_parent, daemon=True).start()
-
-
-def dead_loader(error: Exception) -> PipelineError | None:
-    """What to say when torch says that a loader process is gone: it does so wherever the process happens to be.
-
-    A process that dies while a pack of its is being handed over shows as a broken connection instead.
-    """
-    said = str(error).splitlines()[0] if str(error) else type(error).__name__
-    if not said.startswith("DataLoader worker") and not isinstance(error, ConnectionError | EOFError):
-        return None
-    if "Bus error" in said or "shared memory" in str(error):
-        return PipelineError(f"a loader process has ended ({said}); {FULL_SHARED_MEMORY}")
-    return PipelineError(
-        f"a loader process has ended ({said}); mostly memory ran out (`dmesg` knows): lower train.num_workers, or "
-        "train.shuffle_buffer of a stream; start the same command again to go on from the last checkpoint"
-    )
