@@ -4,8 +4,9 @@ In: per item and draw the two systems' values as (numerator, denominator), and i
 one voice are not independent, so speakers are drawn, not sentences, and never speakers of one system only. The plain
 percentile bootstrap covers too little with a dozen speakers, so it is studentised: each draw's difference is divided by
 its own cluster-robust error (bootstrap-t: Efron 1981; for few clusters: Cameron, Gelbach and Miller, "Bootstrap-based
-improvements for inference with clustered errors", Review of Economics and Statistics 90(3), 2008). The price is that
-intervals over five speakers or fewer are very wide; that is the truth about five speakers.
+improvements for inference with clustered errors", Review of Economics and Statistics 90(3), 2008). With fewer than ten, or
+where draws have no spread of their own, it is Student's t with one degree of freedom less than speakers (Cameron and Miller,
+"A practitioner's guide to cluster-robust inference", Journal of Human Resources 50(2), 2015). `method` says which.
 """
 
 from __future__ import annotations
@@ -19,7 +20,11 @@ import numpy as np
 DRAWS = 10_000
 CELLS = 2_000_000  # of speakers times draws held at once
 MIN_SPEAKERS = 5  # below, an interval is shown but no verdict
+MIN_FOR_BOOTSTRAP = (
+    10  # below, draws of nearly equal speakers have next to no error of their own, and quotients explode
+)
 DEGENERATE_SHARE = 0.01  # of draws without a spread of their own; above, Student's t takes over
+WIDEST = 3.0  # times Student's t interval; a wider one has exploded as well
 POWER = 1.959964 + 0.841621  # standard errors away from 0 for a 95 % interval to exclude it 80 times in 100
 
 
@@ -120,6 +125,9 @@ def _distribution(
     """[draws] values the true difference may have: quantiles are interval ends, shares are probabilities."""
     num_speakers = len(sums)
     rng = np.random.default_rng(seed)
+    student = difference + error * rng.standard_t(num_speakers - 1, size=draws)
+    if num_speakers < MIN_FOR_BOOTSTRAP or error == 0:
+        return "t by speaker", student
     estimates = []
     for start in range(0, draws, max(1, CELLS // num_speakers)):
         size = min(draws - start, max(1, CELLS // num_speakers))
@@ -127,9 +135,15 @@ def _distribution(
         estimates.append(_estimate(weights.astype(np.float64), sums))
     drawn, errors = (np.concatenate(parts) for parts in zip(*estimates, strict=True))
     sound = np.isfinite(drawn) & (errors > 1e-9 * error)
-    if error > 0 and sound.mean() >= 1 - DEGENERATE_SHARE:
-        return "bootstrap-t by speaker", difference - error * (drawn[sound] - difference) / errors[sound]
-    return "t by speaker", difference + error * rng.standard_t(num_speakers - 1, size=draws)
+    likely = difference - error * (drawn[sound] - difference) / errors[sound]
+    if sound.mean() < 1 - DEGENERATE_SHARE or _width(likely) > WIDEST * _width(student):
+        return "t by speaker", student
+    return "bootstrap-t by speaker", likely
+
+
+def _width(likely: np.ndarray) -> float:
+    low, high = np.quantile(likely, [0.025, 0.975])
+    return float(high - low)
 
 
 def speakers_needed(difference: float, error: float, num_speakers: int) -> int | None:

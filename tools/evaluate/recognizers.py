@@ -19,7 +19,7 @@ from shards.errors import ConfigError
 from tools.evaluate.similarity import SAMPLE_RATE, ModelIdentity, NotInstalled, sha256_of
 
 KNOWN = "faster-whisper:FOLDER, whisper:FOLDER, none"
-INSTALL_WHISPER = "pip install '.[eval]'"
+INSTALL_WHISPER = "pip install -c constraints.txt -e '.[eval]'"
 
 
 class Recognizer(Protocol):

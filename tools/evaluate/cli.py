@@ -1,0 +1,173 @@
+"""`evaluate MODEL DATA OUT`: real recordings, base model, tuned model and strangers side by side, with intervals.
+
+In: a model (or several), what to say in whose voice, a folder. Out: OUT/results.json and every wave. The
+question it answers: is the tuned model better than the base, for whom, and how sure are we. `evaluate --only-score FOLDER
+DATA OUT` does the same for waves that another system has made. Exit status 1 where a --fail-if condition holds.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from shards.terminal import explained, print_json, print_line, print_table
+
+if TYPE_CHECKING:
+    from tools.evaluate.systems import EvaluateConfig
+
+
+@click.command(context_settings={"show_default": True})
+@click.argument("paths", nargs=-1, required=True, metavar="[MODEL]... DATA OUT", type=click.Path(path_type=Path))
+@click.option(
+    "--only-score", multiple=True, metavar="[NAME=]FOLDER", help="Score these waves too, named like the items."
+)
+@click.option(
+    "--base/--no-base", "with_base", default=None, help="Evaluate model.base as well.  [default: with a MODEL]"
+)
+@click.option(
+    "--seeds", default=1, type=click.IntRange(1), help="How often every item is said, each with another seed."
+)
+@click.option("--limit", type=click.IntRange(1), help="Only the first items.")
+@click.option(
+    "--similarity",
+    multiple=True,
+    metavar="NAME",
+    help="Speaker encoder: resemblyzer, ovfl, wavlm:FOLDER or none; may be repeated.  [default: resemblyzer and ovfl]",
+)
+@click.option("--asr", default="none", metavar="NAME", help="faster-whisper:FOLDER, whisper:FOLDER or none.")
+@click.option("--language", default="ar", help="Of the texts, for the recognizer.")
+@click.option(
+    "--train-data", type=click.Path(path_type=Path), metavar="SHARDS", help="Say what training has seen of it."
+)
+@click.option("--fail-if", multiple=True, metavar="'cer > 0.1'", help="Exit status 1 if this holds of a tuned model.")
+@click.option("--greedy", is_flag=True, help="Always the likeliest code, instead of sampling.")
+@click.option("--temperature", default=1.0, help="Sampling temperature.")
+@click.option("--seed", default=0, help="Of sampling; draw k takes seed + k.")
+@click.option("--device", default="auto", type=click.Choice(["auto", "cpu", "cuda"]))
+@click.option(
+    "--config", "config_path", type=click.Path(path_type=Path), help="Default: the run's, or ./pipeline.toml."
+)
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the configuration.")
+@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON on stdout.")
+def main(
+    paths: tuple[Path, ...],
+    only_score: tuple[str, ...],
+    with_base: bool | None,
+    seeds: int,
+    limit: int | None,
+    similarity: tuple[str, ...],
+    asr: str,
+    language: str,
+    train_data: Path | None,
+    fail_if: tuple[str, ...],
+    greedy: bool,
+    temperature: float,
+    seed: int,
+    device: str,
+    config_path: Path | None,
+    overrides: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Say DATA with MODEL (a merged model, a RUN, a checkpoint or an adapter) and score it beside its base model.
+
+    DATA: a data set of `preprocess` or a RUN (held-out speakers), a ChatML list, a seed-tts .lst, a ZipVoice .tsv, a Habibi
+    folder.
+    """
+    if len(paths) < 2 or (len(paths) < 3 and not only_score and not with_base):
+        raise click.UsageError("expected MODEL DATA OUT, or --only-score FOLDER DATA OUT")
+    *models, data, out = paths
+    with explained(f"what is done stays in {out}; the same command goes on"):
+        from tools.evaluate.conditions import broken, parse_condition
+        from tools.evaluate.run import Request, evaluate
+        from tools.evaluate.systems import read_evaluate_config
+        from train.model.generate import Sampling
+
+        conditions = [parse_condition(text) for text in fail_if]
+        config: EvaluateConfig = read_evaluate_config(config_path, overrides, (*models, data))
+        request = Request(
+            data=data,
+            out=out,
+            models=models,
+            wave_folders=[named_folder(text) for text in only_score],
+            with_base=bool(models) if with_base is None else with_base,
+            draws=seeds,
+            limit=limit,
+            encoders=[name for name in similarity or ("resemblyzer", "ovfl") if name != "none"],
+            asr=asr,
+            language=language,
+            device=chosen_device(device),
+            train_data=train_data,
+        )
+        sampling = Sampling(temperature=0.0 if greedy else temperature, seed=seed)
+        results, _, _ = evaluate(request, config, sampling)
+        failures = broken(conditions, results)
+    if as_json:
+        print_json(results)
+    show(results)
+    print_line(f"{out}/results.json: all figures")
+    for sentence in failures:
+        print_line(f"failed: {sentence}")
+    if failures:
+        raise SystemExit(1)
+
+
+def named_folder(text: str) -> tuple[str, Path]:
+    """NAME=FOLDER, or a folder whose own name serves."""
+    name, equals, folder = text.partition("=")
+    if equals and not Path(text).is_dir():
+        return name, Path(folder)
+    return Path(text).absolute().name, Path(text)
+
+
+def chosen_device(device: str) -> str:
+    if device != "auto":
+        return device
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def show(results: dict[str, Any]) -> None:
+    """The table and verdicts for a person, on stderr."""
+    encoders = [model["name"] for model in results["models"]["similarity"]]
+    headings = ("system", "failures", "CER", "WER", *(f"similarity {name}" for name in encoders), "length")
+    rows = []
+    for name, scores in results["scores"].items():
+        alike = [scores["similarity"][encoder] for encoder in encoders]
+        rows.append(
+            (
+                name,
+                f"{scores['failures']['share']:.1%}",
+                percent(scores.get("cer", {}).get("strict", {}).get("corpus")),
+                percent(scores.get("wer", {}).get("strict", {}).get("corpus")),
+                *(similarity_in_words(pair) for pair in alike),
+                "-" if scores["duration_ratio"] is None else f"{scores['duration_ratio']:.2f}",
+            )
+        )
+    print_line(results["seen"])
+    print_table(rows, headings=headings, width=max(100, 30 * len(headings)))
+    for row in results["comparisons"]:
+        if row["second"] == "base" and "another" not in row["metric"]:
+            print_line(comparison_in_words(row))
+    for line in results["not_measured"]:
+        print_line(f"skipped: {line}")
+
+
+def percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
+def similarity_in_words(pair: dict[str, Any]) -> str:
+    way = pair["share_of_the_way"]
+    return f"{pair['to_reference']:.3f}" + ("" if way is None else f" ({way:.0%} of the way)")
+
+
+def comparison_in_words(row: dict[str, Any]) -> str:
+    interval = "" if row["low"] is None else f" [{row['low']:+.4f}, {row['high']:+.4f}], P(worse) {row['p_worse']:.3f}"
+    return f"{row['metric']}, {row['first']} - {row['second']}: {row['difference']:+.4f}{interval}: {row['words']}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,243 @@
+"""What is to be said, and in whose voice: one `Item` per utterance, from each kind of list that people evaluate with.
+
+In: DATA. Out: `Items`, and what was left out with its reason. Paths in a list are taken from the working folder, as
+`preprocess` takes them, and where nothing is there from the list's own folder. A seed-tts or ZipVoice list has no speakers:
+each reference clip counts as a speaker of its own, which is right for their sets and makes intervals too narrow where one
+person's clips are several references.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from preprocess.segment import WHOLE, Segment
+from shards.errors import DataError
+
+DIALECT_KEYS = ("dialect", "dialect_tag")
+EXPECTED = (
+    "a data set folder of `preprocess`, a ChatML list (.json, .jsonl), a seed-tts list (.lst), a ZipVoice list (.tsv), or a "
+    "Habibi folder (metadata.jsonl or metadata.csv with file_name, text, speaker_id)"
+)
+
+
+class Item(msgspec.Struct, frozen=True, kw_only=True):
+    """One utterance. Paths are files; `real` is the recording of the text by the speaker, where there is one."""
+
+    id: str
+    speaker: str
+    text: str
+    reference: str
+    reference_text: str
+    real: str | None = None
+    dialect: str | None = None
+    reference_segment: Segment = WHOLE
+    real_segment: Segment = WHOLE
+    row: int | None = None  # in a data set's index: codes stand there instead of files
+    audio_sha256: list[str] = []  # of the files, where they are known without reading them
+
+
+class Items(msgspec.Struct, frozen=True, kw_only=True):
+    kind: str
+    source: str
+    items: list[Item]
+    skipped: list[str] = []
+
+
+def read_items(data: Path, limit: int | None = None) -> Items:
+    """Items of a list or folder of files; a data set of `preprocess` is read by `dataset_items`. Raises DataError."""
+    kind, reader = reader_of(data)
+    skipped: list[str] = []
+    items: list[Item] = []
+    for item in reader(data, skipped):
+        if limit is not None and len(items) == limit:
+            break
+        items.append(item)
+    if not items:
+        first = f"; the first of {len(skipped)} left out: {skipped[0]}" if skipped else ""
+        raise DataError(f"{data}: nothing to evaluate in this {kind}{first}")
+    return Items(kind=kind, source=str(data), items=with_distinct_ids(items), skipped=skipped)
+
+
+Reader = Callable[[Path, list[str]], Iterator[Item]]
+
+
+def reader_of(data: Path) -> tuple[str, Reader]:
+    if data.is_dir():
+        if (data / "metadata.jsonl").is_file() or (data / "metadata.csv").is_file():
+            return "Habibi folder", habibi_items
+        lists = [path for path in (data / "meta.lst", data / "chatml.json", data / "chatml.jsonl") if path.is_file()]
+        if not lists:
+            raise DataError(f"{data}: no list found in this folder; expected {EXPECTED}")
+        data = lists[0]
+        kind, reader = reader_of(data)
+        return kind, lambda _, skipped: reader(data, skipped)
+    if not data.is_file():
+        raise DataError(f"{data}: no such file or folder; expected {EXPECTED}")
+    if data.suffix == ".lst":
+        return "seed-tts list", seed_tts_items
+    if data.suffix == ".tsv":
+        return "ZipVoice list", zipvoice_items
+    return "ChatML list", chatml_items
+
+
+def with_distinct_ids(items: list[Item]) -> list[Item]:
+    """Waves are named by id: the second of two equal ids gets a number, so no wave overwrites another."""
+    seen: Counter[str] = Counter()
+    taken = {item.id for item in items}
+    named = []
+    for item in items:
+        seen[item.id] += 1
+        name = item.id
+        if seen[item.id] > 1:
+            number = seen[item.id]
+            while f"{item.id}-{number}" in taken:
+                number += 1
+            name = f"{item.id}-{number}"
+            taken.add(name)
+        named.append(msgspec.structs.replace(item, id=name))
+    return named
+
+
+def located(name: str, beside: Path) -> str:
+    """The file that a list names: from the working folder, else from the list's own."""
+    return name if Path(name).is_file() or not (beside / name).is_file() else str(beside / name)
+
+
+def chatml_items(data: Path, skipped: list[str]) -> Iterator[Item]:
+    from preprocess.reasons import RowFault
+    from preprocess.sources import find_pair, read_rows
+    from shards.writer import Reject
+
+    for row in read_rows(data):
+        if isinstance(row, Reject):
+            skipped.append(row.detail)
+            continue
+        try:
+            pair = find_pair(row.chat)
+        except RowFault as fault:
+            skipped.append(f"row {row.row}: {fault.detail}")
+            continue
+        facts = {**(row.chat.misc or {}), **row.extra}
+        yield Item(
+            id=row.id,
+            speaker=row.chat.speaker or pair.reference_path,
+            text=pair.target_text,
+            reference=located(pair.reference_path, data.parent),
+            reference_text=pair.reference_text,
+            real=located(pair.target_path, data.parent),
+            dialect=dialect_of(facts),
+            reference_segment=pair.reference_segment,
+            real_segment=pair.target_segment,
+        )
+
+
+def dialect_of(facts: dict[str, Any]) -> str | None:
+    return next((str(facts[key]) for key in DIALECT_KEYS if facts.get(key)), None)
+
+
+def seed_tts_items(data: Path, skipped: list[str]) -> Iterator[Item]:
+    """utterance|reference text|reference wav|text, and a fifth column or wavs/UTTERANCE.wav for the recording."""
+    for number, line in lines_of(data):
+        fields = line.split("|")
+        if len(fields) not in (4, 5):
+            skipped.append(f"line {number}: {len(fields)} fields between |; expected 4 or 5")
+            continue
+        name, reference_text, reference, text, *real = (field.strip() for field in fields)
+        recording = real[0] if real else f"wavs/{name.removesuffix('.wav')}.wav"
+        yield from checked(data, number, skipped, name.removesuffix(".wav"), reference_text, reference, text, recording)
+
+
+def zipvoice_items(data: Path, skipped: list[str]) -> Iterator[Item]:
+    """wave name, reference text, reference wav, text; separated by tabs."""
+    for number, line in lines_of(data):
+        fields = line.split("\t")
+        if len(fields) != 4:
+            skipped.append(f"line {number}: {len(fields)} fields between tabs; expected 4")
+            continue
+        name, reference_text, reference, text = (field.strip() for field in fields)
+        yield from checked(data, number, skipped, name.removesuffix(".wav"), reference_text, reference, text, "")
+
+
+def checked(
+    data: Path,
+    number: int,
+    skipped: list[str],
+    name: str,
+    reference_text: str,
+    reference: str,
+    text: str,
+    recording: str,
+) -> Iterator[Item]:
+    if not (name and reference_text and reference and text):
+        skipped.append(f"line {number}: an empty field; expected a name, two texts and a wave")
+        return
+    real = located(recording, data.parent) if recording else ""
+    yield Item(
+        id=name,
+        speaker=reference,
+        text=text,
+        reference=located(reference, data.parent),
+        reference_text=reference_text,
+        real=real if real and Path(real).is_file() else None,
+    )
+
+
+def lines_of(data: Path) -> Iterator[tuple[int, str]]:
+    try:
+        text = data.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{data}: not readable as UTF-8 text: {error}") from None
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield number, line.rstrip("\r")
+
+
+def habibi_items(data: Path, skipped: list[str]) -> Iterator[Item]:
+    """The benchmark's own pairing (habibi-tts 0.1.1, eval/0_benchmark.py): an entry's reference is the speaker's entry before
+    it, and the first one's is the last. A speaker with one entry would be its own reference and is left out."""
+    by_speaker: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for number, row in enumerate(metadata_rows(data), 1):
+        lacking = [key for key in ("file_name", "text", "speaker_id") if not str(row.get(key) or "").strip()]
+        if lacking:
+            skipped.append(f"entry {number}: lacks {', '.join(lacking)}")
+            continue
+        by_speaker[str(row["speaker_id"])].append(row)
+    for speaker, rows in by_speaker.items():
+        if len(rows) == 1:
+            skipped.append(f"{rows[0]['file_name']}: the only entry of speaker {speaker}, so without a reference")
+            continue
+        for number, row in enumerate(rows):
+            before = rows[number - 1]
+            yield Item(
+                id=str(Path(row["file_name"]).with_suffix("")),
+                speaker=speaker,
+                text=str(row["text"]).strip(),
+                reference=str(data / before["file_name"]),
+                reference_text=str(before["text"]).strip(),
+                real=str(data / row["file_name"]),
+                dialect=dialect_of(row),
+            )
+
+
+def metadata_rows(data: Path) -> Iterator[dict[str, Any]]:
+    path = data / "metadata.jsonl"
+    if path.is_file():
+        for number, line in lines_of(path):
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{path}: line {number}: not valid JSON: {error}") from None
+            if not isinstance(row, dict):
+                raise DataError(f"{path}: line {number}: expected an object, got {line[:40]!r}")
+            yield row
+        return
+    path = data / "metadata.csv"
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        yield from csv.DictReader(file)

@@ -1,0 +1,270 @@
+"""The whole evaluation in its order: recordings, speech, scores, results. Each part goes on where it was stopped.
+
+In: a `Request`. Out: OUT/results.json and its dictionary. OUT/evaluation.json fixes items, systems and draws before the first
+wave, so that a later call cannot mix two evaluations in one folder; recognizers and encoders may change, their scores lie in
+files of their own.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Iterable, Sized
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from shards.errors import ConfigError, DataError
+from shards.folder_lock import hold_folder
+from shards.terminal import print_line
+from shards.writer import write_bytes, write_json
+from tools.evaluate.dataset_items import dataset_items, is_dataset, training_overlap
+from tools.evaluate.items import Items, read_items
+from tools.evaluate.recognizers import load_recognizer
+from tools.evaluate.results import summed_up
+from tools.evaluate.row_file import Key
+from tools.evaluate.scoring import Scores, Similarity, measured, scores_with, similarities, text_score, voice_score
+from tools.evaluate.similarity import NotInstalled, load_encoder
+from tools.evaluate.speaking import Spoken, point_at_waves, speak, speech_file, write_recordings
+from tools.evaluate.systems import (
+    EvaluateConfig,
+    System,
+    base_system,
+    run_data,
+    strangers,
+    tuned_system,
+    waves_system,
+)
+from tools.evaluate.utterances import Utterance, utterances_of
+
+if TYPE_CHECKING:
+    from train.model.generate import Sampling
+
+PLAIN_LINE_EVERY_S = 10.0
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """What was asked for."""
+
+    data: Path
+    out: Path
+    models: list[Path] = []
+    wave_folders: list[tuple[str, Path]] = []  # (name, folder) of --only-score
+    with_base: bool = True
+    draws: int = 1
+    limit: int | None = None
+    encoders: list[str] = []
+    asr: str = "none"
+    language: str = "ar"
+    device: str = "cpu"
+    train_data: Path | None = None
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """evaluation.json."""
+
+    items: Items
+    systems: list[System]
+    draws: int
+    sampling: dict[str, Any]
+
+
+Result = tuple[dict[str, Any], list[Utterance], Plan]
+
+
+def evaluate(request: Request, config: EvaluateConfig, sampling: Sampling) -> Result:
+    """Run, or go on with, an evaluation in OUT. Raises PipelineError for what a person can mend."""
+    with hold_folder(request.out):
+        return _evaluate(request, config, sampling)
+
+
+def _evaluate(request: Request, config: EvaluateConfig, sampling: Sampling) -> Result:
+    items, seen = open_items(request, config)
+    plan = fixed_plan(request, config, items, sampling)
+    print_line(seen)
+    for line in items.skipped[:5]:
+        print_line(f"left out: {line}")
+    if len(items.skipped) > 5:
+        print_line(f"left out: {len(items.skipped) - 5} more; all stand in {request.out}/results.json")
+    spoken = spoken_rows(request, config, plan, sampling)
+    facts = last(measured(spoken, request.out), spoken, "measured")
+    skipped: list[str] = []
+    identities: dict[str, Any] = {"similarity": [], "asr": None}
+    voices = scored_voices(request, plan, spoken, facts, identities, skipped)
+    texts = recognised_texts(request, spoken, facts, identities, skipped)
+    rows = utterances_of(plan.items.items, plan.systems, plan.draws, spoken, facts, texts, voices)
+    about = {
+        "seen": seen,
+        "data": {
+            "kind": items.kind,
+            "source": items.source,
+            "items": len(items.items),
+            "speakers": len({item.speaker for item in items.items}),
+            "left_out": items.skipped,
+        },
+        "draws": plan.draws,
+        "sampling": plan.sampling,
+    }
+    results = summed_up(rows, plan.systems, identities, skipped + absent_parts(plan), about)
+    write_json(request.out / "results.json", results)
+    write_bytes(request.out / "utterances.jsonl", b"".join(msgspec.json.encode(row) + b"\n" for row in rows))
+    return results, rows, plan
+
+
+# --- what is evaluated ----------------------------------------------------------------------------------------------
+
+
+def open_items(request: Request, config: EvaluateConfig) -> tuple[Items, str]:
+    """The items, and the first line of the report: whether training has seen them."""
+    data, section = request.data, config.train
+    fraction = section.validation_fraction
+    if (data / "checkpoints").is_dir() and (data / "config.toml").is_file():
+        data = Path(section.validation_data) if section.validation_data else run_data(data)
+        if not fraction and not section.validation_data:
+            raise DataError(
+                f"{request.data}: this run held nothing out (train.validation_fraction = 0); give other data"
+            )
+    if not is_dataset(data):
+        items = read_items(data, request.limit)
+    else:
+        items = dataset_items(data, fraction, section.seed, request.limit)
+    if request.train_data:
+        return items, training_overlap(items, request.train_data, fraction, section.seed)
+    if items.kind.startswith("held-out"):
+        return items, f"unseen if {items.source} was the training data: {items.kind}"
+    return items, "not checked whether training has seen these speakers; name its data set with --train-data SHARDS"
+
+
+def fixed_plan(request: Request, config: EvaluateConfig, items: Items, sampling: Sampling) -> Plan:
+    """What evaluation.json fixes. Raises DataError when OUT holds another one."""
+    import dataclasses
+
+    plan = Plan(
+        items=items,
+        systems=chosen_systems(request, config, items),
+        draws=request.draws,
+        sampling=dataclasses.asdict(sampling),
+    )
+    path = request.out / "evaluation.json"
+    if not path.is_file():
+        write_json(path, plan)
+        return plan
+    try:
+        old = msgspec.json.decode(path.read_bytes(), type=Plan)
+    except msgspec.DecodeError as error:
+        raise DataError(f"{path}: not readable: {error}; give a new OUT") from None
+    changed = [name for name in plan.__struct_fields__ if getattr(old, name) != getattr(plan, name)]
+    if changed:
+        raise DataError(f"{request.out}: holds an evaluation of other {' and '.join(changed)}; give a new OUT")
+    return plan
+
+
+def chosen_systems(request: Request, config: EvaluateConfig, items: Items) -> list[System]:
+    systems: list[System] = []
+    if any(item.real for item in items.items):
+        systems.append(System(name="real", kind="real"))
+    if request.with_base:
+        systems.append(base_system(config))
+    for number, path in enumerate(request.models):
+        name = "tuned" if len(request.models) == 1 else f"tuned {number + 1} ({path.name})"
+        systems.append(tuned_system(path, config, name))
+    systems += [waves_system(name, folder) for name, folder in request.wave_folders]
+    if strangers(items.items):
+        systems.append(System(name="shuffled", kind="shuffled"))
+    names = [system.name for system in systems]
+    doubled = {name for name in names if names.count(name) > 1} | ({"reference"} & set(names))
+    if doubled:
+        raise ConfigError(f"--only-score: the name {min(doubled)!r} is taken; give another one with NAME=FOLDER")
+    return systems
+
+
+def absent_parts(plan: Plan) -> list[str]:
+    """What could not stand in the report, and why."""
+    kinds = {system.kind for system in plan.systems}
+    found = []
+    if "real" not in kinds:
+        found.append("real recordings (ceiling), duration ratio: the list names none")
+    if "base" not in kinds:
+        found.append("base model: left out with --no-base, so nobody knows whether tuning helped")
+    if "shuffled" not in kinds:
+        found.append("shuffled speakers (floor): all items are of one speaker")
+    found.append("MOS predictors: not part of this version")
+    return found
+
+
+# --- the parts ------------------------------------------------------------------------------------------------------
+
+
+def spoken_rows(request: Request, config: EvaluateConfig, plan: Plan, sampling: Sampling) -> dict[Key, Spoken]:
+    """Every wave's row, in an order that does not depend on when it was made."""
+    rows = speech_file(request.out)
+    try:
+        write_recordings(plan.items, config, request.out, rows, request.device)
+        for system in plan.systems:
+            if system.kind in ("waves", "shuffled"):
+                point_at_waves(system, plan.items.items, rows)
+            elif system.speaks:
+                total = range(len(plan.items.items) * plan.draws)
+                spoken = speak(system, plan.items, config, request.out, rows, sampling, plan.draws, request.device)
+                last(spoken, total, f"{system.name}: spoken")
+    finally:
+        rows.close()
+    return {key: rows.rows[key] for key in sorted(rows.rows)}
+
+
+def scored_voices(
+    request: Request,
+    plan: Plan,
+    spoken: dict[Key, Spoken],
+    facts: Scores,
+    identities: dict[str, Any],
+    skipped: list[str],
+) -> dict[str, dict[Key, Similarity]]:
+    found: dict[str, dict[Key, Similarity]] = {}
+    for name in request.encoders:
+        try:
+            encoder = load_encoder(name)
+        except NotInstalled as error:
+            skipped.append(f"similarity by {error}")
+            continue
+        scored = scores_with("similarity", encoder.identity, voice_score(encoder), spoken, facts, request.out)
+        found[encoder.identity.name] = similarities(plan.items.items, spoken, last(scored, spoken, f"voices by {name}"))
+        identities["similarity"].append(msgspec.to_builtins(encoder.identity))
+        del encoder, scored
+        gc.collect()
+    if not request.encoders:
+        skipped.append("similarity: no encoder was named with --similarity")
+    return found
+
+
+def recognised_texts(
+    request: Request, spoken: dict[Key, Spoken], facts: Scores, identities: dict[str, Any], skipped: list[str]
+) -> Scores | None:
+    try:
+        recognizer = load_recognizer(request.asr, request.language, request.device)
+    except NotInstalled as error:
+        skipped.append(f"CER and WER by {error}")
+        return None
+    if recognizer is None:
+        skipped.append("CER and WER: no recognizer; name a local one, --asr faster-whisper:FOLDER or whisper:FOLDER")
+        return None
+    identities["asr"] = msgspec.to_builtins(recognizer.identity)
+    said = {key: row for key, row in spoken.items() if key[0] != "reference"}
+    return last(
+        scores_with("asr", recognizer.identity, text_score(recognizer), said, facts, request.out), said, "recognised"
+    )
+
+
+def last(steps: Iterable[Any], total: Sized, what: str) -> Any:
+    """Run to the end with a line now and then; what the last step has yielded as its second part, or an empty dictionary."""
+    found: Any = {}
+    shown, number = time.monotonic(), 0
+    for number, step in enumerate(steps, 1):
+        found = step[1] if isinstance(step, tuple) else step
+        if time.monotonic() - shown > PLAIN_LINE_EVERY_S:
+            shown = time.monotonic()
+            print_line(f"{what} {number}/{len(total)}")
+    if number:
+        print_line(f"{what} {number}/{len(total)}")
+    return found

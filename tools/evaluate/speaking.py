@@ -1,0 +1,231 @@
+"""Waves of every system, one row each as they come: OUT/speech.jsonl beside OUT/waves/SYSTEM/DRAW/ITEM.wav.
+
+In: items and systems. Out: `Spoken` rows. What cannot be spoken or read is a row with an error, which the scores count as a
+failure. Every system says an item with the same seed in the same draw, so that systems differ by their weights alone. One
+model is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+import numpy as np
+
+from shards.errors import PipelineError
+from shards.printable import file_name
+from tools.evaluate.dataset_items import read_samples
+from tools.evaluate.items import Item, Items
+from tools.evaluate.row_file import Key, RowFile
+from tools.evaluate.systems import REFERENCE, EvaluateConfig, System, find_wave, strangers
+from tools.evaluate.waves import RUNAWAY, longest_copy
+
+if TYPE_CHECKING:
+    from shards.sample import Sample
+    from tools.speaker import Speaker
+    from train.model.generate import Sampling
+
+SPARE_FRAMES = 12  # beyond RUNAWAY, so that a runaway is seen as one
+
+
+class Spoken(msgspec.Struct, frozen=True, kw_only=True):
+    """One wave of one system."""
+
+    system: str
+    draw: int
+    item: str
+    wave: str  # file; below OUT where it is not absolute
+    ended: bool | None = None  # by itself; None: nobody knows
+    copied_frames: int | None = None  # longest run of the prompt's codes
+    text_reached: bool | None = None  # the model's text tokens spell the text that was asked
+    error: str = ""
+
+    @property
+    def key(self) -> Key:
+        return self.system, self.draw, self.item
+
+
+def speech_file(out: Path) -> RowFile[Spoken]:
+    return RowFile(out / "speech.jsonl", Spoken, lambda row: row.key)
+
+
+def wave_name(system: str, draw: int, item: str) -> str:
+    return f"waves/{file_name(system)}/{draw}/{file_name(item)}.wav"
+
+
+# --- recordings -----------------------------------------------------------------------------------------------------
+
+
+def write_recordings(items: Items, config: EvaluateConfig, out: Path, rows: RowFile[Spoken], device: str) -> None:
+    """The references and the real recordings, as waves at 24 kHz."""
+    wanted = [(role, item) for item in items.items for role in (REFERENCE, "real")]
+    if all((role, 0, item.id) in rows.rows or is_absent(role, item) for role, item in wanted):
+        return
+    if items.items[0].row is not None:
+        write_decoded(items, config, out, rows, device)
+        return
+    for role, item in wanted:
+        if (role, 0, item.id) in rows.rows or is_absent(role, item):
+            continue
+        name, segment = (
+            (item.reference, item.reference_segment) if role == REFERENCE else (item.real or "", item.real_segment)
+        )
+        error = write_recording(name, segment, out / wave_name(role, 0, item.id))
+        rows.add(Spoken(system=role, draw=0, item=item.id, wave=wave_name(role, 0, item.id), error=error))
+
+
+def is_absent(role: str, item: Item) -> bool:
+    return role == "real" and item.real is None
+
+
+def write_recording(name: str, segment: object, path: Path) -> str:
+    """Read, check and write one recording; the fault in words, or ""."""
+    from preprocess.audio import CODEC_RATE, AudioFault, AudioLimits, decode, read_bytes
+    from shards.encoders.codec import write_wave
+
+    try:
+        audio = decode(read_bytes(name), AudioLimits(0.0, 600.0, 1.0), segment)  # pyright: ignore[reportArgumentType]
+    except AudioFault as fault:
+        return f"{name}: {fault.detail}"
+    write_wave(path, audio.at(CODEC_RATE))
+    return ""
+
+
+def write_decoded(items: Items, config: EvaluateConfig, out: Path, rows: RowFile[Spoken], device: str) -> None:
+    """The recordings of a data set, through its codec."""
+    from shards.artifacts import codec_fingerprint, resolve
+    from shards.encoders.codec import load_codec, write_wave
+    from shards.errors import ShardError
+    from shards.manifest import open_dataset
+
+    folder = resolve(config.model.codec, config.model.codec_revision, "model.codec")
+    made_with = open_dataset(Path(items.source))[0].fingerprints.codec
+    if made_with != codec_fingerprint(folder):
+        raise ShardError(f"{items.source}: its codes were made with codec {made_with[:16]}, model.codec is another")
+    codec = load_codec(folder, device)
+    for item, sample in read_samples(items):
+        for role, codes in ((REFERENCE, sample.reference_codes), ("real", sample.target_codes)):
+            if (role, 0, item.id) not in rows.rows:
+                name = wave_name(role, 0, item.id)
+                write_wave(out / name, codec.decode(codes))
+                rows.add(Spoken(system=role, draw=0, item=item.id, wave=name))
+
+
+# --- systems --------------------------------------------------------------------------------------------------------
+
+
+def point_at_waves(system: System, items: list[Item], rows: RowFile[Spoken]) -> None:
+    """Rows of other systems' waves, and of shuffled speakers: nothing is spoken."""
+    others = strangers(items) if system.kind == "shuffled" else None
+    for number, item in enumerate(items):
+        if (system.name, 0, item.id) in rows.rows:
+            continue
+        if others:
+            stranger = items[others[number]]
+            role = "real" if ("real", 0, stranger.id) in rows.rows else REFERENCE
+            source = rows.rows[role, 0, stranger.id]
+            rows.add(Spoken(system=system.name, draw=0, item=item.id, wave=source.wave, error=source.error))
+        else:
+            wave = find_wave(Path(system.folder), item.id).absolute()
+            rows.add(Spoken(system=system.name, draw=0, item=item.id, wave=str(wave)))
+
+
+def expected_seconds(item: Item, out: Path, rows: dict[Key, Spoken]) -> float | None:
+    """How long the text should take: as long as its recording, else at the reference's characters per second."""
+    lengths = {}
+    for role in ("real", REFERENCE):
+        row = rows.get((role, 0, item.id))
+        if row and not row.error:
+            lengths[role] = wave_seconds(out / row.wave)
+    if lengths.get("real"):
+        return lengths["real"]
+    if lengths.get(REFERENCE) and item.reference_text:
+        return lengths[REFERENCE] * max(1, len(item.text)) / len(item.reference_text)
+    return None
+
+
+def wave_seconds(path: Path) -> float:
+    import soundfile
+
+    try:
+        return float(soundfile.info(path).duration)
+    except (soundfile.SoundFileError, OSError):
+        return 0.0
+
+
+def speak(
+    system: System,
+    items: Items,
+    config: EvaluateConfig,
+    out: Path,
+    rows: RowFile[Spoken],
+    sampling: Sampling,
+    draws: int,
+    device: str,
+) -> Iterator[Spoken]:
+    """Say every item that has no row yet, `draws` times; yields each row. The model is let go at the end."""
+    from tools.speaker import load_speaker
+
+    todo = [
+        (draw, item, sample)
+        for draw in range(draws)
+        for item, sample in with_samples(items)
+        if (system.name, draw, item.id) not in rows.rows
+    ]
+    if not todo:
+        return
+    speaker = load_speaker(Path(system.model), Path(system.adapter) if system.adapter else None, config.speak, device)
+    for draw, item, sample in todo:
+        drawn = dataclasses.replace(sampling, seed=sampling.seed + draw)
+        longest = round((RUNAWAY * (expected_seconds(item, out, rows.rows) or 15.0)) * 25) + SPARE_FRAMES
+        name = wave_name(system.name, draw, item.id)
+        row = Spoken(system=system.name, draw=draw, item=item.id, wave=name)
+        try:
+            row = speak_item(speaker, item, sample, longest, drawn, row, out)
+        except (PipelineError, ValueError) as error:
+            row = msgspec.structs.replace(row, error=str(error) or type(error).__name__)
+        rows.add(row)
+        yield row
+    del speaker
+    gc.collect()
+
+
+def with_samples(items: Items) -> Iterable[tuple[Item, Sample | None]]:
+    return read_samples(items) if items.items[0].row is not None else ((item, None) for item in items.items)
+
+
+def speak_item(
+    speaker: Speaker, item: Item, sample: Sample | None, max_frames: int, sampling: Sampling, row: Spoken, out: Path
+) -> Spoken:
+    """Say one item and write its wave. A data set's sample is prompted with its stored codes, a list's with its file."""
+    from preprocess.audio import CODEC_RATE, WHISPER_RATE, AudioFault, AudioLimits, decode, read_bytes
+    from shards.artifacts import load_tokenizer
+    from shards.cloning import cloning_sample
+    from shards.encoders.codec import write_wave
+    from shards.errors import DataError
+    from tools.speaker import with_mel
+    from train.model.generate import generate
+
+    tokenizer = load_tokenizer(speaker.model_dir)
+    if sample is None:
+        try:
+            audio = decode(read_bytes(item.reference), AudioLimits(), item.reference_segment)
+        except AudioFault as fault:
+            raise DataError(f"{item.reference}: {fault.detail}") from None
+        sample = cloning_sample(tokenizer, item.reference_text, speaker.codec.encode(audio.at(CODEC_RATE)), item.text)
+        if speaker.builder.uses_whisper:
+            sample = with_mel(sample, audio.at(WHISPER_RATE))
+    speech = generate(speaker.model, speaker.builder.prompt(sample), max_frames, sampling)
+    wave = speaker.codec.decode(speech.codes)
+    write_wave(out / row.wave, wave)
+    ids = sample.text_item_ids(sample.facts.target_text)
+    return msgspec.structs.replace(
+        row,
+        ended=bool(speech.stopped),
+        copied_frames=longest_copy(speech.codes.astype(np.int64), sample.reference_codes.astype(np.int64)),
+        text_reached=tokenizer.decode(ids.tolist(), skip_special_tokens=False).strip() == item.text.strip(),
+    )
