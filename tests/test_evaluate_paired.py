@@ -28,7 +28,7 @@ def test_intervals_cover_the_truth_with_12_speakers():
     assert 0.93 <= hits / 500 <= 0.97
 
 
-def test_a_clear_difference_is_told_in_both_directions():
+def test_a_clear_difference_is_found_in_both_directions():
     tuned, base, speakers = simulated(np.random.default_rng(0), 12, -0.15)
     better = compare(tuned, base, speakers, lower_is_better=True)
     worse = compare(base, tuned, speakers, lower_is_better=True)

@@ -40,7 +40,7 @@ def test_oualb_gives_what_the_leaderboard_gives(text: str, expected: str):
 
 
 @pytest.mark.parametrize(("text", "expected"), STRICT)
-def test_strict_folds_what_nobody_hears(text: str, expected: str):
+def test_strict_folds_what_is_not_audible(text: str, expected: str):
     assert PROTOCOLS["strict"](text) == expected
 
 
@@ -75,7 +75,7 @@ def test_groups_of_a_text():
         ("kitten", "sitting", Edits(6, 2, 0, 1)),
     ],
 )
-def test_edits_are_told_apart(asked: str, heard: str, expected: Edits):
+def test_edits_are_kept_apart(asked: str, heard: str, expected: Edits):
     assert character_edits(asked, heard) == expected
 
 

@@ -60,7 +60,7 @@ def files(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_second_process_is_told_who_holds_the_folder(holder, tmp_path):
+def test_a_second_process_gets_the_name_of_the_holder(holder, tmp_path):
     out = tmp_path / "out"
     process = holder()
     with pytest.raises(PipelineError) as refused, hold_folder(out):

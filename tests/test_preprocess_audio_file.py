@@ -67,14 +67,14 @@ def test_links_in_a_circle_and_to_nothing_are_rejects(tmp_path: Path):
 
 
 @pytest.mark.parametrize(("there", "asked"), [("NFC", "NFD"), ("NFD", "NFC")])
-def test_the_other_unicode_form_is_told(tmp_path: Path, there: Literal["NFC", "NFD"], asked: Literal["NFC", "NFD"]):
+def test_the_other_unicode_form_is_named(tmp_path: Path, there: Literal["NFC", "NFD"], asked: Literal["NFC", "NFD"]):
     name = "أُسرة café.wav"
     (tmp_path / unicodedata.normalize(there, name)).write_bytes(b"sound")
     detail = fault_of(str(tmp_path / unicodedata.normalize(asked, name))).detail
     assert f"the same name exists in {there} form" in detail
 
 
-def test_nearly_right_paths_are_told(tmp_path: Path):
+def test_nearly_right_paths_are_named(tmp_path: Path):
     (tmp_path / "clips").mkdir()
     (tmp_path / "clips" / "A1.wav").write_bytes(b"sound")
     cases = {
@@ -93,7 +93,7 @@ def test_nearly_right_paths_are_told(tmp_path: Path):
     assert read_bytes(f"{tmp_path}/clips/A1.wav") == b"sound"
 
 
-def test_a_locale_that_cannot_write_the_name_is_told(repository: Path):
+def test_a_locale_that_cannot_write_the_name_is_named(repository: Path):
     env = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(repository)}
     result = subprocess.run(
         [sys.executable, "-c", CODE_OF_LOCALE_C], env=env, capture_output=True, text=True, check=True

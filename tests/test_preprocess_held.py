@@ -72,7 +72,7 @@ def holder(repository, arabic_mini, config, fingerprints, tmp_path) -> Iterator:
         process.communicate()
 
 
-def test_a_second_preprocess_is_refused_and_told_who_works_there(
+def test_a_second_preprocess_is_refused_with_the_holders_name(
     holder, run_command, arabic_mini, tiny_dir, repository, tmp_path
 ):
     process = holder()

@@ -41,7 +41,7 @@ def test_speech_passes_and_nothing_folds_back(from_rate: int):
 
 
 @pytest.mark.parametrize("from_rate", [24000, 48000])
-def test_what_whisper_hears_passes_and_nothing_folds_back(from_rate: int):
+def test_the_band_of_whisper_passes_and_nothing_folds_back(from_rate: int):
     assert all(abs(level_db(frequency, from_rate, 16000)) < 0.1 for frequency in range(100, 7001, 300))
     assert all(level_db(frequency, from_rate, 16000) < -80 for frequency in range(8700, 12000, 300))
 

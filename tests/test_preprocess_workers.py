@@ -30,7 +30,7 @@ def test_a_worker_killed_once_costs_nothing(poison, tmp_path):
     assert (tmp_path / "struck").exists()
 
 
-def test_a_row_that_kills_its_worker_is_left_out(poison):
+def test_a_row_that_kills_its_worker_is_skipped(poison):
     found = results(poison, {(2, 7): "kill", (2, 3): "kill"})
     assert found.pop(2) == (
         [0, 1, 2, 4, 5, 6, 8, 9],
@@ -58,7 +58,7 @@ def test_workers_that_keep_dying_end_the_job(poison):
         ("bug", RuntimeError, "KeyError: 'ours'"),
     ],
 )
-def test_what_a_worker_raises_is_told(poison, what, error, message):
+def test_what_a_worker_raises_is_reported(poison, what, error, message):
     with pytest.raises(error) as raised:
         results(poison, {(0, 5): what})
     assert message in str(raised.value)

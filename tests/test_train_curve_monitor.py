@@ -7,7 +7,7 @@ import json
 from train.loop import RunOptions, train
 
 
-def test_what_a_person_would_warn_of_is_told_once(caplog):
+def test_what_a_person_would_warn_of_is_logged_once(caplog):
     from train.evaluation.curve_monitor import CurveMonitor
 
     watch = CurveMonitor()

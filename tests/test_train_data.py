@@ -176,7 +176,7 @@ def test_too_much_damage_stops_with_numbers(dataset, builder):
         list(itertools.islice(feed, 20))
 
 
-def test_only_the_first_faults_are_told_one_by_one(dataset, builder, caplog):
+def test_only_the_first_faults_are_logged_one_by_one(dataset, builder, caplog):
     for row in range(30):
         flip_payload(dataset, row)
     source = open_source(dataset, builder)

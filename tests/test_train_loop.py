@@ -123,7 +123,7 @@ def test_a_loader_process_that_dies_ends_the_run_with_a_line(short_data, short_c
         train(short_config("train.num_workers=2"), short_data, tmp_path / "run", RunOptions())
 
 
-def test_too_little_memory_is_told_with_what_to_change(short_data, short_config, tmp_path, monkeypatch):
+def test_too_little_memory_is_an_error_with_what_to_change(short_data, short_config, tmp_path, monkeypatch):
     from train import loop
 
     def full(*_: object) -> None:

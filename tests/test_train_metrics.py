@@ -24,7 +24,7 @@ def test_tensorboard_holds_the_metrics(short_data, short_config, tmp_path):
     assert points[2].value == pytest.approx(losses(tmp_path / "run")[3])
 
 
-def test_a_missing_wandb_key_is_told_before_the_model_loads(short_data, tiny_dir, run_command, tmp_path):
+def test_a_missing_wandb_key_ends_before_the_model_loads(short_data, tiny_dir, run_command, tmp_path):
     result = run_command(
         *("train", short_data, tmp_path / "run", "--config", tiny_dir / "pipeline.toml", "--wandb"),
         env={"WANDB_API_KEY": "", "WANDB_MODE": "", "HOME": str(tmp_path), "WANDB_BASE_URL": "http://127.0.0.1:9"},

@@ -132,7 +132,7 @@ def test_packs_that_cannot_be_shared_are_refused():
         next(planner.rank_packs(0, 0, 4))
 
 
-def test_too_few_packs_for_one_step_is_told_with_numbers():
+def test_too_few_packs_for_one_step_is_an_error_with_numbers():
     planner = plan_of(make_index([100] * 30), packs_per_step=4)
     with pytest.raises(ConfigError, match=r"packs_per_step = 4, but an epoch has only 3 packs of up to 1000 tokens"):
         planner.require_full_step()
@@ -161,7 +161,7 @@ def test_windows_keep_shards_together_and_are_bounded():
     assert planner.window_shards(0, 0).tolist() != planner.window_shards(1, 0).tolist()
 
 
-def test_the_callback_hears_of_every_window_before_its_packs():
+def test_the_callback_gets_every_window_before_its_packs():
     planner = plan_of(make_index([100] * 100), window_samples=25)
     begun: list[tuple[int, int]] = []
     for epoch, packs in planner.steps_from(0, lambda *place: begun.append(place)):

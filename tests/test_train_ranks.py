@@ -182,7 +182,7 @@ def test_the_adapter_has_two_tensors_per_target_on_any_ranks(alone, train_run):
 
 
 @pytest.mark.slow
-def test_a_mistake_that_all_ranks_see_is_told_once(command_of, repository, tmp_path):
+def test_a_mistake_that_all_ranks_see_is_printed_once(command_of, repository, tmp_path):
     process = Started(command_of(tmp_path / "run", 2, "train.batch_tokens=50"), repository)
     status, messages = process.end(limit_s=60)
     assert status == 1

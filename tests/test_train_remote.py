@@ -143,7 +143,7 @@ def test_a_copy_that_is_not_the_original_is_not_taken(published, builder, tmp_pa
     assert not list(cache.rglob("*000003*"))
 
 
-def test_a_connection_that_breaks_off_is_tried_again_and_told(published, builder, tmp_path, http_server, monkeypatch):
+def test_a_connection_that_breaks_off_is_retried_and_logged(published, builder, tmp_path, http_server, monkeypatch):
     url = http_server(published)
     sent = Counter()
     whole = SimpleHTTPRequestHandler.copyfile
@@ -164,7 +164,7 @@ def test_a_connection_that_breaks_off_is_tried_again_and_told(published, builder
         keys(url, builder, section(tmp_path, cache_dir=str(tmp_path / "other")))
 
 
-def test_a_missing_shard_and_a_missing_data_set_are_told(published, builder, tmp_path, http_server):
+def test_a_missing_shard_and_a_missing_data_set_are_named(published, builder, tmp_path, http_server):
     url = http_server(published)
     shard_path(published, 2, ".tar").unlink()
     with pytest.raises(PipelineError, match=r"shard-000002.tar: FileNotFoundError.*check the network"):

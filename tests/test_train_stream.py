@@ -143,7 +143,7 @@ def test_the_target_budget_counts_what_the_plan_counts(builder, samples):
         assert learned <= sample.target_codes.shape[1] + NUM_MARKER_COLUMNS
 
 
-def test_faults_are_told_with_shard_and_key(tmp_path, builder, samples):
+def test_faults_are_logged_with_shard_and_key(tmp_path, builder, samples):
     with TarWriter(str(tmp_path / "bad.tar")) as tar:
         for sample in samples[:10]:
             members = dict(pack_sample(sample))
@@ -160,7 +160,7 @@ def test_faults_are_told_with_shard_and_key(tmp_path, builder, samples):
     assert not {"sample-3", "sample-5"} & set(keys(loaded_packs))
 
 
-def test_a_sequence_longer_than_a_pack_is_told_and_is_no_damage(foreign, builder):
+def test_a_sequence_longer_than_a_pack_is_logged_as_no_damage(foreign, builder):
     loaded_packs = take(open_stream(foreign, builder, batch_tokens=235, shuffle_buffer=1), 40)
     faults = [fault for loaded in loaded_packs for fault in loaded.faults]
     assert faults
@@ -169,7 +169,7 @@ def test_a_sequence_longer_than_a_pack_is_told_and_is_no_damage(foreign, builder
 
 
 @pytest.mark.parametrize("num_bytes", [30_000, 30_720, 512, 31_233])
-def test_a_cut_shard_is_told_and_the_others_go_on(foreign, builder, num_bytes):
+def test_a_cut_shard_is_logged_and_the_others_go_on(foreign, builder, num_bytes):
     path = foreign / "part-1.tar"
     path.write_bytes(path.read_bytes()[:num_bytes])
     loaded_packs = take(open_stream(foreign, builder, shuffle_buffer=1), 20)

@@ -95,7 +95,7 @@ def test_whisper_rows_stand_before_the_reference_and_count(samples, tokenizer, m
             assert (sequence.next_token[places] == -100).all()
 
 
-def test_clips_of_a_pack_do_not_hear_each_other(model_dir, decided, samples, tokenizer):
+def test_clips_of_a_pack_do_not_reach_each_other(model_dir, decided, samples, tokenizer):
     model = whisper_model(model_dir, decided)
     sequences = [SequenceBuilder(tokenizer, WITH_WHISPER).training(sample) for sample in samples]
     with torch.no_grad():
@@ -105,7 +105,7 @@ def test_clips_of_a_pack_do_not_hear_each_other(model_dir, decided, samples, tok
     torch.testing.assert_close(together.text, torch.stack([sums.text for sums in alone]).sum(), rtol=1e-5, atol=0)
 
 
-def test_the_reference_is_heard(model_dir, decided, samples, tokenizer):
+def test_the_reference_changes_the_losses(model_dir, decided, samples, tokenizer):
     model = whisper_model(model_dir, decided)
     builder = SequenceBuilder(tokenizer, WITH_WHISPER)
     other = dataclasses.replace(samples[0], reference_mel_zst=louder(samples[0]))
@@ -151,7 +151,7 @@ def test_a_filler_pack_still_uses_the_projection(model_dir, decided):
         assert not parameter.grad.any(), name
 
 
-def test_generation_hears_what_training_heard(model_dir, decided, samples, tokenizer):
+def test_generation_reads_what_training_read(model_dir, decided, samples, tokenizer):
     """Greedy codes of the prompt must be the likeliest ones of the training pass over prompt + those codes."""
     model = whisper_model(model_dir, decided).eval()
     builder = SequenceBuilder(tokenizer, WITH_WHISPER)
@@ -287,7 +287,7 @@ log_every = 1
 
 
 @pytest.mark.slow
-def test_two_ranks_hear_what_one_hears(tmp_path, tiny_dir, samples, make_dataset, whisper, run_command):
+def test_two_ranks_read_what_one_reads(tmp_path, tiny_dir, samples, make_dataset, whisper, run_command):
     """Three packs in steps of two: in the second step one rank has an empty pack, and still takes part in every gather."""
     dataset = make_dataset(tmp_path / "shards", samples)
     settings = [
@@ -321,7 +321,7 @@ def test_two_ranks_hear_what_one_hears(tmp_path, tiny_dir, samples, make_dataset
 
 
 @pytest.mark.slow
-def test_a_checkpoint_with_a_tower_is_heard_by_itself(tmp_path, tiny_dir, samples, make_dataset, tokenizer):
+def test_a_checkpoint_with_a_tower_uses_it_by_itself(tmp_path, tiny_dir, samples, make_dataset, tokenizer):
     """conditioning "auto": its own tower, LoRA on its projection, and codes alone where they are asked for."""
     from shards.config import read_config
     from shards.encoders.whisper_tower import WhisperSizes
