@@ -123,13 +123,21 @@ def finalize_command(out: Path, max_reject_fraction: float | None) -> None:
 @click.argument("source", type=PATH)
 @click.argument("chatml", type=PATH)
 @click.option("--seed", default=0, show_default=True, help="Of drawing references.")
-def convert_command(kind: str, source: Path, chatml: Path, seed: int) -> None:
+@click.option("--speaker", help="Who speaks all clips, where SOURCE names no speakers.")
+@click.option("--speaker-from-folder", is_flag=True, help="A folder per speaker, where SOURCE names no speakers.")
+def convert_command(
+    kind: str, source: Path, chatml: Path, seed: int, speaker: str | None, speaker_from_folder: bool
+) -> None:
     """Write the list CHATML (.json or .jsonl) from SOURCE, another project's data set."""
     with explained(), ends_on_signals():
         from preprocess.convert import convert
 
-        made = convert(kind, source, chatml, seed)
+        if speaker and speaker_from_folder:
+            raise click.UsageError("--speaker and --speaker-from-folder exclude each other")
+        made = convert(kind, source, chatml, seed, speaker, speaker_from_folder)
         print_line(f"{chatml}: {made.num_rows} rows of {made.num_speakers} speakers")
+        if made.ignored_columns:
+            print_line(f"columns that are not used: {', '.join(made.ignored_columns)}")
         if made.lonely_clips:
             first = made.lonely_clips[0]
             print_line(f"skipped: {len(made.lonely_clips)} clips whose speaker has no other clip; first {first}")

@@ -4,22 +4,25 @@
     csv        audio_file|text|speaker, as F5-TTS and Coqui use it; "," and tab work too
     folder     x.wav beside x.txt or x.lab; the speaker is the folder a file lies in
 
-Every clip becomes a target; its reference is another clip of the same speaker, drawn with a seed, never itself. A speaker
-with one clip only cannot be cloned from another one: those clips are skipped and counted.
+Every clip becomes a target; its reference is another clip of the same speaker, drawn with a seed, never itself nor the same
+recording under another suffix. A clip without another one of its speaker is skipped and counted. Nothing is guessed: a field
+without a name, a missing speaker, an unknown header or encoding is an error, because a cut transcript would be trained as it is.
 """
 
 from __future__ import annotations
 
 import csv
 import json
+import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 
+from preprocess.list_encoding import encoding_of, named_encoding
 from preprocess.sources import INSTRUCTION_PREFIX
 from shards.errors import DataError
 from shards.writer import write_bytes
@@ -31,30 +34,42 @@ SYSTEM_TEXT = "You are a helpful assistant capable of generating speech in the v
 class Clip(msgspec.Struct, frozen=True):
     audio: str
     text: str
-    speaker: str
+    speaker: str | None  # None: the source names none
+
+    def recording(self) -> str:
+        """The same for a.wav and a.flac of one folder."""
+        return self.audio.removesuffix(Path(self.audio).suffix)
 
 
 class Conversion(msgspec.Struct, frozen=True):
     num_rows: int
     num_speakers: int
-    lonely_clips: list[str]  # of speakers with one clip
+    lonely_clips: list[str]  # without another recording of their speaker
+    ignored_columns: list[str] = []
 
 
-def convert(kind: str, source: Path, out: Path, seed: int) -> Conversion:
-    """Write the ChatML list `out` (JSON Lines for .jsonl, else a JSON array). Raises DataError."""
-    clips = list(READERS[kind](source))
+def convert(
+    kind: str, source: Path, out: Path, seed: int, speaker: str | None = None, speaker_from_folder: bool = False
+) -> Conversion:
+    """Write the ChatML list `out` (JSON Lines for .jsonl, else a JSON array). Raises DataError.
+
+    `speaker` is who speaks all clips, `speaker_from_folder` takes the folder of each clip: only for sources that name none.
+    """
+    ignored: list[str] = []
+    clips = list(READERS[kind](source, ignored))
     if not clips:
         raise DataError(f"{source}: no clip found; expected {EXPECTED[kind]}")
     by_speaker: dict[str, list[Clip]] = defaultdict(list)
-    for clip in clips:
-        by_speaker[clip.speaker].append(clip)
-    lonely = [clips_of[0].audio for clips_of in by_speaker.values() if len(clips_of) == 1]
-    rows = [
-        chat_row(reference, target)
-        for number, clips_of in enumerate(by_speaker.values())
-        if len(clips_of) > 1
-        for reference, target in pairs(clips_of, np.random.Generator(np.random.Philox(key=[seed, number])))
-    ]
+    for clip in _with_speakers(clips, source, speaker, speaker_from_folder):
+        by_speaker[clip.speaker or ""].append(clip)
+    rows: list[dict[str, Any]] = []
+    lonely: list[str] = []
+    num_speakers = 0
+    for number, clips_of in enumerate(by_speaker.values()):
+        paired = list(pairs(clips_of, np.random.Generator(np.random.Philox(key=[seed, number]))))
+        rows += [chat_row(reference, target) for reference, target in paired if reference]
+        lonely += [target.audio for reference, target in paired if not reference]
+        num_speakers += any(reference for reference, _ in paired)
     if not rows:
         raise DataError(f"{source}: every speaker has one clip only; cloning needs another clip as the reference")
     if out.suffix == ".jsonl":
@@ -62,14 +77,37 @@ def convert(kind: str, source: Path, out: Path, seed: int) -> Conversion:
     else:
         text = json.dumps(rows, ensure_ascii=False, indent=1) + "\n"
     write_bytes(out, text.encode())
-    return Conversion(len(rows), len(by_speaker) - len(lonely), lonely)
+    return Conversion(len(rows), num_speakers, lonely, ignored)
 
 
-def pairs(clips: list[Clip], rng: np.random.Generator) -> Iterator[tuple[Clip, Clip]]:
-    """(reference, target) for every clip of one speaker."""
+def _with_speakers(clips: list[Clip], source: Path, speaker: str | None, from_folder: bool) -> Iterator[Clip]:
+    unnamed = [clip.audio for clip in clips if not clip.speaker]
+    if (speaker or from_folder) and len(unnamed) < len(clips):
+        raise DataError(f"{source}: names speakers itself; leave --speaker and --speaker-from-folder out")
+    if unnamed and not (speaker or from_folder):
+        raise DataError(
+            f"{source}: {len(unnamed)} of {len(clips)} clips have no speaker, first {unnamed[0]}; add a column, or give "
+            "--speaker NAME (one voice speaks all) or --speaker-from-folder (a folder per speaker)"
+        )
+    for clip in clips:
+        named = clip.speaker or speaker or _folder_of(clip, source)
+        yield msgspec.structs.replace(clip, speaker=named)
+
+
+def _folder_of(clip: Clip, source: Path) -> str:
+    """The clip's folder as seen from the source's, or that one's own name."""
+    folder, root = Path(clip.audio).parent, source.parent
+    inner = str(folder.relative_to(root)) if folder.is_relative_to(root) else str(folder)
+    return root.resolve().name if inner == "." else inner
+
+
+def pairs(clips: list[Clip], rng: np.random.Generator) -> Iterator[tuple[Clip | None, Clip]]:
+    """(reference, target) for every clip of one speaker; no reference where all others are the same recording."""
     for number, target in enumerate(clips):
-        other = int(rng.integers(len(clips) - 1))
-        yield clips[other + (other >= number)], target
+        other = int(rng.integers(len(clips) - 1)) if len(clips) > 1 else 0
+        first = other + (other >= number)
+        turned = (clips[(first + step) % len(clips)] for step in range(len(clips)))
+        yield next((clip for clip in turned if clip.recording() != target.recording()), None), target
 
 
 def chat_row(reference: Clip, target: Clip) -> dict[str, Any]:
@@ -92,72 +130,147 @@ def chat_row(reference: Clip, target: Clip) -> dict[str, Any]:
 # --- the neighbours' forms ------------------------------------------------------------------------------------------
 
 
-def read_metadata(path: Path) -> Iterator[Clip]:
+def read_metadata(path: Path, ignored: list[str]) -> Iterator[Clip]:
     path = path / "metadata.json" if path.is_dir() else path
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, json.JSONDecodeError) as error:
+        content = json.loads(_read_text(path))
+    except (json.JSONDecodeError, RecursionError) as error:
         raise DataError(f"{path}: not readable as metadata.json: {error}") from None
     samples = content.get("samples") if isinstance(content, dict) else content
     if not isinstance(samples, list):
         raise DataError(f"{path}: no list of samples; expected {EXPECTED['metadata']}")
     for number, sample in enumerate(samples):
-        audio = sample.get("audio_file") if isinstance(sample, dict) else None
+        where = f"{path}: sample {number}"
+        fields = sample if isinstance(sample, dict) else {}
+        audio = _one_of(fields, ("audio_file",), where)
         if not audio:
-            raise DataError(f"{path}: sample {number} has no audio_file")
-        text = sample.get("transcript") or sample.get("text")
+            raise DataError(f"{where} has no audio_file")
+        text = _one_of(fields, ("transcript", "text"), where)
         if not text:
-            transcript = sample.get("transcript_file") or str(Path(audio).with_suffix(".txt"))
-            text = _read_text(path.parent / transcript, f"{path}: sample {number}")
-        speaker = sample.get("speaker_id") or sample.get("speaker") or sample.get("speaker_name") or "unknown"
-        yield Clip(str(path.parent / audio), text, str(speaker))
+            transcript = _one_of(fields, ("transcript_file",), where) or f"{audio.removesuffix(Path(audio).suffix)}.txt"
+            text = _transcript(path.parent / transcript, where)
+        speaker = _one_of(fields, ("speaker_id", "speaker", "speaker_name"), where)
+        yield Clip(str(path.parent / audio), text, speaker)
 
 
-def read_csv(path: Path) -> Iterator[Clip]:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from None
-    delimiter = next((d for d in ("|", "\t", ",") if lines and d in lines[0]), "|")
-    quoting = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
-    rows = list(csv.reader(lines, delimiter=delimiter, quoting=quoting))
-    header = [name.strip().lower() for name in rows[0]] if rows else []
-    names = ["audio_file", "text", "speaker"]
-    if "audio_file" in header and "text" in header:
-        names, rows = header, rows[1:]
-    for number, row in enumerate(rows, start=1):
-        if not row:
+def _one_of(fields: dict[str, Any], names: Iterable[str], where: str) -> str | None:
+    """The text or number under one of the names. Raises DataError for another kind, or for two that differ."""
+    values: dict[str, str] = {}
+    for name in names:
+        value = fields.get(name)
+        if value is None or value == "":
             continue
-        fields = dict(zip(names, (field.strip() for field in row), strict=False))
-        if not fields.get("audio_file") or not fields.get("text"):
+        if isinstance(value, bool) or not isinstance(value, str | int):
+            raise DataError(f"{where}: {name} is {str(value)[:40]!r}; expected a text")
+        values[name] = str(value).strip()
+    if len(set(values.values())) > 1:
+        raise DataError(f"{where}: {' and '.join(values)} differ; leave one")
+    return next(iter(values.values()), None)
+
+
+def read_csv(path: Path, ignored: list[str]) -> Iterator[Clip]:
+    lines = _read_text(path).split("\n")  # no other line end: U+2028 and its like stand inside texts
+    first = next((line for line in lines if line.strip()), "")
+    delimiter = next((d for d in ("|", "\t", ",") if d in first), "|")
+    names: list[str] | None = None
+    for number, row in _csv_rows(lines, delimiter, path):
+        fields = [field.strip() for field in row]
+        if not any(fields):
+            continue
+        if names is None:
+            names = _header(fields, path, number)
+            if names:
+                ignored += [name for name in names if name not in CSV_COLUMNS]
+                continue
+            names = ["audio_file", "text", "speaker"]
+        if len(fields) > len(names):
+            quotes = " and quotes around texts that hold one" if delimiter == "," else ""
+            raise DataError(
+                f"{path}: line {number}: {len(fields)} fields for {len(names)} columns ({'|'.join(names)}); expected "
+                f"{EXPECTED['csv']}, {delimiter!r} between them{quotes}"
+            )
+        named = dict(zip(names, fields, strict=False))
+        if not named.get("audio_file") or not named.get("text"):
             raise DataError(f"{path}: line {number}: {len(row)} fields; expected {EXPECTED['csv']}")
-        speaker = fields.get("speaker") or fields.get("speaker_name") or "unknown"
-        yield Clip(str(path.parent / fields["audio_file"]), fields["text"], speaker)
+        speaker = _one_of(named, ("speaker", "speaker_name", "speaker_id"), f"{path}: line {number}")
+        yield Clip(str(path.parent / named["audio_file"]), named["text"], speaker)
 
 
-def read_folder(path: Path) -> Iterator[Clip]:
+def _csv_rows(lines: list[str], delimiter: str, path: Path) -> Iterator[tuple[int, list[str]]]:
+    """(line number, fields); only commas need quotes, because texts hold commas and quotes alike."""
+    if delimiter != ",":
+        yield from ((number, line.split(delimiter)) for number, line in enumerate(lines, start=1))
+        return
+    reader = csv.reader((f"{line}\n" for line in lines), strict=True)
+    try:
+        for row in reader:
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise DataError(f"{path}: line {reader.line_num}: {error}") from None
+
+
+def _header(fields: list[str], path: Path, number: int) -> list[str] | None:
+    """Column names, or None when the first line is a clip already. Raises DataError for a header of other names."""
+    names = [field.lower() for field in fields]
+    if len(set(names)) == len(names) and {"audio_file", "text"} <= set(names):
+        return names
+    try:
+        is_clip = Path(fields[0]).suffix.lower() in AUDIO_SUFFIXES or (path.parent / fields[0]).is_file()
+    except OSError:  # longer than any name
+        is_clip = False
+    if is_clip:
+        return None
+    raise DataError(
+        f"{path}: line {number}: {fields[0][:40]!r} is no audio file, and {'|'.join(names)[:80]!r} is not the header that is "
+        "known; name the columns audio_file, text and speaker, each once"
+    )
+
+
+def read_folder(path: Path, ignored: list[str]) -> Iterator[Clip]:
     if not path.is_dir():
         raise DataError(f"{path}: no such folder")
     for audio in sorted(file for file in path.rglob("*") if file.suffix.lower() in AUDIO_SUFFIXES):
-        texts = [audio.with_suffix(suffix) for suffix in (".txt", ".lab") if audio.with_suffix(suffix).is_file()]
-        if not texts:
+        if audio.name.startswith("._"):
+            continue  # macOS keeps a file's icon and colours there
+        found = [audio.with_suffix(suffix) for suffix in (".txt", ".lab") if audio.with_suffix(suffix).is_file()]
+        if not found:
             raise DataError(f"{audio}: no text beside it; expected {audio.stem}.txt or {audio.stem}.lab")
+        texts = [_transcript(text, str(audio)) for text in found]
+        if len(set(texts)) > 1:
+            raise DataError(f"{audio}: {found[0].name} and {found[1].name} differ; leave one")
         inner = audio.parent.relative_to(path)
-        yield Clip(str(audio), _read_text(texts[0], str(audio)), str(inner) if inner.parts else path.resolve().name)
+        yield Clip(str(audio), texts[0], str(inner) if inner.parts else path.resolve().name)
 
 
-def _read_text(path: Path, where: str) -> str:
+def _transcript(path: Path, where: str) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{where}: transcript {path}: {error}") from None
+        text = _read_text(path).strip()
+    except DataError as error:
+        raise DataError(f"{where}: transcript {error}") from None
+    if not text:
+        raise DataError(f"{where}: transcript {path} is empty")
+    return text
 
 
-READERS: dict[str, Callable[[Path], Iterator[Clip]]] = {
-    "metadata": read_metadata,
-    "csv": read_csv,
-    "folder": read_folder,
-}
+def _read_text(path: Path) -> str:
+    """A UTF-8 file's text, lines ending in \\n. Raises DataError that names another encoding and its line."""
+    try:
+        data = path.read_bytes()
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    encoding = named_encoding(data[:4])
+    if encoding:
+        raise DataError(f"{path}: is {encoding}, expected UTF-8; convert it: iconv -f {encoding} -t UTF-8")
+    try:
+        return re.sub("\r+\n", "\n", data.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{path}: line {line}: not UTF-8: {encoding_of(data)}") from None
+
+
+Reader = Callable[[Path, list[str]], Iterator[Clip]]  # adds the names of columns that mean nothing here to the list
+READERS: dict[str, Reader] = {"metadata": read_metadata, "csv": read_csv, "folder": read_folder}
+CSV_COLUMNS = ("audio_file", "text", "speaker", "speaker_name", "speaker_id")
 EXPECTED = {
     "metadata": '{"samples": [{"audio_file": ..., "transcript_file": ..., "speaker_id": ...}]}',
     "csv": "audio_file|text|speaker on every line",

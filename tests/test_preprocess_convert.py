@@ -98,6 +98,23 @@ def test_references_follow_the_seed(clips: Path):
         ("csv", "list.csv", "", "no clip found"),
         ("csv", "list.csv", "x.wav|نص|a\ny.wav|نص|b\n", "every speaker has one clip only"),
         ("folder", "only/x.wav", "", "no text beside it"),
+        ("csv", "list.csv", "x.wav,نعم، لا, ثم,a\n", "line 1: 4 fields for 3 columns"),
+        ("csv", "list.csv", "audio_file|text|speaker\nx.wav|نص|a|b\n", "line 2: 4 fields for 3 columns"),
+        ("csv", "list.csv", "x.wav|نص\ny.wav|نص\n", "2 of 2 clips have no speaker"),
+        ("csv", "list.csv", "x.wav|نص|a\ny.wav|نص\n", "1 of 2 clips have no speaker"),
+        ("csv", "list.csv", "path|sentence|client_id\nx.wav|نص|a\n", "'path' is no audio file"),
+        ("csv", "list.csv", "audio_file|text|text\nx.wav|نص|a\n", "each once"),
+        ("csv", "list.csv", 'x.wav,"نص,a\ny.wav,نص,a\n', "unexpected end of data"),
+        ("csv", "list.csv", "speaker|speaker_name|audio_file|text\na|b|x.wav|نص\n", "speaker and speaker_name differ"),
+        (
+            "metadata",
+            "metadata.json",
+            '{"samples": [{"audio_file": "x.wav", "text": "a", "transcript": "b"}]}',
+            "differ",
+        ),
+        ("metadata", "metadata.json", '{"samples": [{"audio_file": "x.wav", "text": ["a"]}]}', "expected a text"),
+        ("metadata", "metadata.json", '{"samples": [{"audio_file": "x.wav", "text": "a"}]}', "have no speaker"),
+        ("metadata", "metadata.json", "[" * 100000, "not readable as metadata.json"),
     ],
 )
 def test_what_does_not_fit_is_told(tmp_path: Path, kind, name, content, message):
@@ -120,3 +137,51 @@ def test_the_command_and_stage_one_after_it(clips: Path, run_command, tiny_dir):
     wrong = run_command("preprocess", "convert", "csv", clips / "nowhere.csv", clips / "x.json")
     assert wrong.returncode == 1
     assert "No such file" in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    ("encoding", "named"), [("utf-16", "is UTF-16LE"), ("cp1256", "line 2: not UTF-8: it may be WINDOWS-1256")]
+)
+@pytest.mark.parametrize(("kind", "name"), [("csv", "list.csv"), ("metadata", "metadata.json")])
+def test_another_encoding_is_named(tmp_path: Path, kind: str, name: str, encoding: str, named: str):
+    path = tmp_path / name
+    path.write_bytes("audio_file|text|speaker\nx.wav|السلام عليكم|a\n".encode(encoding))
+    with pytest.raises(DataError, match=named):
+        convert(kind, path, tmp_path / "out.json", 0)
+
+
+def list_of(path: Path, **options) -> list[dict]:
+    convert("csv", path, path.with_suffix(".json"), 0, **options)
+    return json.loads(path.with_suffix(".json").read_bytes())
+
+
+def test_only_a_line_feed_ends_a_line(tmp_path: Path):
+    path = tmp_path / "list.csv"
+    texts = ["قبل\u2028بعد", "قبل\x0bبعد", "قبل\x85بعد", "قبل\x1cبعد"]
+    path.write_text("".join(f"{n}.wav|{text}|a\r\n" for n, text in enumerate(texts)), encoding="utf-8", newline="")
+    assert [row["messages"][2]["content"][0]["text"] for row in list_of(path)] == texts
+
+
+def test_speakers_are_asked_for_and_never_invented(tmp_path: Path):
+    path = tmp_path / "list.csv"
+    path.write_text(
+        "audio_file|text|length\na/1.wav|نص|3\na/2.wav|نص|4\nb/3.wav|نص|5\nb/4.wav|نص|6\n", encoding="utf-8"
+    )
+    assert {row["speaker"] for row in list_of(path, speaker="سارة")} == {"سارة"}
+    folders = [row["speaker"] for row in list_of(path, speaker_from_folder=True)]
+    assert folders == ["a", "a", "b", "b"]
+    assert convert("csv", path, tmp_path / "x.json", 0, speaker="s").ignored_columns == ["length"]
+    path.write_text("1.wav|نص|a\n2.wav|نص|a\n", encoding="utf-8")
+    with pytest.raises(DataError, match="names speakers itself"):
+        list_of(path, speaker="b")
+
+
+def test_one_recording_in_two_files_is_no_reference(tmp_path: Path):
+    path = tmp_path / "list.csv"
+    path.write_text("1.wav|نص|a\n1.flac|نص|a\n2.wav|نص|a\n3.wav|نص|b\n3.mp3|نص|b\n", encoding="utf-8")
+    made = convert("csv", path, tmp_path / "list.json", 0)
+    assert (made.num_rows, made.num_speakers) == (3, 1)
+    assert [Path(clip).name for clip in made.lonely_clips] == ["3.wav", "3.mp3"]
+    for row in json.loads((tmp_path / "list.json").read_bytes()):
+        reference, target = row["messages"][1]["content"][1], row["messages"][2]["content"][1]
+        assert Path(reference["audio_url"]).stem != Path(target["audio_url"]).stem
