@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 
-from preprocess.audio_containers import missing
-from preprocess.audio_decoders import read_samples
+from preprocess.audio_containers import missing, unread
+from preprocess.audio_decoders import read_samples, without_id3
 from preprocess.audio_file import read_bytes as read_bytes
 from preprocess.reasons import AudioFault
 from preprocess.segment import WHOLE, Segment
@@ -76,12 +76,14 @@ def decode(data: bytes, limits: AudioLimits, segment: Segment = WHOLE) -> AudioF
     The limits hold for the segment; of a longer file no more than the segment is kept in memory.
     """
     segment.check()
+    data = without_id3(data)
+    if segment.is_whole and (lacks := missing(data)):
+        raise AudioFault("audio_truncated", lacks)
+    if segment.duration_s is None and (left := unread(data)):
+        raise AudioFault("audio_several", left)
     decoded = read_samples(data, limits.max_duration_s, segment)
     samples, sample_rate = decoded.samples, decoded.sample_rate  # [S, channels]
     is_cut_off = len(samples) > limits.max_duration_s * sample_rate
-    lacks = missing(data) if segment.is_whole else None
-    if lacks:
-        raise AudioFault("audio_truncated", lacks)
     if not is_cut_off:
         segment.check_read(len(samples), sample_rate)
         if segment.is_whole and decoded.declared and len(samples) < decoded.declared:
@@ -90,7 +92,8 @@ def decode(data: bytes, limits: AudioLimits, segment: Segment = WHOLE) -> AudioF
     if duration_s < limits.min_duration_s:
         raise AudioFault("audio_too_short", f"{duration_s:.3f} s, at least {limits.min_duration_s:g} s")
     if is_cut_off:
-        stated = f"{decoded.declared / sample_rate:.3f} s" if decoded.declared else "longer than the limit"
+        length_s = decoded.declared / sample_rate - segment.offset_s if decoded.declared else segment.duration_s
+        stated = f"{segment.duration_s or length_s:.3f} s" if length_s else "longer than the limit"
         raise AudioFault("audio_too_long", f"{stated}, at most {limits.max_duration_s:g} s")
     if not np.isfinite(samples).all():
         raise AudioFault("audio_not_finite", f"{int((~np.isfinite(samples)).sum())} samples are NaN or infinite")

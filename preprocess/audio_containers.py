@@ -8,10 +8,13 @@ wav from a pipe that was cut off cannot be told from a whole one.
 from __future__ import annotations
 
 import struct
+from collections import deque
 from collections.abc import Iterator
 
 MAX_CHUNKS = 10000
-OGG_HEADER = 27
+OGG_HEADER, OGG_BEGINS, OGG_ENDS = 27, 2, 4  # bytes; flags of a page
+MAX_TAIL = 4096  # bytes behind the samples of a wav that are nobody's concern
+SEPARATE = "make it one file again: ffmpeg -i FILE FILE.flac, or cut it"
 
 
 def repaired(data: bytes) -> bytes:
@@ -99,18 +102,70 @@ def _caf_end(data: bytes) -> int:
 
 def _missing_ogg(data: bytes) -> str | None:
     """An Ogg file cut between pages decodes without a complaint, but its last page lacks the end-of-stream flag."""
-    position, flags = 0, 0
+    _, flags, end = deque(_ogg_pages(data), maxlen=1)[0]
+    if end > len(data):
+        return "its last Ogg page is not whole"
+    return None if flags & OGG_ENDS else "its last Ogg page does not end the stream"
+
+
+def _ogg_pages(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """(position, flags, end) of every page; the last one may end behind the file."""
+    position = 0
     while position < len(data):
         if data[position : position + 4] != b"OggS":
             position = data.find(b"OggS", position + 1)
             if position < 0:
-                break  # a tag, or padding, behind the last page
+                return  # a tag, or padding, behind the last page
             continue
         num_lengths = data[position + 26] if position + OGG_HEADER <= len(data) else 0
         begin = position + OGG_HEADER + num_lengths
         end = begin + sum(data[position + OGG_HEADER : begin])
-        if begin > len(data) or end > len(data):
-            return "its last Ogg page is not whole"
-        flags = data[position + 5]
+        yield position, data[position + 5] if len(data) > position + 5 else 0, end
         position = end
-    return None if flags & 4 else "its last Ogg page does not end the stream"
+
+
+def unread(data: bytes) -> str | None:
+    """Sound that stands in the file and that no decoder reads, in words: it would be missing under the row's text.
+
+    Joined files decode like the first one alone, and a recorder that was killed leaves the size of its last save.
+    """
+    if data[:4] == b"OggS":
+        has_begun = False
+        for position, flags, _ in _ogg_pages(data):
+            if has_begun and flags & OGG_BEGINS:
+                return f"a second recording begins at byte {position} of an Ogg file; {SEPARATE}"
+            has_begun = has_begun or not flags & OGG_BEGINS
+    elif data[4:8] == b"ftyp":
+        places = [position for name, position in _mp4_boxes(data) if name == b"ftyp"]
+        if len(places) > 1:
+            return f"a second recording begins at byte {places[1]} of an mp4 file; {SEPARATE}"
+    elif data[:4] == b"RIFF" and data[8:12] == b"WAVE":
+        end = _stated_end(data)
+        behind = data[end + end % 2 :] if end else b""
+        if len(behind) > MAX_TAIL and any(behind[MAX_TAIL:]) and not _is_chunk(behind):
+            return f"{len(behind)} bytes stand behind the samples that its header counts; {SEPARATE}"
+    return None
+
+
+def _is_chunk(data: bytes) -> bool:
+    """Whether a chunk, or a tag of another kind, begins there."""
+    if data[:3] in (b"TAG", b"ID3") or data[:8] == b"APETAGEX":
+        return True
+    name = data[:4]
+    is_name = name.isascii() and name.decode("ascii").isprintable() and name not in (b"RIFF", b"RIFX")
+    return is_name and int.from_bytes(data[4:8], "little") <= len(data) - 7
+
+
+def _mp4_boxes(data: bytes) -> Iterator[tuple[bytes, int]]:
+    """(name, position) of the boxes of an mp4 file, without those inside them."""
+    position = 0
+    for _ in range(MAX_CHUNKS):
+        if position + 8 > len(data):
+            return
+        size, name = struct.unpack_from(">I4s", data, position)
+        yield name, position
+        if size == 1:  # a larger one follows
+            size = int.from_bytes(data[position + 8 : position + 16], "big")
+        if size < 8:  # 0: to the end of the file
+            return
+        position += size

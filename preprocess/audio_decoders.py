@@ -37,6 +37,13 @@ class Decoded:
     declared: int | None
 
 
+def without_id3(data: bytes) -> bytes:
+    """The bytes without an MP3's tag that stands before another format."""
+    begin = mpeg_frames.after_id3(data)
+    is_other = data[begin : begin + 4] in (b"fLaC", b"OggS", b"RIFF", b"FORM", b"caff") or is_adts(data, begin)
+    return data[begin:] if begin and is_other else data
+
+
 def read_samples(data: bytes, max_duration_s: float, segment: Segment) -> Decoded:
     """Decode a segment, one sample beyond `max_duration_s` at most. Raises AudioFault, and nothing else."""
     try:
@@ -50,9 +57,6 @@ def read_samples(data: bytes, max_duration_s: float, segment: Segment) -> Decode
 
 
 def _read_samples(data: bytes, max_duration_s: float, segment: Segment) -> Decoded:
-    begin = mpeg_frames.after_id3(data)
-    if begin and (data[begin : begin + 4] in (b"fLaC", b"OggS", b"RIFF") or is_adts(data, begin)):
-        data = data[begin:]  # an MP3's tag before another format
     kind = kind_of(data)
     if kind and kind.decoder == "none":
         raise AudioFault("audio_unreadable", f"{kind.name}; {kind.advice}")
@@ -99,7 +103,9 @@ def _wanted(segment: Segment, max_duration_s: float, sample_rate: int) -> int:
 
 def _mpeg(data: bytes, frames: mpeg_frames.MpegFrames, max_duration_s: float, segment: Segment) -> Decoded:
     """MP3 and its elders: their length is a fact where a tag states it, else it is counted."""
-    if frames.declared is None:
+    if frames.changes_at and segment.duration_s is None:
+        raise AudioFault("audio_several", f"another kind of MPEG audio begins at byte {frames.changes_at}; {CONVERT}")
+    if frames.declared is None or frames.declared < frames.count:  # none, or joined files with the first one's count
         if frames.ends_inside_frame and segment.is_whole:
             raise AudioFault("audio_truncated", f"ends inside an MPEG frame, behind {frames.count} whole ones")
         decoded = _by_libsndfile(mpeg_frames.with_count(data, frames), max_duration_s, segment)
@@ -142,12 +148,18 @@ def _by_pyav(data: bytes, kind: Kind, max_duration_s: float, segment: Segment) -
         detail = f"{kind.name} needs PyAV: pip install -e '.[av]', or {CONVERT}"
         raise AudioFault("audio_unreadable", detail) from None
     try:
-        with av.open(io.BytesIO(data), "r") as container:
+        with av.open(io.BytesIO(data), "r", format=kind.container) as container:
             if not container.streams.audio:
                 others = "video" if container.streams.video else "no stream that is known"
                 raise AudioFault("audio_unreadable", f"{kind.name} without audio: it holds {others}")
+            num_tracks = len(container.streams.audio)
+            if num_tracks > 1:
+                tracks = f"{kind.name} with {num_tracks} audio tracks"
+                raise AudioFault("audio_several", f"{tracks}; keep one: ffmpeg -i FILE -map 0:a:0 FILE.flac")
             stream = container.streams.audio[0]
             context: Any = stream.codec_context
+            if context is None:
+                raise AudioFault("audio_unreadable", f"{kind.name} of an unknown codec; {CONVERT}")
             check_form(context.layout.nb_channels, context.sample_rate, MAX_PYAV_CHANNELS)
             form = (context.layout.nb_channels, context.sample_rate)
             position, start, blocks = 0, segment.start(form[1]), []

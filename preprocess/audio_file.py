@@ -7,6 +7,7 @@ cannot write it). The price of the size limit: an hour-long file in segments mus
 
 from __future__ import annotations
 
+import itertools
 import os
 import stat
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 from preprocess.reasons import AudioFault
 
 MAX_FILE_BYTES = 1 << 30
+MAX_LISTED = 20_000  # names of a folder looked at for a missing file: a list may have a hundred thousand of them
 KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a named pipe",
@@ -69,6 +71,8 @@ def _nearly(path: str) -> str:
         return f"; it has backslashes, and {exists}"
     if path != path.strip() and _is_there(path.strip()):
         return "; without the blanks around the name it exists"
+    if path.endswith("/") and _is_there(path.rstrip("/")):
+        return "; without the / at its end it exists"
     if path.startswith("~"):
         return "; ~ is not expanded: write the whole path"
     return _same_letters(path)
@@ -90,11 +94,15 @@ def _same_letters(path: str) -> str:
     file = Path(path)
     parent = file.parent
     while not parent.is_dir():
+        if parent.is_file():
+            return f"; {parent} is a file, no folder"
         if parent == parent.parent or parent.parent.is_dir():
             return f"; the folder {parent} is not there"
         parent = parent.parent
     try:
-        entries = [entry for entry in os.listdir(parent) if plain(entry) == plain(file.name)]  # noqa: PTH208 - names only
+        with os.scandir(parent) as found:
+            names = [entry.name for entry in itertools.islice(found, MAX_LISTED)]
+        entries = [name for name in names if plain(name) == plain(file.name)]
     except OSError:
         return ""
     if not entries or entries[0] == file.name:  # the same name: a link to nothing

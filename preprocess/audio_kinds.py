@@ -15,11 +15,16 @@ CONVERT = "convert it, e.g. ffmpeg -i FILE FILE.flac"
 
 @dataclass(frozen=True)
 class Kind:
-    """What a file is; `decoder` is "pyav" for what libsndfile lacks, "none" for what holds no audio."""
+    """What a file is; `decoder` is "pyav" for what libsndfile lacks, "none" for what holds no audio.
+
+    `container` is FFmpeg's name of the form. FFmpeg must not guess it: some forms it knows are lists of other files or
+    of network addresses (concat, SDP, HLS), and 64 bytes with the right mark in them would make it open those.
+    """
 
     name: str
     decoder: str
     advice: str = CONVERT
+    container: str = ""
 
 
 PACKED = "unpack it first"
@@ -28,16 +33,16 @@ NOT_AUDIO = "name the audio file itself"
 MARKS: list[tuple[int, bytes, Kind]] = [
     (0, b"version https://git-lfs", Kind("a git-lfs pointer", "none", "run `git lfs pull` where it came from")),
     (0, b"\x00\x05\x16\x07", Kind("a macOS side file (._NAME, AppleDouble)", "none", "take it out of the list")),
-    (4, b"ftyp", Kind("m4a or mp4", "pyav")),
-    (0, b"\x1a\x45\xdf\xa3", Kind("webm or matroska", "pyav")),
-    (0, bytes.fromhex("3026b2758e66cf11"), Kind("WMA (ASF)", "pyav")),
-    (0, b"#!AMR", Kind("AMR", "pyav")),
-    (0, b"wvpk", Kind("WavPack", "pyav")),
-    (0, b"MAC ", Kind("Monkey's Audio", "pyav")),
-    (0, b"TTA1", Kind("True Audio", "pyav")),
-    (0, b"FLV\x01", Kind("Flash video", "pyav")),
-    (8, b"AVI ", Kind("AVI video", "pyav")),
-    (28, b"Speex   ", Kind("Ogg Speex", "pyav")),
+    (4, b"ftyp", Kind("m4a or mp4", "pyav", container="mov")),
+    (0, b"\x1a\x45\xdf\xa3", Kind("webm or matroska", "pyav", container="matroska")),
+    (0, bytes.fromhex("3026b2758e66cf11"), Kind("WMA (ASF)", "pyav", container="asf")),
+    (0, b"#!AMR", Kind("AMR", "pyav", container="amr")),
+    (0, b"wvpk", Kind("WavPack", "pyav", container="wv")),
+    (0, b"MAC ", Kind("Monkey's Audio", "pyav", container="ape")),
+    (0, b"TTA1", Kind("True Audio", "pyav", container="tta")),
+    (0, b"FLV\x01", Kind("Flash video", "pyav", container="flv")),
+    (8, b"AVI ", Kind("AVI video", "pyav", container="avi")),
+    (28, b"Speex   ", Kind("Ogg Speex", "pyav", container="ogg")),
     (0, b"MThd", Kind("MIDI, notes without sound", "none", NOT_AUDIO)),
     (0, b"\x1f\x8b", Kind("a gzip file", "none", PACKED)),
     (0, b"PK\x03\x04", Kind("a zip archive", "none", PACKED)),
@@ -57,7 +62,7 @@ HTML_BEGINS = (b"<!doctype html", b"<html", b"<head", b"<?xml", b"<!--", b"<body
 HTML = Kind("a web page (HTML or XML): a failed download", "none", "fetch the file again")
 EMPTY = Kind("an empty file", "none", "copy or fetch it again")
 ZEROS = Kind("zero bytes only: never written, or lost by a copy", "none", "copy or fetch it again")
-ADTS = Kind("AAC (ADTS)", "pyav")
+ADTS = Kind("AAC (ADTS)", "pyav", container="aac")
 
 
 def kind_of(data: bytes) -> Kind | None:

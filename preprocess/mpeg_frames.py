@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from preprocess.reasons import AudioFault
+
 RATES = {3: (44100, 48000, 32000), 2: (22050, 24000, 16000), 0: (11025, 12000, 8000)}  # by version: 1, 2, 2.5
 KBITS_1 = {
     1: (32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 352, 384, 416, 448),
@@ -21,6 +23,8 @@ KBITS_2 = {
     3: (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
 }
 SEARCH_BYTES = 1 << 16  # for a first frame behind junk
+MAX_JUNK = 1 << 20  # bytes between frames of a file; a decoder would search for hours where there is no more
+TAIL_TAGS = (b"TAG", b"APETAGEX", b"LYRICSBEGIN")
 EMPTY_ID3 = b"ID3\x03\x00\x00\x00\x00\x00\x0a" + bytes(10)  # libsndfile takes some files for MP3 only behind one
 
 
@@ -61,6 +65,7 @@ class MpegFrames:
     num_samples: int  # of a frame
     declared: int | None
     ends_inside_frame: bool
+    changes_at: int = 0  # where frames of another rate or layer begin
 
 
 def frame_at(data: bytes, position: int) -> Frame | None:
@@ -81,9 +86,8 @@ def frame_at(data: bytes, position: int) -> Frame | None:
     return Frame(version, layer, sample_rate, head[3] >> 6 == 3, size)
 
 
-def after_id3(data: bytes) -> int:
+def after_id3(data: bytes, position: int = 0) -> int:
     """Where the sound begins behind ID3v2 tags."""
-    position = 0
     while data[position : position + 3] == b"ID3" and len(data) >= position + 10:
         size = data[position + 6 : position + 10]
         position += 10 + (size[0] << 21 | size[1] << 14 | size[2] << 7 | size[3]) + 10 * (data[position + 5] >> 4 & 1)
@@ -98,13 +102,23 @@ def scan(data: bytes) -> MpegFrames | None:
     has_tag, declared = _tag(data, begin, first)
     if has_tag:
         begin += first.size
-    position, count, ends_inside = begin, 0, False
+    position, count, ends_inside, changes_at, junk = begin, 0, False, 0, 0
     while position < len(data):
         frame = frame_at(data, position)
         if frame is None or not frame.goes_with(first):
-            again = _next_frame(data, position + 1, first)
+            other = after_id3(data, position)
+            if _is_run(data, other):  # a joined file
+                if _goes_on(data, other, first):
+                    position = other
+                    continue
+                changes_at = other
+                break
+            if data.startswith(TAIL_TAGS, position):
+                break
+            again = _next_frame(data, position + 1, first, position + 1 + MAX_JUNK - junk)
             if again is None:
                 break
+            junk += again - position
             position = again
             continue
         if position + frame.size > len(data):
@@ -112,7 +126,7 @@ def scan(data: bytes) -> MpegFrames | None:
             break
         position += frame.size
         count += 1
-    return MpegFrames(begin, position, count, first.num_samples, declared, ends_inside)
+    return MpegFrames(begin, position, count, first.num_samples, declared, ends_inside, changes_at)
 
 
 def with_count(data: bytes, frames: MpegFrames) -> bytes:
@@ -147,9 +161,27 @@ def _first_frame(data: bytes) -> tuple[int, Frame | None]:
     return start, None
 
 
-def _next_frame(data: bytes, position: int, like: Frame) -> int | None:
-    """The next pair of frames behind damage; tags at the end of a file hold none."""
+def _is_run(data: bytes, position: int) -> bool:
+    """Whether three frames of one kind follow each other there: by chance, noise holds two."""
+    first = frame = frame_at(data, position)
+    for _ in range(2):
+        if frame is None or first is None or not frame.goes_with(first):
+            return False
+        position += frame.size
+        frame = frame_at(data, position)
+    return frame is not None and first is not None and frame.goes_with(first)
+
+
+def _goes_on(data: bytes, position: int, like: Frame) -> bool:
+    frame = frame_at(data, position)
+    return frame is not None and frame.goes_with(like)
+
+
+def _next_frame(data: bytes, position: int, like: Frame, until: int) -> int | None:
+    """The next pair of frames behind damage; tags at the end of a file hold none. Raises AudioFault for too much damage."""
     while (position := data.find(b"\xff", position)) >= 0:
+        if position > until:
+            raise AudioFault("audio_unreadable", f"more than {MAX_JUNK} bytes between its MPEG frames are no sound")
         frame = frame_at(data, position)
         if frame and frame.goes_with(like):
             behind = frame_at(data, position + frame.size)

@@ -38,6 +38,7 @@ REASONS = {
     "audio_sample_rate": "a sample rate outside 4 to 384 kHz: no recording of speech, or a damaged header",
     "audio_too_large": "a file of more than 1 GiB, or one that does not fit the memory when decoded",
     "audio_scale": "samples far beyond full scale: integers written as floats",
+    "audio_several": "joined files, several tracks or a stale header: a decoder would read only the first part",
     "audio_segment": "offset and duration of an audio item name a part that the file does not have",
     "reference_is_target": "reference and target are the same audio: that teaches copying, not cloning",
     "worker_died": "the process that worked on this row was killed each time",

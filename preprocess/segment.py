@@ -15,6 +15,7 @@ import msgspec
 from preprocess.reasons import AudioFault
 
 ROUNDING_S = 0.0051
+MAX_S = 1e9  # 30 years: no recording is longer, and sums and products of such numbers are finite
 SHARED_S = 0.1  # more than this of one file in reference and target is the same audio
 
 
@@ -30,10 +31,12 @@ class Segment(msgspec.Struct, frozen=True):
 
     def check(self) -> None:
         """Raises AudioFault for numbers that name no part of any file."""
-        if not (math.isfinite(self.offset_s) and self.offset_s >= 0):
-            raise AudioFault("audio_segment", f"offset {self.offset_s!r} s; expected 0 or more")
-        if self.duration_s is not None and not (math.isfinite(self.duration_s) and self.duration_s > 0):
-            raise AudioFault("audio_segment", f"duration {self.duration_s!r} s; expected more than 0, or none")
+        if not 0 <= self.offset_s <= MAX_S:
+            raise AudioFault("audio_segment", f"offset {self.offset_s!r} s; expected 0 to {MAX_S:g}")
+        if self.duration_s is not None and not 0 < self.duration_s <= MAX_S:
+            raise AudioFault(
+                "audio_segment", f"duration {self.duration_s!r} s; expected more than 0 and at most {MAX_S:g}, or none"
+            )
 
     def start(self, sample_rate: int) -> int:
         """The first sample."""

@@ -89,6 +89,24 @@ def video_only() -> bytes:
     return buffer.getvalue()
 
 
+def two_tracks(container: str) -> bytes:
+    """One second of two audio tracks, as films in two languages have them."""
+    import av
+
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format=container) as file:
+        streams: list[Any] = [file.add_stream("aac", rate=48000, layout="mono") for _ in range(2)]
+        for stream in streams:
+            frame = av.AudioFrame.from_ndarray(voice(1.0, 48000)[None, :47104], format="fltp", layout="mono")
+            frame.sample_rate = 48000
+            fifo = av.AudioFifo()
+            fifo.write(frame)
+            while part := fifo.read(1024):
+                file.mux(stream.encode(part))
+            file.mux(stream.encode(None))
+    return buffer.getvalue()
+
+
 def mp3(wave: np.ndarray, rate: int = RATE, **options) -> bytes:
     return encoded(wave, "MP3", "MPEG_LAYER_III", rate, **options)
 

@@ -100,3 +100,16 @@ def test_a_locale_that_cannot_write_the_name_is_named(repository: Path):
     )
     assert "audio_missing" in result.stdout
     assert "PYTHONUTF8=1" in result.stdout
+
+
+def test_a_file_in_place_of_a_folder_is_named(tmp_path: Path):
+    (tmp_path / "x.wav").write_bytes(b"x")
+    assert "x.wav is a file, no folder" in fault_of(f"{tmp_path}/x.wav/y.wav").detail
+    assert "without the / at its end" in fault_of(f"{tmp_path}/x.wav/").detail
+
+
+def test_a_large_folder_is_not_listed_for_every_name(tmp_path: Path, monkeypatch):
+    """A hundred thousand missing files of a folder of millions would be hours of listing."""
+    monkeypatch.setattr("preprocess.audio_file.MAX_LISTED", 0)
+    (tmp_path / "X.wav").write_bytes(b"x")
+    assert fault_of(str(tmp_path / "x.wav")).detail == "no such file"

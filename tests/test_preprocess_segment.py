@@ -125,3 +125,15 @@ def test_offset_and_duration_of_a_row_reach_its_pair():
     ]
     pair = find_pair(msgspec.convert({"messages": turns}, ChatRow))
     assert (pair.reference_segment, pair.target_segment) == (Segment(1.0), Segment(3.0, 2.5))
+
+
+@pytest.mark.parametrize("segment", [Segment(1e308), Segment(0.0, 1e308), Segment(1e300, 1.0)])
+def test_seconds_beyond_all_recordings_are_named(segment: Segment):
+    with pytest.raises(AudioFault, match=r"expected .*1e\+09") as fault:
+        decode(encoded(noise()), AudioLimits(), segment)
+    assert fault.value.reason == "audio_segment"
+
+
+def test_a_segment_that_is_too_long_is_told_by_its_own_length():
+    with pytest.raises(AudioFault, match=r"^40\.000 s, at most 30 s"):
+        decode(encoded(np.tile(noise(3.0), 30)), AudioLimits(), Segment(10.0, 40.0))
