@@ -16,8 +16,9 @@ from shards.sequence import IGNORE, STREAM_EOS, SequenceBuilder
 from train.config import LoraSection, LossSection
 from train.model.batch import pack
 from train.model.lora import add_lora, lora_parameters
+from train.model.loss import LossCounts, step_losses
 from train.model.weights import load_model
-from train.preflight import check_after_first_step, check_before_training
+from train.preflight import check_after_first_step, check_before_training, check_vote, moved_labels
 
 
 @pytest.fixture
@@ -25,6 +26,73 @@ def model(model_dir):
     model = load_model(model_dir, torch.float32)
     add_lora(model, LoraSection(rank=4, alpha=4), "base", seed=0)
     return model
+
+
+@pytest.fixture(scope="module")
+def learned(model_dir, tokenizer, make_sample):
+    """(model, pack): a base that knows the pack by heart, so that it has a vote; no adapter."""
+    torch.manual_seed(0)
+    model = load_model(model_dir, torch.float32)
+    model.config = dataclasses.replace(model.config, is_random=False)
+    builder = SequenceBuilder(tokenizer, SequenceSection())
+    batch = pack([builder.training(make_sample(seed, 5, 14)) for seed in range(3)], [0, 1, 2], ["a", "b", "c"])
+    learning = [weight for name, weight in model.named_parameters() if "embed" not in name and "text" not in name]
+    optimizer = torch.optim.Adam(learning, lr=1e-2)
+    for _ in range(30):
+        optimizer.zero_grad()
+        step_losses(model(batch), LossCounts.of([batch]), LossSection(), ramp=1.0).total.backward()
+        optimizer.step()
+    return model.eval(), batch
+
+
+def displaced(batch, columns):
+    """The pack with labels [Na, K] taken from `columns` rows on, per codebook; IGNORE beyond the target."""
+    dense = torch.full_like(batch.codes, IGNORE)
+    dense[batch.audio_rows] = batch.audio_targets
+    labels = torch.full_like(batch.audio_targets, IGNORE)
+    for book, by in enumerate(columns):
+        for place, row in enumerate(batch.audio_rows.tolist()):
+            source = row + by
+            if 0 <= source < len(dense) and batch.segments[source] == batch.segments[row]:
+                labels[place, book] = dense[source, book]
+    return dataclasses.replace(batch, audio_targets=labels)
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ([-1] * 8, "codebook 0 by +1"),  # unshifted: every label is the column it stands at
+        ([1] * 8, "codebook 0 by -1"),  # shifted twice
+        (list(range(8)), "codebook 1 by -1, codebook 2 by -2"),  # undelayed
+    ],
+    ids=["unshifted", "shifted twice", "undelayed"],
+)
+def test_the_base_votes_against_misplaced_labels(learned, columns, said):
+    model, batch = learned
+    verdict = check_vote(model, displaced(batch, columns))
+    assert not verdict.ok
+    assert said in verdict.found
+    if columns[0] == 0:
+        assert "codebook 0" not in verdict.found
+
+
+def test_the_base_votes_for_labels_in_their_place(learned):
+    model, batch = learned
+    verdict = check_vote(model, batch)
+    assert verdict.ok, verdict.found
+    assert "no vote" not in verdict.found
+    for labels in moved_labels(batch).values():  # one and the same set of labels is asked about
+        assert int((labels != IGNORE).sum()) == int((moved_labels(batch)[0] != IGNORE).sum()) > 0
+
+
+def test_a_base_that_guesses_has_no_vote(learned, model_dir):
+    _, batch = learned
+    model = load_model(model_dir, torch.float32)
+    assert "the base has random weights" in check_vote(model, batch).found
+    pretrained(model)
+    verdict = check_vote(model, displaced(batch, [1] * 8))
+    assert verdict.ok, verdict.found
+    assert "no vote in 8 codebooks" in verdict.found
 
 
 @pytest.fixture(params=["clone", "as_written"])
@@ -57,7 +125,7 @@ def test_a_sound_start_passes_and_leaves_no_trace(model, make_batch, caplog):
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
     assert all(parameter.grad is None for parameter in model.parameters())
     lines = [record.getMessage() for record in caplog.records]
-    assert sum(line.startswith("preflight ok") for line in lines) == 7
+    assert sum(line.startswith("preflight ok") for line in lines) == 8
     assert [line for line in lines if line.startswith("preflight warn")] == [lines[0]]
     assert "the base has random weights" in lines[0]
 
