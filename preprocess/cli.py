@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from shards.terminal import ends_on_signals, explained, print_json, print_line
+from shards.terminal import FileToWrite, ends_on_signals, explained, print_json, print_line
 
 CONTINUES = "the same command continues this job"
 PATH = click.Path(path_type=Path)
@@ -121,7 +121,7 @@ def finalize_command(out: Path, max_reject_fraction: float | None) -> None:
 @main.command("convert")
 @click.argument("kind", type=click.Choice(["metadata", "csv", "folder"]))
 @click.argument("source", type=PATH)
-@click.argument("chatml", type=PATH)
+@click.argument("chatml", type=FileToWrite())
 @click.option("--seed", default=0, show_default=True, help="Of drawing references.")
 @click.option("--speaker", help="Who speaks all clips, where SOURCE names no speakers.")
 @click.option("--speaker-from-folder", is_flag=True, help="A folder per speaker, where SOURCE names no speakers.")

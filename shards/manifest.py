@@ -7,6 +7,7 @@ same folder is refused. dataset.json is written after the last shard and is the 
 from __future__ import annotations
 
 import hashlib
+import shlex
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -106,7 +107,7 @@ def open_dataset(folder: Path) -> tuple[Dataset, np.ndarray]:
     if path.name != "dataset.json":
         raise ShardError(
             f"{folder}: this is a file, but a folder of shards is needed; "
-            f"if it is a ChatML list, run first: preprocess {folder} OUT"
+            f"if it is a ChatML list, run first: preprocess {shlex.quote(str(folder))} OUT"
         )
     if not path.is_file():
         if (folder / "job.json").is_file():

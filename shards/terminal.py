@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import signal
 import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -80,6 +82,26 @@ def progress_bar(what: str, total: int) -> Iterator[Callable[[], None]]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=total)
         yield lambda: bar.advance(task)
+
+
+class FileToWrite(click.Path):
+    """Type of an argument that names a file to be written: a folder, or a place that is none, is told before the work."""
+
+    def __init__(self) -> None:
+        super().__init__(dir_okay=False, path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        path: Any = super().convert(value, param, ctx)
+        for folder in path.absolute().parents:
+            if os.path.lexists(folder):
+                if not folder.is_dir():
+                    self.fail(
+                        f"{printable(str(path))}: {printable(str(folder))} is a file, so nothing can be put there"
+                    )
+                if not os.access(folder, os.W_OK | os.X_OK):
+                    self.fail(f"{printable(str(path))}: nothing may be written in {printable(str(folder))}")
+                break
+        return path
 
 
 class LineFormatter(logging.Formatter):

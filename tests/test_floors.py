@@ -171,6 +171,12 @@ def console_scripts(repository: Path) -> dict[str, str]:
     return tomllib.loads((repository / "pyproject.toml").read_text())["project"]["scripts"]
 
 
+def test_every_command_begins_under_a_name_of_our_own(repository: Path):
+    """`tools`, `train` and the others are names of other projects too: see higgs_voice_pipeline.py."""
+    scripts = console_scripts(repository)
+    assert scripts == {name: f"higgs_voice_pipeline:{name.replace('-', '_')}" for name in scripts}
+
+
 def test_every_command_exists_and_helps_without_loading_torch(repository: Path):
     for name, target in console_scripts(repository).items():
         module, function = target.split(":")

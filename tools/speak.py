@@ -14,7 +14,7 @@ import click
 import numpy as np
 
 from shards.config import read_config
-from shards.terminal import explained, print_json, print_line
+from shards.terminal import FileToWrite, explained, print_json, print_line
 from tools.speaker import SpeakConfig, load_speaker
 
 
@@ -23,7 +23,7 @@ from tools.speaker import SpeakConfig, load_speaker
 @click.option("--reference", required=True, type=click.Path(path_type=Path), help="Audio file of the voice, 3-15 s.")
 @click.option("--reference-text", required=True, help="What is said in it, exactly.")
 @click.option("--text", required=True, help="What to say.")
-@click.option("--out", default="speech.wav", type=click.Path(path_type=Path), help="The wav file to write, 24 kHz.")
+@click.option("--out", default="speech.wav", type=FileToWrite(), help="The wav file to write, 24 kHz.")
 @click.option("--adapter", type=click.Path(path_type=Path), help="A checkpoint's adapter folder, when MODEL is a base.")
 @click.option("--config", "config_path", type=click.Path(path_type=Path), help="Default: ./pipeline.toml if it exists.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the configuration.")
@@ -36,7 +36,7 @@ from tools.speaker import SpeakConfig, load_speaker
 @click.option("--seed", default=0, help="Of sampling.")
 @click.option("--max-seconds", default=30.0, help="Stop here if the model does not end by itself.")
 @click.option("--device", default="auto", type=click.Choice(["auto", "cpu", "cuda"]))
-@click.option("--codes", "codes_path", type=click.Path(path_type=Path), help="Also write the codes [8, T] as .npy.")
+@click.option("--codes", "codes_path", type=FileToWrite(), help="Also write the codes [8, T] as .npy.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was made as JSON on stdout.")
 def main(
     model: Path,

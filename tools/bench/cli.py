@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from shards.terminal import explained
+from shards.terminal import FileToWrite, explained
 
 
 @click.group()
@@ -15,7 +15,7 @@ def main() -> None:
 
 
 @main.command("preprocess", context_settings={"show_default": True})
-@click.option("--out", default="out/bench-preprocess.json", type=click.Path(path_type=Path), help="The JSON file.")
+@click.option("--out", default="out/bench-preprocess.json", type=FileToWrite(), help="The JSON file.")
 @click.option("--speech", default="tests/data/arabic-mini", type=click.Path(path_type=Path), help="A folder of clips.")
 @click.option("--clips", default=24, help="Clips to encode; each is a target and the reference of the next.")
 @click.option("--list-mb", default=200, help="Size of the generated ChatML list.")
@@ -33,7 +33,7 @@ def preprocess_command(
 
 
 @main.command("train", context_settings={"show_default": True})
-@click.option("--out", default="out/bench-train.json", type=click.Path(path_type=Path), help="The JSON file.")
+@click.option("--out", default="out/bench-train.json", type=FileToWrite(), help="The JSON file.")
 @click.option(
     "--size", default="auto", type=click.Choice(["auto", "small", "middle", "full"]), help="auto: full on a GPU."
 )
@@ -59,7 +59,7 @@ def train_command(
 
 
 @main.command("data", context_settings={"show_default": True})
-@click.option("--out", default="out/bench-data.json", type=click.Path(path_type=Path), help="The JSON file.")
+@click.option("--out", default="out/bench-data.json", type=FileToWrite(), help="The JSON file.")
 @click.option("--samples", default=1000, help="Samples written to shards and loaded three times over.")
 @click.option("--batch-tokens", default=16384, help="Tokens of a pack.")
 @click.option("--rounds", default=3, help="Each loader is run this often, in turn; medians are printed.")

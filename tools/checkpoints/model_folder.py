@@ -17,10 +17,12 @@ from typing import Any, Literal
 import msgspec
 import torch
 from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError
 from torch import Tensor
 
 from shards.config import SequenceSection
 from shards.errors import CheckpointError
+from shards.terminal import system_fault
 from shards.writer import sync_folder, write_json
 from train.model.conditioning import Conditioning
 from train.model.config import ModelConfig, boson_config, native_config, read_model_config
@@ -75,7 +77,7 @@ def convert_adapter(folder: Path, out: Path, layout: Layout) -> int:
     rename = boson_name if layout == "boson" else native_name
     tensors = load_file(folder / "adapter_model.safetensors")
     renamed = {PEFT_PREFIX + rename(name.removeprefix(PEFT_PREFIX)): tensor for name, tensor in tensors.items()}
-    with new_folder(out) as partial:
+    with new_folder(out, sum(tensor.nbytes for tensor in tensors.values())) as partial:
         save_file(renamed, partial / "adapter_model.safetensors", metadata={"format": "pt"})
         shutil.copyfile(folder / "adapter_config.json", partial / "adapter_config.json")
     return len(renamed)
@@ -107,7 +109,7 @@ def write_model_folder(
         settings = {**native_config(config), "dtype": dtype}
     if codec:
         settings["audio_tokenizer_id"] = codec
-    with new_folder(out) as partial:
+    with new_folder(out, sum(tensor.nbytes for tensor in state.values())) as partial:
         save_torch_state_dict(state, partial, max_shard_size="5GB")
         write_json(partial / "config.json", settings)
         if layout == "boson":
@@ -122,17 +124,41 @@ def write_model_folder(
 
 
 @contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder to fill; it becomes `out` when nothing went wrong."""
+def new_folder(out: Path, num_bytes: int) -> Iterator[Path]:
+    """A temporary folder to fill with about `num_bytes`; it becomes `out` when nothing went wrong, else it is removed.
+
+    Raises CheckpointError where it cannot be written.
+    """
     check_empty(out)
-    partial = out.with_name(f".{out.name}.tmp")
+    place = out.absolute()  # "." has no name
+    partial = place.with_name(f".{place.name}.tmp")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    yield partial
-    if out.exists():
-        out.rmdir()  # empty, checked above
-    partial.rename(out)
-    sync_folder(out.parent)
+    try:
+        partial.mkdir(parents=True)
+        require_room(out, partial, num_bytes)
+        yield partial
+        if place.exists():
+            place.rmdir()  # empty, checked above
+        partial.rename(place)
+        sync_folder(place.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        what = system_fault(error) if isinstance(error, OSError) else str(error).splitlines()[0]
+        raise CheckpointError(f"{out}: not written: {what}; {room_needed(num_bytes)}") from None
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)  # room for the next one
+        raise
+
+
+def require_room(out: Path, partial: Path, num_bytes: int) -> None:
+    """Raises CheckpointError before anything is written where the disk is too full. Quotas show only when it is written."""
+    free = shutil.disk_usage(partial).free
+    if free < num_bytes:
+        raise CheckpointError(f"{out}: not written: {free / 1e9:.1f} GB are free there; {room_needed(num_bytes)}")
+
+
+def room_needed(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.3g} GB are needed there: make room, or give an OUT on another disk"
 
 
 def check_empty(out: Path) -> None:

@@ -20,7 +20,7 @@ import msgspec
 
 from shards.manifest import open_dataset
 from shards.printable import printable
-from shards.terminal import explained, print_json, print_line, print_table, progress_bar
+from shards.terminal import FileToWrite, explained, print_json, print_line, print_table, progress_bar
 
 PATH = click.Path(path_type=Path)
 DATASET = click.argument("dataset", type=PATH)
@@ -118,7 +118,7 @@ def show(
 @main.command()
 @DATASET
 @click.argument("key")
-@click.argument("out", type=PATH)
+@click.argument("out", type=FileToWrite())
 @click.option("--reference", is_flag=True, help="The reference's codes; default: the target's.")
 @CONFIG
 @OVERRIDES

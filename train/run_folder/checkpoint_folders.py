@@ -12,6 +12,7 @@ import hashlib
 import logging
 import math
 import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -64,7 +65,7 @@ def newest_sound_here(run_dir: Path) -> Path | None:
     if others:
         raise CheckpointError(
             f"{run_dir}: holds no sound checkpoint-NUMBER, but {', '.join(folder.name for folder in others[:4])}: go on "
-            f"with --resume {others[-1]}, or give a new RUN folder to begin anew"
+            f"with --resume {shlex.quote(str(others[-1]))}, or give a new RUN folder to begin anew"
         )
     return None
 
@@ -88,7 +89,12 @@ def resumable_checkpoints(run_dir: Path) -> list[Path]:
         if OWN_NAME.fullmatch(folder.name):
             steps[folder] = step
         else:
-            log.warning("%s: step %s under another name: left alone; --resume %s goes on from it", folder, step, folder)
+            log.warning(
+                "%s: step %s under another name: left alone; --resume %s goes on from it",
+                folder,
+                step,
+                shlex.quote(str(folder)),
+            )
     return sorted(steps, key=lambda folder: steps[folder])
 
 
