@@ -1,6 +1,6 @@
 """`evaluate MODEL DATA OUT`: real recordings, base model, tuned model and strangers side by side, with intervals.
 
-In: a model (or several), what to say in whose voice, a folder. Out: OUT/results.json and every wave. The
+In: a model (or several), what to say in whose voice, a folder. Out: OUT/results.json, OUT/report.html and every wave. The
 question it answers: is the tuned model better than the base, for whom, and how sure are we. `evaluate --only-score FOLDER
 DATA OUT` does the same for waves that another system has made. Exit status 1 where a --fail-if condition holds.
 """
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     "--train-data", type=click.Path(path_type=Path), metavar="SHARDS", help="Say what training has seen of it."
 )
 @click.option("--fail-if", multiple=True, metavar="'cer > 0.1'", help="Exit status 1 if this holds of a tuned model.")
+@click.option("--players", default=40, type=click.IntRange(0), help="Items with sound in the report.")
 @click.option("--greedy", is_flag=True, help="Always the likeliest code, instead of sampling.")
 @click.option("--temperature", default=1.0, help="Sampling temperature.")
 @click.option("--seed", default=0, help="Of sampling; draw k takes seed + k.")
@@ -62,6 +63,7 @@ def main(
     language: str,
     train_data: Path | None,
     fail_if: tuple[str, ...],
+    players: int,
     greedy: bool,
     temperature: float,
     seed: int,
@@ -80,6 +82,7 @@ def main(
     *models, data, out = paths
     with explained(f"what is done stays in {out}; the same command goes on"):
         from tools.evaluate.conditions import broken, parse_condition
+        from tools.evaluate.report import write_report
         from tools.evaluate.run import Request, evaluate
         from tools.evaluate.systems import read_evaluate_config
         from train.model.generate import Sampling
@@ -101,12 +104,13 @@ def main(
             train_data=train_data,
         )
         sampling = Sampling(temperature=0.0 if greedy else temperature, seed=seed)
-        results, _, _ = evaluate(request, config, sampling)
+        results, rows, plan = evaluate(request, config, sampling)
+        pages = write_report(out, results, rows, plan, players)
         failures = broken(conditions, results)
     if as_json:
         print_json(results)
     show(results)
-    print_line(f"{out}/results.json: all figures")
+    print_line(f"{out}/results.json: the figures; with sound: {', '.join(map(str, pages))}")
     for sentence in failures:
         print_line(f"failed: {sentence}")
     if failures:
