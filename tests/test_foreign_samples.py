@@ -23,7 +23,7 @@ from shards.reader import split_members
 from shards.sample import compress, pack_sample, unpack_sample, write_npy
 from shards.sequence import SequenceBuilder
 from train.data.loader import RawSample, build_sequences, collate
-from train.data.streamed_source import shard_urls
+from train.data.shard_urls import shard_urls
 
 OBJECTS = b"\x93NUMPY\x01\x00v\x00" + b"{'descr': '|O', 'fortran_order': False, 'shape': (8, 9), }"
 KEYS = ["../../up", "/tmp/absolute", "a/b", "..", "con\x00", "ليلى", "x" * 300, "-rf", ".hidden", "a\\..\\b"]
@@ -76,7 +76,7 @@ def test_a_pipe_runs_in_no_spelling(tmp_path, repository, optimized):
     spellings += [f"a.tar::Pipe:touch {done}", f"{{a.tar,pipe:touch {done}}}", f"pipe:curl http://x; touch {done}"]
     spellings += [f"\x01pipe:touch {done}", f"\u200bpipe:touch {done}", f"pipe://touch {done}"]
     code = (
-        "import sys\nfrom shards.errors import ConfigError\nfrom train.data.streamed_source import read_shards, shard_urls\n"
+        "import sys\nfrom shards.errors import ConfigError\nfrom train.data.shard_urls import read_shards, shard_urls\n"
         "for text in sys.argv[1:]:\n"
         "    try:\n        list(read_shards([text]))\n    except ConfigError: pass\n"
         "    try:\n        list(read_shards(shard_urls(text)))\n    except ConfigError: continue\n"

@@ -23,7 +23,8 @@ from shards.sequence import NUM_MARKER_COLUMNS, SequenceBuilder
 from train.config import TrainSection
 from train.data.feed import DamageLimits, Feed
 from train.data.loader import LoadedPack, LoaderShare
-from train.data.streamed_source import StreamedSamples, StreamedSource, shard_urls
+from train.data.shard_urls import shard_urls
+from train.data.streamed_source import StreamedSamples, StreamedSource
 from train.world import ALONE, World
 
 SETTINGS = {"loader": "stream", "max_steps": 10, "batch_tokens": 700, "packs_per_step": 2, "shuffle_buffer": 8}

@@ -12,27 +12,20 @@ import hashlib
 import itertools
 import logging
 import random
-import re
-import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import fsspec
 import msgspec
 import numpy as np
 import torch
-from webdataset.compat import WebDataset
 from webdataset.filters import shuffle
-from webdataset.gopen import gopen_schemes
 from webdataset.pipeline import DataPipeline
-from webdataset.shardlists import expand_urls
 
 from shards.errors import ConfigError, PipelineError, ShardError
 from shards.manifest import Fingerprints, check_fingerprints, open_dataset
 from shards.sample import Sample, unpack_sample
 from shards.sequence import IGNORE, SequenceBuilder
-from shards.writer import TAR_BLOCK
 from train.config import TrainSection
 from train.data.feed import DamageLimits
 from train.data.heaviest_pack import PackSource, StreamedPacks
@@ -48,15 +41,14 @@ from train.data.loader import (
 )
 from train.data.packing import OPEN_PACKS, OnlinePacks
 from train.data.planned_source import plan_settings, validation_source
+from train.data.shard_urls import read_shards, shard_urls
 from train.data.source import HeldOut
 from train.data.validation_overlap import data_of_shards, require_apart
 from train.model.batch import PackedBatch
 from train.model.conditioning import Conditioning
 from train.world import ALONE, World
 
-SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 MAX_ASIDE = 1000  # samples too long for a pack that wait to be reported with the next one
-LOCAL = "local://"  # fsspec's name for this machine's files
 
 log = logging.getLogger("train")
 
@@ -219,59 +211,6 @@ class StreamedSamples(torch.utils.data.IterableDataset):
                 self._passes.num_samples = max(self._passes.num_samples, num_read * parts)
 
 
-def read_shards(urls: list[str]) -> Iterator[RawSample]:
-    """Raw samples of these shards in order, through webdataset. What cannot be read comes as a sample with a reason."""
-    faults: list[RawSample] = []
-
-    def note(error: Exception) -> bool:
-        what, _, stream = str(error.args[0] if error.args else error).partition(" @ ")  # webdataset's way to say where
-        where = next((value for value in error.args[1:] if isinstance(value, str)), stream)
-        reason = f"{type(error).__name__}: {what}"
-        faults.append(RawSample("?", {}, where.removeprefix(LOCAL), reason=reason))
-        return True  # go on with the next shard
-
-    # webdataset runs what stands behind "pipe:" in a shell. It sees addresses only that begin with a scheme of ours.
-    addresses = [url if SCHEME.match(url) else f"{LOCAL}{Path(url).absolute()}" for url in urls]
-    for address in addresses:
-        refuse_pipe(address)
-        gopen_schemes[address.split("://")[0].lower()] = WholeTar
-    dataset = WebDataset(
-        addresses, handler=note, shardshuffle=False, nodesplitter=None, workersplitter=None, empty_check=False
-    )
-    for raw in dataset:
-        yield from faults
-        faults.clear()
-        members = {name: value for name, value in raw.items() if not name.startswith("__")}
-        yield RawSample(raw["__key__"], members, raw["__url__"].removeprefix(LOCAL))
-    yield from faults
-
-
-class WholeTar:
-    """A file that webdataset reads, from any place fsspec knows; one that stops before its end mark is an error.
-
-    Tars cut at a header look like shorter tars to Python's tarfile and to webdataset (tried with webdataset 1.0.2).
-    """
-
-    def __init__(self, url: str, mode: str = "rb", bufsize: int = 0) -> None:
-        files, path = fsspec.core.url_to_fs(url)
-        self._file = files.open(path, mode)
-        self._url = url
-        self._last = b""  # the end mark is two blocks of zeros
-
-    def read(self, size: int = -1) -> bytes:
-        data = self._file.read(size)
-        if not data and self._url.endswith(".tar") and self._last.strip(b"\0"):
-            raise tarfile.ReadError("the tar ends without its end mark: it is cut short")
-        self._last = (self._last + data)[-2 * TAR_BLOCK :]
-        return data
-
-    def close(self) -> None:
-        self._file.close()
-
-    def __str__(self) -> str:
-        return self._url
-
-
 def shuffled(size: int, seed: int, first_step: int, rank: int) -> Callable[[Iterable[RawSample]], Iterator[RawSample]]:
     """Stage: webdataset's shuffle buffer, the same order for the same reader of the same run."""
 
@@ -363,46 +302,3 @@ def with_faults(loaded: LoadedPack, aside: list) -> LoadedPack:
     loaded.faults.extend(aside)
     aside.clear()
     return loaded
-
-
-# --- lists of shards ------------------------------------------------------------------------------------------------
-
-
-def shard_urls(spec: str) -> list[str]:
-    """Every shard that SHARDS names: a folder, globs, brace lists (`a-{000..099}.tar`), joined by `::`; local or URLs.
-
-    Raises ConfigError when something names no shard.
-    """
-    urls: list[str] = []
-    for part in expand_urls(spec):
-        refuse_pipe(part)
-        if "://" not in part and Path(part).is_dir():
-            found = sorted(str(path) for path in Path(part).rglob("*.tar"))
-        elif part.endswith("/"):
-            found = glob(f"{part}**/*.tar")
-        elif any(letter in part for letter in "*?["):
-            found = glob(part)
-        else:
-            found = [part] if "://" in part or Path(part).is_file() else []
-        if not found:
-            raise ConfigError(f"{part}: no shards there; give a folder, a glob, a brace list or URLs of .tar files")
-        urls += found
-    return urls
-
-
-def refuse_pipe(address: str) -> None:
-    """Raises ConfigError for an address whose scheme is "pipe", in any spelling that a URL parser takes for it."""
-    letters = "".join(letter for letter in address if letter > " " and letter.isprintable())
-    if re.match(r"(?:pipe|[a-z0-9+.-]*\+pipe):", letters, re.IGNORECASE):
-        raise ConfigError(f"{address}: a pipe would run a shell command; give the address of the shards")
-
-
-def glob(pattern: str) -> list[str]:
-    try:
-        files, path = fsspec.core.url_to_fs(pattern)
-        found = sorted(str(name) for name in files.glob(path))
-    except ImportError as error:
-        raise ConfigError(f"{pattern}: {error}; install the extra: pip install -e '.[remote]'") from None
-    except (OSError, NotImplementedError) as error:
-        raise ConfigError(f"{pattern}: cannot be listed ({error}); give a brace list of shards") from None
-    return [files.unstrip_protocol(name) for name in found] if "://" in pattern else found
