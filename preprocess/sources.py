@@ -163,7 +163,7 @@ def _audios_and_texts(chat: ChatRow) -> tuple[list[_Audio], list[_Texts]]:
                 audios.append(_Audio(turn, message.role, item.audio_url, segment, " ".join(pieces)))
                 pieces = []
                 continue
-            _refuse_control_tokens(item.text, message.role)
+            refuse_control_tokens(item.text, message.role)
             if item.text.strip():
                 pieces.append(item.text.strip())
         _end_of_side(texts, turn, message.role, len(audios), pieces)
@@ -243,8 +243,11 @@ def _quote(text: str) -> str:
     return repr(text if len(text) <= 80 else f"{text[:60]} ... {text[-15:]}")
 
 
-def _refuse_control_tokens(text: str, role: Role) -> None:
-    """A system's text may hold a scene as the released prompts do, opened and closed; no other text holds any."""
+def refuse_control_tokens(text: str, role: Role) -> None:
+    """A system's text may hold a scene as the released prompts do, opened and closed; no other text holds any.
+
+    Raises RowFault, for characters that control a terminal as well.
+    """
     control = control_character(text)
     if control:
         raise RowFault("pair", "text_control_character", f"{control} in {_quote(text)}")

@@ -40,7 +40,7 @@ def cloning_messages(reference_text: str, reference_audio: str, target_text: str
 
 def cloning_sample(
     tokenizer: Any,
-    reference_text: str,
+    reference_text: str | None,
     reference_codes: np.ndarray,
     target_text: str,
     target_codes: np.ndarray | None = None,
@@ -52,10 +52,11 @@ def cloning_sample(
 ) -> Sample:
     """A sample with these texts and codes [8, T] uint16; without a target it is a request for speech.
 
-    Raises DataError for an empty text.
+    Without the reference's text (None) its place in the prompt stays empty. Raises DataError for a text that is empty.
     """
-    texts = [system_text, reference_text.strip(), INSTRUCTION + target_text.strip(), target_text.strip()]
-    if not texts[1] or not texts[3]:
+    said = None if reference_text is None else reference_text.strip()
+    texts = [system_text, said or "", INSTRUCTION + target_text.strip(), target_text.strip()]
+    if said == "" or not texts[3]:
         raise DataError("the reference's text and the text to say must not be empty")
     if target_codes is None:
         target_codes = np.zeros((NUM_CODEBOOKS, 0), np.uint16)

@@ -99,6 +99,13 @@ def read_dataset(data: bytes, where: str) -> Dataset:
     return dataset
 
 
+def text_rules(dataset: Dataset) -> list[str] | None:
+    """`text.normalize` of the job that made it: what its texts went through. None where the record does not say."""
+    section = dataset.config.get("text")
+    rules = section.get("normalize") if isinstance(section, dict) else None
+    return rules if isinstance(rules, list) and all(isinstance(rule, str) for rule in rules) else None
+
+
 def open_dataset(folder: Path) -> tuple[Dataset, np.ndarray]:
     """dataset.json and the memory-mapped index [n]. Explains what else was given when it is not a data set."""
     path = folder / "dataset.json" if folder.is_dir() else folder

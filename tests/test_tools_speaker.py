@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from shards.config import read_config
+import shutil
+
+import msgspec
+
+from shards.config import ModelSection, read_config
+from shards.manifest import digest_of, open_dataset
+from shards.writer import write_json
 from train.loop import RunOptions, train
 
 
@@ -16,3 +22,30 @@ def test_an_adapter_is_spoken_with_its_training_layout(short_data, short_config,
     asked = read_config(SpeakConfig, tiny_dir / "pipeline.toml")
     assert asked.sequence.layout == "clone"
     assert load_speaker(tiny_dir / "model", last / "adapter", asked, "cpu").builder.layout == "as_written"
+
+
+def test_text_rules_of_the_shards_reach_the_voice(short_data, short_config, tiny_dir, tmp_path):
+    """Through the checkpoint's config.toml to an adapter, through higgs_voice.json to a merged model."""
+    from tools.checkpoints.merge import merge_checkpoint
+    from tools.speaker import SpeakConfig, find_codec, load_speaker
+
+    data = shutil.copytree(short_data, tmp_path / "data")
+    dataset = msgspec.structs.replace(open_dataset(data)[0], config={"text": {"normalize": ["tatweel"]}})
+    write_json(data / "dataset.json", msgspec.structs.replace(dataset, digest=digest_of(dataset)))
+    last = train(short_config("train.max_steps=1"), data, tmp_path / "run", RunOptions())
+    assert last
+    asked = read_config(SpeakConfig, tiny_dir / "pipeline.toml", ['text.normalize=["digits"]'])
+    assert load_speaker(tiny_dir / "model", last / "adapter", asked, "cpu").rules.normalize == ["tatweel"]
+    merge_checkpoint(tmp_path / "run", tmp_path / "merged")
+    assert load_speaker(tmp_path / "merged", None, asked, "cpu").rules.normalize == ["tatweel"]
+    unset = msgspec.structs.replace(asked, model=ModelSection())
+    assert find_codec(tmp_path / "merged", unset) == tiny_dir / "codec", "where none is named, the one of its training"
+
+
+def test_shards_that_do_not_say_leave_the_rules_to_the_file(short_data, short_config, tiny_dir, tmp_path):
+    from tools.speaker import SpeakConfig, load_speaker
+
+    last = train(short_config("train.max_steps=1"), short_data, tmp_path / "run", RunOptions())
+    assert last
+    asked = read_config(SpeakConfig, tiny_dir / "pipeline.toml", ['text.normalize=["digits"]'])
+    assert load_speaker(tiny_dir / "model", last / "adapter", asked, "cpu").rules.normalize == ["digits"]

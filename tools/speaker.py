@@ -7,6 +7,7 @@ remembers. A merged folder is not spoken with a codec other than the one it was 
 
 from __future__ import annotations
 
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,22 +15,27 @@ from typing import TYPE_CHECKING
 import msgspec
 import numpy as np
 
+from preprocess.text import TextSection
 from shards.config import FeaturesSection, ModelSection, SequenceSection, read_config
 
 if TYPE_CHECKING:
+    import torch
+    from tokenizers import Tokenizer
+
     from preprocess.audio import AudioFile
     from shards.encoders.codec import Codec
     from shards.sample import Sample
-    from shards.sequence import SequenceBuilder
+    from shards.sequence import Sequence, SequenceBuilder
     from tools.checkpoints.model_folder import Voice
+    from tools.reference import Reference
     from train.model.decoder import HiggsAudio
-    from train.model.generate import Sampling, Speech
 
 
 class SpeakConfig(msgspec.Struct, frozen=True, kw_only=True):
     model: ModelSection
     features: FeaturesSection
     sequence: SequenceSection
+    text: TextSection
 
 
 @dataclass(frozen=True)
@@ -39,31 +45,40 @@ class Speaker:
     model: HiggsAudio
     codec: Codec
     builder: SequenceBuilder
-    model_dir: Path
+    tokenizer: Tokenizer
+    rules: TextSection  # what texts go through, as in training
 
-    def say(
-        self, reference: Path, reference_text: str, text: str, max_frames: int, sampling: Sampling
-    ) -> tuple[Speech, np.ndarray]:
-        """The codes, and the wave [S] float32 at 24 kHz."""
+    def reference(self, recordings: list[AudioFile], text: str | None) -> Reference:
+        """A voice ready for prompts: one or several recordings, and what is said in them. Raises DataError."""
         from preprocess.audio import CODEC_RATE, WHISPER_RATE
-        from shards.artifacts import load_tokenizer
+        from tools.prompt_text import prompt_text
+        from tools.reference import Reference, joined_wave
+
+        said = None if text is None else prompt_text(text, self.rules, "the reference's text")
+        codes = self.codec.encode(joined_wave(recordings, CODEC_RATE))
+        return Reference(codes, said, joined_wave(recordings, WHISPER_RATE) if self.builder.uses_whisper else None)
+
+    def prompt(self, reference: Reference, text: str, name: str = "the text") -> Sequence:
+        """What the model continues to say `text`. Raises DataError for a text that cannot be said."""
         from shards.cloning import cloning_sample
-        from train.model.generate import generate
+        from tools.prompt_text import prompt_text
 
-        audio = read_reference(reference)
-        codes = self.codec.encode(audio.at(CODEC_RATE))
-        sample = cloning_sample(load_tokenizer(self.model_dir), reference_text, codes, text)
-        if self.builder.uses_whisper:
-            sample = with_mel(sample, audio.at(WHISPER_RATE))
-        speech = generate(self.model, self.builder.prompt(sample), max_frames, sampling)
-        return speech, self.codec.decode(speech.codes)
+        said = prompt_text(text, self.rules, name)
+        sample = cloning_sample(self.tokenizer, reference.text, reference.codes, said)
+        return self.builder.prompt(sample if reference.wave_16k is None else with_mel(sample, reference.wave_16k))
 
 
-def load_speaker(model_dir: Path, adapter: Path | None, config: SpeakConfig, device: str) -> Speaker:
-    """Load everything. Raises PipelineError where model, adapter and codec do not belong together."""
+def load_speaker(
+    model_dir: Path, adapter: Path | None, config: SpeakConfig, device: str, dtype: torch.dtype | None = None
+) -> Speaker:
+    """Load everything; `dtype` None is bfloat16 on CUDA, float32 on a CPU.
+
+    This is the only place that knows what kinds of models there are: merged, or base and adapter. Raises PipelineError
+    where model, adapter and codec do not belong together.
+    """
     import torch
 
-    from shards.artifacts import codec_fingerprint, load_tokenizer, resolve
+    from shards.artifacts import load_tokenizer, resolve
     from shards.encoders.codec import load_codec
     from shards.errors import CheckpointError
     from shards.sequence import SequenceBuilder
@@ -74,19 +89,13 @@ def load_speaker(model_dir: Path, adapter: Path | None, config: SpeakConfig, dev
 
     voice = read_voice(model_dir)
     if adapter and (adapter.parent / "config.toml").is_file():  # of the checkpoint that the adapter lies in
-        trained = read_config(SpeakConfig, adapter.parent / "config.toml")
-        config = msgspec.structs.replace(config, sequence=trained.sequence, features=trained.features)
+        config = as_trained(adapter.parent / "config.toml", config)
     base = resolve(str(model_dir), config.model.revision if str(model_dir) == config.model.base else "", "MODEL")
     if not (base / "config.json").is_file():
         raise CheckpointError(f"{model_dir}: no model here; give the OUT folder of `checkpoints merge` or a base model")
-    codec_dir = resolve(config.model.codec, config.model.codec_revision, "model.codec")
-    if voice and voice.codec_fingerprint != codec_fingerprint(codec_dir):
-        raise CheckpointError(
-            f"{model_dir} was trained with codec {voice.codec} ({voice.codec_fingerprint[:16]}), model.codec is "
-            f"{config.model.codec} ({codec_fingerprint(codec_dir)[:16]}); name that codec in pipeline.toml"
-        )
+    codec_dir = find_codec(model_dir, config)
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
+    dtype = dtype or (torch.bfloat16 if where.type == "cuda" else torch.float32)
     sequence = voice.sequence if voice else config.sequence
     conditioning = decide_conditioning(sequence, config.features, base)
     sequence = msgspec.structs.replace(sequence, conditioning=conditioning.name)
@@ -97,8 +106,41 @@ def load_speaker(model_dir: Path, adapter: Path | None, config: SpeakConfig, dev
     model = load_model(base, dtype, where, text_head=adapter is not None, conditioning=conditioning)
     if adapter:
         load_adapter(model, adapter)
-    builder = SequenceBuilder(load_tokenizer(base), sequence)
-    return Speaker(model.eval(), load_codec(codec_dir, str(where)), builder, base)
+    tokenizer = load_tokenizer(base)
+    builder = SequenceBuilder(tokenizer, sequence)
+    rules = msgspec.structs.replace(config.text, normalize=voice.normalize) if voice else config.text
+    return Speaker(model.eval(), load_codec(codec_dir, str(where)), builder, tokenizer, rules)
+
+
+def find_codec(model_dir: Path, config: SpeakConfig) -> Path:
+    """The folder of the model's codec: the configured one, or the one it was trained with where none is configured.
+
+    Raises CheckpointError for a codec other than the one that a merged model was trained with.
+    """
+    from shards.artifacts import codec_fingerprint, resolve
+    from shards.errors import CheckpointError
+
+    voice, model = read_voice(model_dir), config.model
+    if voice and (model.codec, model.codec_revision) == (ModelSection().codec, ModelSection().codec_revision):
+        model = msgspec.structs.replace(model, codec=voice.codec, codec_revision=voice.codec_revision)
+    folder = resolve(model.codec, model.codec_revision, "model.codec")
+    if voice and voice.codec_fingerprint != codec_fingerprint(folder):
+        raise CheckpointError(
+            f"{model_dir} was trained with codec {voice.codec} ({voice.codec_fingerprint[:16]}), model.codec is "
+            f"{model.codec} ({codec_fingerprint(folder)[:16]}); name that codec in pipeline.toml"
+        )
+    return folder
+
+
+def as_trained(checkpoint_config: Path, config: SpeakConfig) -> SpeakConfig:
+    """The configuration with what the adapter's checkpoint remembers of its training.
+
+    [text] stands there only if the shards said what their texts had gone through.
+    """
+    trained = read_config(SpeakConfig, checkpoint_config)
+    config = msgspec.structs.replace(config, sequence=trained.sequence, features=trained.features)
+    remembers = "text" in tomllib.loads(checkpoint_config.read_text(encoding="utf-8"))
+    return msgspec.structs.replace(config, text=trained.text) if remembers else config
 
 
 def read_voice(model_dir: Path) -> Voice | None:
@@ -120,15 +162,3 @@ def with_mel(sample: Sample, wave: np.ndarray) -> Sample:
     frames, floor = stored_mel(wave)
     facts = msgspec.structs.replace(sample.facts, mel=MelFacts(len(wave), floor))
     return dataclasses.replace(sample, facts=facts, reference_mel_zst=compress(write_npy(frames.astype(np.float16))))
-
-
-def read_reference(path: Path) -> AudioFile:
-    """The reference, read and checked as stage one does."""
-    from preprocess.audio import AudioLimits, decode, read_bytes
-    from preprocess.reasons import AudioFault
-    from shards.errors import DataError
-
-    try:
-        return decode(read_bytes(str(path)), AudioLimits())
-    except AudioFault as fault:
-        raise DataError(f"--reference {path}: {fault.detail}") from None

@@ -16,7 +16,9 @@ MAX_CHARS = 250  # about 18 s of Arabic speech; training clips are seldom longer
 LOOK_BACK = 40  # characters, for the word before a full stop
 CLOSERS = "\"'”’»)]}›"
 # Words whose full stop does not end a sentence, without it; single letters (م. أ.د. U.S.) are known as such.
-ABBREVIATIONS = frozenset("dr mr mrs ms prof st no vs etc fig vol eg ie approx inc ltd co jr sr dept est tel ext".split())
+ABBREVIATIONS = frozenset(
+    ["dr", "mr", "mrs", "ms", "prof", "st", "vs", "etc", "fig", "vol", "eg", "ie", "approx", "inc", "jr", "sr"]
+)
 SENTENCE_MARKS = re.compile(rf"[.!?؟؛…]+[{re.escape(CLOSERS)}]*(?=\s|$)\s*|[؟؛]+[!?؟؛.]*\s*|\s*\n\s*")
 COMMAS = re.compile(rf"[،,][{re.escape(CLOSERS)}]*\s+|،")
 BLANKS = re.compile(r"\s+")
@@ -68,7 +70,13 @@ def _word_ends(text: str) -> Iterator[int]:
 
 def _is_between_digits(text: str, start: int, end: int) -> bool:
     """Whether a mark without a blank stands in a number: ٣،٥."""
-    return 0 < start and end < len(text) and text[start - 1].isdigit() and text[end].isdigit() and not text[end - 1].isspace()
+    return (
+        start > 0
+        and end < len(text)
+        and text[start - 1].isdigit()
+        and text[end].isdigit()
+        and not text[end - 1].isspace()
+    )
 
 
 def _is_abbreviation(text: str, match: re.Match[str]) -> bool:

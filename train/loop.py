@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from shards.artifacts import codec_fingerprint, load_tokenizer, mel_fingerprint, resolve, tokenizer_fingerprint
-from shards.config import SequenceSection, to_toml
+from shards.config import SequenceSection
 from shards.errors import ConfigError, PipelineError
 from shards.manifest import Fingerprints
 from shards.sequence import SequenceBuilder
@@ -50,7 +50,7 @@ from train.run_folder.identity import (
     read_identity,
 )
 from train.run_folder.metrics import Metrics, console_line, held_out_history, log, open_log, start_wandb
-from train.run_folder.start import begin_run, find_start, hold_run, require_one_folder
+from train.run_folder.start import begin_run, config_text, find_start, hold_run, require_one_folder
 from train.run_folder.state import load_state
 from train.signals import Stopped, StopSignal
 from train.step import StepClock, StepSettings, garbage_collection_paused, train_step
@@ -229,10 +229,10 @@ def set_up(
         model=model,
         optimizer=optimizer,
         evaluation=Evaluation(held_out, world) if held_out else None,
-        metrics=begin_run(config, run_dir, step, world, wandb_run) if world.is_first else None,
+        metrics=begin_run(config, source.text_rules, run_dir, step, world, wandb_run) if world.is_first else None,
         listening=open_listening(listened, builder, codec_dir, run_dir, world),
         saver=checkpoint.Checkpoints(
-            run_dir, world, lora_config, identity, to_toml(config), config.train.keep_checkpoints
+            run_dir, world, lora_config, identity, config_text(config, source.text_rules), config.train.keep_checkpoints
         ),
         first_step=step,
         start_from=start_from,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from preprocess.text import TextSection
 from shards.config import FeaturesSection, ModelSection, SequenceSection
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ class CheckpointConfig(msgspec.Struct, frozen=True, kw_only=True):
     model: ModelSection
     features: FeaturesSection
     sequence: SequenceSection
+    text: TextSection
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ def merge_checkpoint(run: Path, out: Path, layout: Layout = "native", moved_to: 
         codec_revision=config.model.codec_revision,
         codec_fingerprint=codec_fingerprint(codec_dir),
         sequence=config.sequence,
+        normalize=config.text.normalize,
     )
     trained = dataclasses.replace(model.config, is_random=False)
     write_model_folder(out, state, trained, layout, tokenizer_dir=base_dir, codec=config.model.codec, voice=voice)

@@ -20,6 +20,7 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 from torch import Tensor
 
+from preprocess.text import Normalizer
 from shards.config import SequenceSection
 from shards.errors import CheckpointError
 from shards.terminal import system_fault
@@ -52,6 +53,7 @@ class Voice(msgspec.Struct, frozen=True, kw_only=True):
     codec_revision: str
     codec_fingerprint: str
     sequence: SequenceSection
+    normalize: list[Normalizer] = []  # text.normalize of the texts it was trained on
 
 
 def convert_model(folder: Path, out: Path, layout: Layout) -> int:

@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 
 from shards.errors import ConfigError
-from shards.manifest import Fingerprints, check_fingerprints, open_dataset
+from shards.manifest import Fingerprints, check_fingerprints, open_dataset, text_rules
 from shards.reader import SampleReader
 from shards.sample import Sample
 from shards.sequence import SequenceBuilder
@@ -52,6 +52,7 @@ class PlannedSource:
             self.dataset, self.index = open_dataset(Path(location))
             self.reader = SampleReader(Path(location))
         self.digest = self.dataset.digest
+        self.text_rules = text_rules(self.dataset)
         self._validation = validation_source(section)
         self.validation_digest = self._validation.digest if self._validation else ""
         self._held_out: np.ndarray | None = None  # speakers

@@ -43,6 +43,7 @@ class Source(Protocol):
     digest: str  # of the data set, or of the list of shards of a stream
     validation_digest: str  # of the data set in train.validation_data; "" without
     total_steps: int  # known after `prepare`
+    text_rules: list[str] | None  # what stage one did to the texts, known after `check`; None: shards do not say
 
     def check(self, expected: Fingerprints, conditioning: Conditioning) -> Conditioning:
         """Refuse data that was not made for this model; settle what the reference enters as. Raises ShardError."""

@@ -23,7 +23,7 @@ from webdataset.filters import shuffle
 from webdataset.pipeline import DataPipeline
 
 from shards.errors import ConfigError, PipelineError, ShardError
-from shards.manifest import Fingerprints, check_fingerprints, open_dataset
+from shards.manifest import Fingerprints, check_fingerprints, open_dataset, text_rules
 from shards.sample import Sample, unpack_sample
 from shards.sequence import IGNORE, SequenceBuilder
 from train.config import TrainSection
@@ -69,13 +69,16 @@ class StreamedSource:
         self._location = location
         self.urls = shard_urls(location)
         self.digest = hashlib.sha256("\n".join(self.urls).encode()).hexdigest()
+        self.text_rules: list[str] | None = None
         self._validation = validation_source(section)
         self.validation_digest = self._validation.digest if self._validation else ""
 
     def check(self, expected: Fingerprints, conditioning: Conditioning) -> Conditioning:
         """Hold fingerprints against the model where there are any: foreign shards have none."""
         if (Path(self._location) / "dataset.json").is_file():
-            check_fingerprints(open_dataset(Path(self._location))[0], expected)
+            dataset, _ = open_dataset(Path(self._location))
+            check_fingerprints(dataset, expected)
+            self.text_rules = text_rules(dataset)
         if self._validation:
             self._validation.check(expected, conditioning)
         return conditioning

@@ -7,6 +7,7 @@ would look well until the first resume.
 
 from __future__ import annotations
 
+import json
 import platform
 import secrets
 import shlex
@@ -100,10 +101,19 @@ def find_start(run_dir: Path, resume: str, world: World) -> Path | None:
     return checkpoint_folders.newest_sound(run_dir, world)
 
 
-def begin_run(config: TrainConfig, run_dir: Path, step: int, world: World, wandb_run: Any) -> Metrics:
+def config_text(config: TrainConfig, text_rules: list[str] | None) -> str:
+    """config.toml: the resolved configuration, and what stage one did to the texts, which `speak` must do as well."""
+    if text_rules is None:
+        return to_toml(config)
+    return f"{to_toml(config)}[text]\nnormalize = {json.dumps(text_rules)}\n"
+
+
+def begin_run(
+    config: TrainConfig, text_rules: list[str] | None, run_dir: Path, step: int, world: World, wandb_run: Any
+) -> Metrics:
     """What the first rank leaves in the run directory before it trains."""
     checkpoint_folders.set_aside(run_dir, step)
-    write_bytes(run_dir / "config.toml", to_toml(config).encode())
+    write_bytes(run_dir / "config.toml", config_text(config, text_rules).encode())
     write_json(run_dir / "environment.json", environment(world))
     if wandb_run:
         wandb_run.config.update(

@@ -44,6 +44,10 @@ class Engine:
         self._waiting.append(request)
         return request
 
+    def __len__(self) -> int:
+        """Its slots."""
+        return len(self._requests)
+
     @property
     def num_free_slots(self) -> int:
         return self._requests.count(None)

@@ -1,0 +1,284 @@
+"""The Python interface: what goes in as a voice, what comes out, alone, beside others and piece by piece."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import resource
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import pytest
+import soundfile
+
+from preprocess.text import Normalizer, TextSection
+from shards.cloning import cloning_messages
+from shards.errors import ConfigError, DataError
+from shards.manifest import open_dataset, text_rules
+from shards.reader import SampleReader
+from shards.sequence import encode_text
+from tools.cross_fade import CrossFade
+from tools.inference import KEPT_REFERENCES, HiggsAudioInference, SpeechRequest
+from tools.prompt_text import longest_s
+from tools.reference import read_recordings
+
+TEXT = "هل تعرف الطريق إلى المحطة؟"
+CLIP = "spk_00_36.flac"
+
+
+@pytest.fixture(scope="module")
+def voice(tiny_dir: Path) -> HiggsAudioInference:
+    return HiggsAudioInference(tiny_dir / "model", config=tiny_dir / "pipeline.toml", device="cpu", num_slots=3)
+
+
+@pytest.fixture(scope="module")
+def clip(repository: Path) -> Path:
+    return repository / "tests/data/arabic-mini" / CLIP
+
+
+def ask(clip: Path, seed: int = 0, text: str = TEXT, **settings) -> SpeechRequest:
+    return SpeechRequest(
+        reference_audio=clip, target_text=text, reference_text="الجسر", seed=seed, **{"max_seconds": 1.0, **settings}
+    )
+
+
+def test_speech_has_wave_rate_codes_and_reason(voice, clip):
+    speech = voice.generate_speech(clip, TEXT, "الجسر الجديد", speaker_name="a", max_seconds=0.4, seed=3)
+    assert speech.codes.shape[0] == 8
+    assert speech.codes.shape[1] <= 10
+    wave, sample_rate = speech
+    assert sample_rate == 24000
+    assert wave.dtype == np.float32
+    assert len(wave) == 960 * speech.codes.shape[1]
+    np.testing.assert_array_equal(wave, voice.decode_codes(speech.codes).waveform)
+    assert speech.stop_reason in ("end", "max_seconds")
+    assert speech.speaker_name == "a"
+
+
+def test_every_form_of_a_reference_is_the_same_voice(voice, clip):
+    wave, rate = soundfile.read(clip, dtype="int16")
+    assert wave.ndim == 1
+    stereo = np.stack([wave, wave])
+    forms = [str(clip), clip.read_bytes(), io.BytesIO(clip.read_bytes()), clip.open("rb"), (wave, rate), (rate, wave)]
+    forms += [(wave / 32768, rate), (stereo, rate), (stereo.T, rate), [clip]]
+    expected = voice.generate_speech(clip, TEXT, "الجسر", max_seconds=0.2)
+    for form in forms:
+        said = voice.generate_speech(form, TEXT, "الجسر", max_seconds=0.2)
+        np.testing.assert_array_equal(said.codes, expected.codes)
+    bare = voice.generate_speech(wave, TEXT, "الجسر", max_seconds=0.2, sample_rate=rate)
+    np.testing.assert_array_equal(bare.codes, expected.codes)
+
+
+def test_several_recordings_are_one_reference(voice, clip, repository):
+    other = repository / "tests/data/arabic-mini/spk_03_06.flac"
+    seconds = [soundfile.info(path).duration for path in (clip, other)]
+    joined = voice.speaker.reference(read_recordings([clip, other]), "الجسر الجديد كم")
+    assert joined.codes.shape[1] == -(-round((sum(seconds) + 0.2) * 24000) // 960)
+    with pytest.raises(DataError, match="together, at most 30 s"):
+        read_recordings([clip] * 20)
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ("nowhere.wav", "reference nowhere.wav: no such file"),
+        (b"not audio", "reference number 1: 9 bytes"),
+        (io.BytesIO(b""), "nothing left to read"),
+        (io.StringIO("text"), "mode 'rb'"),
+        (np.zeros(48000, np.float32), "without its rate"),
+        ((np.zeros(48000, np.float32), 24000), "peak"),
+        ((np.full(48000, np.nan), 24000), "NaN"),
+        ((np.ones((3, 4, 5)), 24000), "array"),
+        ((np.sin(np.arange(100.0)), 24000), "at least"),
+        ((np.sin(np.arange(48000.0)), 0), "no recording"),
+        ((np.sin(np.arange(48000.0)), 24000, 1), "tuple"),
+        ([], "empty list"),
+        (None, "expected a path"),
+        ({"path": "x"}, "expected a path"),
+    ],
+)
+def test_what_is_no_reference_is_named(voice, reference, message):
+    with pytest.raises(DataError, match=message):
+        voice.generate_speech(reference, TEXT, "نص")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": -1},
+        {"temperature": float("nan")},
+        {"top_p": 0},
+        {"top_p": 1.5},
+        {"top_k": -1},
+        {"top_k": 2.5},
+        {"max_seconds": 0},
+        {"max_seconds": -1.0},
+        {"max_seconds": float("inf")},
+        {"ras_win_max_num_repeat": 0},
+        {"ras_win_len": -1},
+        {"seed": -1},
+        {"seed": "1"},
+        {"part_chars": 0},
+    ],
+)
+def test_a_wrong_number_is_named_with_what_was_expected(clip, wrong):
+    (name,) = wrong
+    with pytest.raises(ConfigError, match=rf"^{name} = .*: expected"):
+        ask(clip, **wrong)
+
+
+def test_a_batch_says_what_each_says_alone(voice, clip, repository):
+    other = repository / "tests/data/arabic-mini/spk_03_06.flac"
+    requests = [
+        ask(clip, 1),
+        ask(other, 2, "نعم"),
+        ask(clip, 3, temperature=0.0),
+        ask(other, 4),
+        ask(clip, 1, "لا. " * 9),
+    ]
+    requests[4] = ask(clip, 1, "نعم يا أخي. " * 3, part_chars=14, max_seconds=0.6)
+    together = voice.generate_batch(requests)
+    for request, beside in zip(requests, together, strict=True):
+        (alone,) = voice.generate_batch([request])
+        np.testing.assert_array_equal(alone.codes, beside.codes)
+        assert alone.stop_reason == beside.stop_reason
+    assert (together[0].codes[:, :5] != together[3].codes[:, :5]).any()
+
+
+def test_streamed_pieces_join_to_the_whole_wave(voice, clip):
+    text = "نعم يا أخي. كم السعر؟"
+    settings = {"reference_text": "الجسر", "part_chars": 12, "max_seconds": 4.2, "temperature": 1.3}
+    whole = voice.generate_speech(clip, text, seed=1, **settings)
+    pieces = list(voice.stream_speech(clip, text, seed=1, **settings))
+    assert len(pieces) > 1
+    np.testing.assert_allclose(np.concatenate(pieces), whole.waveform, atol=1e-5)
+    early = list(voice.stream_speech(clip, text, seed=1, first_chunk=4, **settings))
+    assert len(np.concatenate(early)) == len(whole.waveform)
+    assert len(early[0]) < len(pieces[0])
+
+
+def test_a_closed_stream_frees_its_slot(tiny_dir, clip):
+    voice = HiggsAudioInference(tiny_dir / "model", config=tiny_dir / "pipeline.toml", device="cpu")
+    before = voice.generate_speech(clip, TEXT, "الجسر", max_seconds=0.4, seed=9)
+    long = {"max_seconds": 60.0, "temperature": 3.0, "top_p": 1.0, "top_k": 0, "seed": 1}
+    stream = voice.stream_speech(clip, "كلمة " * 45, "الجسر", first_chunk=4, **long)
+    next(stream)
+    assert voice.engine.num_free_slots == 0
+    stream.close()
+    after = voice.generate_speech(clip, TEXT, "الجسر", max_seconds=0.4, seed=9)
+    np.testing.assert_array_equal(before.codes, after.codes)
+    assert voice.engine.num_free_slots == 1
+
+
+def test_a_wrong_request_leaves_nothing_in_the_engine(voice, clip):
+    with pytest.raises(DataError, match="eot_id"):
+        voice.generate_batch([ask(clip, 1), ask(clip, 2, "نص <|eot_id|>")])
+    voice.engine.advance()
+    assert not voice.engine.has_work
+
+
+def test_without_reference_text_it_speaks_and_warns(voice, clip, caplog):
+    with caplog.at_level(logging.WARNING):
+        voice.generate_speech(clip, TEXT, max_seconds=0.1)
+    assert "clones are better" in caplog.text
+    with_text, without = (
+        voice.speaker.prompt(voice.speaker.reference(read_recordings(clip), text), TEXT) for text in ("الجسر", None)
+    )
+    num_tokens = len(encode_text(voice.speaker.tokenizer, "الجسر"))
+    assert len(with_text) == len(without) + num_tokens
+
+
+def test_a_runaway_is_cut_with_its_reason(voice, clip, caplog, monkeypatch):
+    """The tiny model never ends here: end of speech is drawn out of 1026 likely codes."""
+    import tools.utterance
+
+    monkeypatch.setattr(tools.utterance, "longest_s", lambda text, rules: 0.2)
+    with caplog.at_level(logging.WARNING):
+        speech = voice.generate_speech(clip, "نعم يا أخي. كم السعر؟", "الجسر", part_chars=12, top_k=1, seed=0)
+    cut = [part.stop_reason for part in speech.parts]
+    assert len(cut) == 2
+    assert speech.is_complete
+    assert speech.stop_reason == "text_ceiling"
+    assert "cut there" in caplog.text
+    with caplog.at_level(logging.WARNING):
+        speech = voice.generate_speech(clip, "نعم يا أخي. كم السعر؟", "الجسر", part_chars=12, top_k=1, max_seconds=0.1)
+    assert speech.stop_reason == "max_seconds"
+    assert not speech.is_complete
+    assert "9 more characters were not begun" in caplog.text
+
+
+def test_the_ceiling_grows_with_the_text(voice):
+    rules = voice.speaker.rules
+    assert longest_s("نعم", rules) < longest_s("نعم " * 10, rules) < longest_s("نعم " * 50, rules)
+    assert longest_s("٣٤٥٦٧", rules) > longest_s("خمسة", rules)
+
+
+def test_a_cross_fade_is_the_same_however_it_is_fed():
+    rng = np.random.default_rng(0)
+    parts = [rng.normal(size=n).astype(np.float32) for n in (5000, 700, 0, 2401)]
+
+    def join(size: int) -> np.ndarray:
+        fade, out = CrossFade(24000), []
+        for number, part in enumerate(parts):
+            if number:
+                out.append(fade.end_part())
+            out += [fade.feed(part[start : start + size]) for start in range(0, len(part), size)]
+        return np.concatenate([*out, fade.finish()])
+
+    whole = join(10000)
+    assert len(whole) == 5000 + 700 + 2401 - 700 - 1200
+    np.testing.assert_array_equal(whole[:3800], parts[0][:3800])
+    np.testing.assert_array_equal(whole[-1201:], parts[3][-1201:])
+    for size in (1, 333, 1200):
+        np.testing.assert_array_equal(join(size), whole)
+
+
+def test_prompts_are_what_stage_one_stores(voice, tiny_dir, tmp_path, run_command):
+    """Marks and tatweel: the ids that are spoken are those that a row of the same texts is trained with."""
+    said, wanted = "  الجـــسر\u200f الجديد\u202b يربط", "هل\ufeff تعــرف   الطريق إلى ٣ محطات؟ "
+    audio = [f"tests/data/arabic-mini/{name}" for name in (CLIP, "spk_00_08.flac")]
+    row = {"id": "a", "speaker": "s", "messages": cloning_messages(said, audio[0], wanted, audio[1])}
+    (tmp_path / "list.json").write_text(json.dumps([row]))
+    options = ("--config", tiny_dir / "pipeline.toml", "--set", 'text.normalize=["tatweel", "digits"]', "--workers", 1)
+    result = run_command("preprocess", tmp_path / "list.json", tmp_path / "shards", *options)
+    assert result.returncode == 0, result.stderr
+    dataset, index = open_dataset(tmp_path / "shards")
+    rules = TextSection(normalize=cast(list[Normalizer], text_rules(dataset)))
+    assert rules.normalize == ["tatweel", "digits"]
+    stored = voice.speaker.builder.prompt(SampleReader(tmp_path / "shards").read(index[0]))
+    speaker = replace(voice.speaker, rules=rules)
+    spoken = speaker.prompt(speaker.reference(read_recordings([audio[0]]), said), wanted)
+    np.testing.assert_array_equal(spoken.token_ids, stored.token_ids)
+    np.testing.assert_array_equal(spoken.codes, stored.codes)
+    other = voice.speaker.prompt(voice.speaker.reference(read_recordings([audio[0]]), said), wanted)
+    assert len(other) > len(spoken)
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_over_hundreds_of_requests(voice, repository):
+    """Texts and lengths of all kinds, and more voices than are kept: after each has been there, nothing grows."""
+
+    def resident_mb() -> float:
+        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * resource.getpagesize() / 1e6
+
+    def size(path: Path) -> int:
+        return path.stat().st_size
+
+    clips = sorted((repository / "tests/data/arabic-mini").glob("*.flac"), key=size)[: KEPT_REFERENCES + 2]
+    first = clips[0]
+
+    def speak(requests: list[SpeechRequest]) -> None:
+        for start in range(0, len(requests), 3):
+            voice.generate_batch(requests[start : start + 3])
+
+    def made(i: int, clip: Path) -> SpeechRequest:
+        return ask(clip, i, "كلمة " * (1 + i % 5), max_seconds=0.04 * (1 + i % 5))
+
+    speak([made(0, clip) for clip in clips] + [made(i, first) for i in range(30)])
+    before = resident_mb()
+    speak([made(i, clips[i // 16 % len(clips)] if i % 16 == 0 else first) for i in range(300)])
+    assert len(voice._references) == KEPT_REFERENCES
+    assert resident_mb() - before < 30
