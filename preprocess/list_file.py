@@ -24,7 +24,7 @@ from shards.errors import DataError
 
 BLOCK_BYTES = 1 << 18
 MAX_LINE_BYTES = 4 * MAX_ROW_CHARS + 8
-MAX_LEADING_BLANKS = 1 << 12
+LINES_LOOKED_AT = 8  # whether a first line that is no row is one bad row, or the list no JSON Lines
 MARK_CHARS = 256  # of a row's beginning, kept where the text is cut
 BLANKS = " \t\r\n"
 NOT_BLANK = re.compile(r"[^ \t\r\n]")
@@ -62,12 +62,15 @@ def read_raw_rows(path: Path) -> Iterator[RawRow | BadRow]:
 def _first_byte(file: io.BufferedReader, path: Path) -> bytes:
     """The first byte that is not blank; the file stands behind a byte order mark. Raises DataError for other formats."""
     try:
-        start = file.peek(MAX_LEADING_BLANKS)
+        start = file.peek(BLOCK_BYTES)
         refuse_other_forms(start, path)
         if start.startswith(UTF8_BOM):
             file.read(len(UTF8_BOM))
-            start = start[len(UTF8_BOM) :]
-        return start.lstrip()[:1]
+            start = file.peek(BLOCK_BYTES)
+        while start and not start.strip(BLANKS.encode()):
+            file.read(len(start))
+            start = file.peek(BLOCK_BYTES)
+        return start.lstrip(BLANKS.encode())[:1]
     except UNREADABLE as error:
         raise DataError(f"{path}: not readable as a {path.suffix} file: {error}") from None
 
@@ -177,7 +180,7 @@ class _Window:
                 if not fault.is_open:
                     raise
                 if len(self._text) - self.position > MAX_ROW_CHARS:
-                    raise RowError(TOO_LARGE) from None
+                    raise RowError(TOO_LARGE if fault.is_syntax else fault.detail) from None
                 if not self._more():
                     raise
                 continue
@@ -228,10 +231,10 @@ class _Window:
 def _line_rows(file: io.BufferedReader, path: Path) -> Iterator[RawRow | BadRow]:
     """One row per line; blank lines are skipped. Only \\n ends a line."""
     lines = _lines(file, path)
-    begin = list(itertools.islice(lines, 2))
-    if not _is_row(begin[0][1]) and not any(_is_row(text) for _, text, _ in begin[1:]):
+    begin = list(itertools.islice(lines, LINES_LOOKED_AT))
+    if not _may_be_row(begin[0][1]) and 2 * sum(_is_object(text) for _, text, _ in begin[1:]) < len(begin):
         raise DataError(
-            f"{path}: the top level is an object, {begin[0][1][:40]} ...; the list itself must be the top level: "
+            f"{path}: the top level is an object, {begin[0][1][:40]!r} ...; the list itself must be the top level: "
             "[ {row}, {row}, ... ], or one row per line"
         )
     for number, (line, text, is_ended) in enumerate(itertools.chain(begin, lines)):
@@ -271,11 +274,18 @@ def _value_of(text: str) -> Any:
     return value
 
 
-def _is_row(text: str) -> bool:
-    """Whether a line of JSON Lines can be a row, a broken one too; `{"data": [...]}` is a list that was wrapped."""
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(_value_of(text), dict)
+    except RowError:
+        return False
+
+
+def _may_be_row(text: str) -> bool:
+    """Whether the first line can be a row, a broken one too; `{"data": [...]}` is a list that was wrapped."""
     try:
         value = _value_of(text)
     except RowError:
-        return '"messages"' in text[:MAX_LEADING_BLANKS]
+        return '"messages"' in text[:4096]
     is_wrapped = isinstance(value, dict) and any(isinstance(part, list) for part in value.values())
     return isinstance(value, dict) and ("messages" in value or not is_wrapped)

@@ -17,7 +17,7 @@ from preprocess.list_encoding import encoding_of
 
 MAX_DEPTH = 64  # brackets inside each other in one row; a row of the right form has 4
 MAX_ROW_CHARS = 4 << 20  # what the `json` member of a sample may have at most
-TOO_LARGE = f"a row of more than {MAX_ROW_CHARS >> 20} MB; give audio as the path of a file"
+TOO_LARGE = f"a row of more than {MAX_ROW_CHARS >> 20} MB, or a quote without an end; give audio as the path of a file"
 TOO_DEEP = f"brackets more than {MAX_DEPTH} deep inside each other"
 DEPTH_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*+"|[\[\]{}]', re.DOTALL)
 UNDECODED = re.compile("[\udc80-\udcff]")  # a byte that is not UTF-8, after decoding with "surrogateescape"
@@ -26,9 +26,9 @@ UNDECODED = re.compile("[\udc80-\udcff]")  # a byte that is not UTF-8, after dec
 class RowError(Exception):
     """Why a row is none; `end` is where it ends if that is known. `is_open`: more text could show its end."""
 
-    def __init__(self, detail: str, end: int | None = None, is_open: bool = False) -> None:
+    def __init__(self, detail: str, end: int | None = None, is_open: bool = False, is_syntax: bool = False) -> None:
         super().__init__(detail)
-        self.detail, self.end, self.is_open = detail, end, is_open
+        self.detail, self.end, self.is_open, self.is_syntax = detail, end, is_open, is_syntax
 
 
 def parse_row(text: str, start: int = 0) -> tuple[Any, int]:
@@ -121,7 +121,7 @@ def _syntax_fault(text: str, start: int, error: json.JSONDecodeError) -> RowErro
         what = f"a raw {text[place]!r} inside a string, or a quote that is missing"
     is_open = what.startswith("Unterminated string") or place > len(text) - 16
     where = f"at character {place - start} of the row, before {text[place : place + 20]!r}"
-    return RowError(f"not valid JSON: {what} {where}", is_open=is_open)
+    return RowError(f"not valid JSON: {what} {where}", is_open=is_open, is_syntax=True)
 
 
 def _check_depth(row: str, end: int) -> None:

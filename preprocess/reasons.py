@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from shards.printable import redact
+from shards.printable import printable, redact
 from shards.writer import Reject
 
 # Reason code -> what it means. The closed list of why a row is rejected (rejects.jsonl).
@@ -95,7 +95,9 @@ def reject(row: int, row_id: str, stage: str, reason: str, detail: str, path: st
     What a list holds may be megabytes long or a secret: every part is cut to MAX_TOLD_CHARS and passes `redact`.
     """
     path = None if path is None else _told(path)
-    return Reject(row=row, id=_told(row_id), stage=stage, reason=known_reason(reason), detail=_told(detail), path=path)
+    return Reject(
+        row=row, id=_told(row_id), stage=stage, reason=known_reason(reason), detail=printable(_told(detail)), path=path
+    )
 
 
 def _told(text: str) -> str:

@@ -26,6 +26,7 @@ CONTROL = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f]")
 # U+FFFD and U+FFFC stand for what could not be shown; private use and noncharacters are letters of one font, or of none.
 LOST = re.compile("[\ufffc\ufffd\ue000-\uf8ff\ufdd0-\ufdef\ufffe\uffff\U000f0000-\U0010ffff]")
 QUESTION_MARKS = re.compile(r"\?{4,}|\?{2,}\s+\?{2,}")  # what an export to a code page makes of Arabic words
+ARABIC_LETTER = re.compile("[ء-ي]")
 FOREIGN_RUN = re.compile("[^\x00-\x7f]{4,}")
 
 
@@ -57,7 +58,8 @@ def garbled(text: str) -> str | None:
     for run in FOREIGN_RUN.findall(text):
         for codec, page in CODE_PAGES.items():
             data = bytes(page.get(letter, 0) for letter in run)
-            if 0 not in data and (meant := _utf8(data)):
+            meant = _utf8(data) if 0 not in data else None
+            if meant and (codec != "cp1256" or ARABIC_LETTER.search(meant)):  # Persian letters are bytes of UTF-8, too
                 return f"{run[:20]!r} is {meant[:20]!r} in UTF-8, read as {codec}"
     return None
 

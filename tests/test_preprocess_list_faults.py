@@ -131,3 +131,32 @@ def test_another_encoding_is_named_with_its_conversion(tmp_path: Path, encoding:
         list(read_raw_rows(path))
     assert "'a list.json'" in str(error.value)
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_several_bad_lines_first_do_not_end_the_list(tmp_path: Path):
+    path = tmp_path / "list.jsonl"
+    path.write_bytes(b"{bad\n{worse\n" + b"\n".join([GOOD] * 9))
+    assert [type(row) for row in read_raw_rows(path)] == [BadRow] * 2 + [RawRow] * 9
+    path.write_bytes(b'{\n"data": [\n' + b",\n".join([GOOD] * 9) + b"]}")
+    with pytest.raises(DataError, match="the top level is an object"):
+        list(read_raw_rows(path))
+
+
+def test_many_blanks_before_a_list_are_no_empty_list(tmp_path: Path):
+    path = tmp_path / "list.json"
+    path.write_bytes(b" \n" * 500_000 + b"[" + GOOD + b"]")
+    assert [type(row) for row in read_raw_rows(path)] == [RawRow]
+
+
+def test_a_fault_is_named_also_where_its_row_has_no_end(tmp_path: Path):
+    path = written(tmp_path, "array", [with_field(b"NaN, oops"), *[GOOD] * 30_000])
+    first = next(read_raw_rows(path))
+    assert isinstance(first, BadRow)
+    assert "NaN is no JSON number" in first.detail
+
+
+def test_the_detail_of_a_reject_is_one_line(tmp_path: Path):
+    path = written(tmp_path, "lines", [GOOD.replace(b'"user"', b'"us\\ner\\u202e\\u001b[31m"')])
+    reject = next(read_rows(path))
+    assert isinstance(reject, Reject)
+    assert reject.detail.isprintable()

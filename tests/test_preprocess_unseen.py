@@ -42,6 +42,7 @@ def test_texts_of_sound_data_stay_byte_for_byte(arabic_mini: Path):
         "Straße, déjà vu – naïve\tz\n",
         "Привет 你好 😀",
         "ماذا؟؟؟",
+        "تکتک",
     ):
         assert clean(text, AS_WRITTEN) == (text, [])
         assert garbled(text) is None
