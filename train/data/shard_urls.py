@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
-from webdataset.compat import WebDataset
 from webdataset.gopen import gopen_schemes
 from webdataset.shardlists import expand_urls
 
 from shards.errors import ConfigError
 from shards.writer import TAR_BLOCK
+from train.data.foreign_tars import tar_samples
 from train.data.loader import RawSample
 
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
@@ -69,7 +69,7 @@ def glob(pattern: str) -> list[str]:
 
 
 def read_shards(urls: list[str]) -> Iterator[RawSample]:
-    """Raw samples of these shards in order, through webdataset. What cannot be read comes as a sample with a reason."""
+    """Raw samples of these shards in order, through `foreign_tars`. What cannot be read comes as a sample with a reason."""
     faults: list[RawSample] = []
 
     def note(error: Exception) -> bool:
@@ -84,10 +84,7 @@ def read_shards(urls: list[str]) -> Iterator[RawSample]:
     for address in addresses:
         refuse_pipe(address)
         gopen_schemes[address.split("://")[0].lower()] = WholeTar
-    dataset = WebDataset(
-        addresses, handler=note, shardshuffle=False, nodesplitter=None, workersplitter=None, empty_check=False
-    )
-    for raw in dataset:
+    for raw in tar_samples(addresses, note):
         yield from faults
         faults.clear()
         members = {name: value for name, value in raw.items() if not name.startswith("__")}
@@ -96,10 +93,7 @@ def read_shards(urls: list[str]) -> Iterator[RawSample]:
 
 
 class WholeTar:
-    """A file that webdataset reads, from any place fsspec knows; one that stops before its end mark is an error.
-
-    Tars cut at a header look like shorter tars to Python's tarfile and to webdataset (tried with webdataset 1.0.2).
-    """
+    """A file that webdataset opens, from any place fsspec knows; one that stops before its end mark is an error."""
 
     def __init__(self, url: str, mode: str = "rb", bufsize: int = 0) -> None:
         files, path = fsspec.core.url_to_fs(url)

@@ -1,4 +1,4 @@
-"""`loader = "stream"`: plain `webdataset.WebDataset` over any list of shards with the documented members.
+"""`loader = "stream"`: any list of WebDataset shards with the documented members.
 
 In: a folder, globs, brace lists or URLs; no index is needed. Out: the same loaded_packs as a plan gives, packed on line under
 the same budgets. The order of shards is drawn anew for every pass and then split among ranks and workers, and there is no
