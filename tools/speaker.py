@@ -60,12 +60,16 @@ class Speaker:
 
     def prompt(self, reference: Reference, text: str, name: str = "the text") -> Sequence:
         """What the model continues to say `text`. Raises DataError for a text that cannot be said."""
+        return self.builder.prompt(self.sample(reference, text, name))
+
+    def sample(self, reference: Reference, text: str, name: str = "the text") -> Sample:
+        """The request as stage one would store it. Raises DataError for a text that cannot be said."""
         from shards.cloning import cloning_sample
         from tools.prompt_text import prompt_text
 
         said = prompt_text(text, self.rules, name)
         sample = cloning_sample(self.tokenizer, reference.text, reference.codes, said)
-        return self.builder.prompt(sample if reference.wave_16k is None else with_mel(sample, reference.wave_16k))
+        return sample if reference.wave_16k is None else with_mel(sample, reference.wave_16k)
 
 
 def load_speaker(

@@ -202,23 +202,19 @@ def speak_item(
     speaker: Speaker, item: Item, sample: Sample | None, max_frames: int, sampling: Sampling, row: Spoken, out: Path
 ) -> Spoken:
     """Say one item and write its wave. A data set's sample is prompted with its stored codes, a list's with its file."""
-    from preprocess.audio import CODEC_RATE, WHISPER_RATE, AudioFault, AudioLimits, decode, read_bytes
-    from shards.artifacts import load_tokenizer
-    from shards.cloning import cloning_sample
+    from preprocess.audio import AudioFault, AudioLimits, decode, read_bytes
     from shards.encoders.codec import write_wave
     from shards.errors import DataError
-    from tools.speaker import with_mel
     from train.model.generate import generate
 
-    tokenizer = load_tokenizer(speaker.model_dir)
+    said = item.text.strip()
     if sample is None:
         try:
             audio = decode(read_bytes(item.reference), AudioLimits(), item.reference_segment)
         except AudioFault as fault:
             raise DataError(f"{item.reference}: {fault.detail}") from None
-        sample = cloning_sample(tokenizer, item.reference_text, speaker.codec.encode(audio.at(CODEC_RATE)), item.text)
-        if speaker.builder.uses_whisper:
-            sample = with_mel(sample, audio.at(WHISPER_RATE))
+        sample = speaker.sample(speaker.reference([audio], item.reference_text), item.text)
+        said = sample.facts.texts[sample.facts.target_text]  # cleaned as in training
     speech = generate(speaker.model, speaker.builder.prompt(sample), max_frames, sampling)
     wave = speaker.codec.decode(speech.codes)
     write_wave(out / row.wave, wave)
@@ -227,5 +223,5 @@ def speak_item(
         row,
         ended=bool(speech.stopped),
         copied_frames=longest_copy(speech.codes.astype(np.int64), sample.reference_codes.astype(np.int64)),
-        text_reached=tokenizer.decode(ids.tolist(), skip_special_tokens=False).strip() == item.text.strip(),
+        text_reached=speaker.tokenizer.decode(ids.tolist(), skip_special_tokens=False).strip() == said,
     )

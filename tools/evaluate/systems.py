@@ -14,6 +14,7 @@ from typing import Literal
 
 import msgspec
 
+from preprocess.text import TextSection
 from shards.config import FeaturesSection, ModelSection, SequenceSection, read_config
 from shards.errors import CheckpointError, DataError
 from tools.evaluate.items import Item
@@ -31,11 +32,12 @@ class EvaluateConfig(msgspec.Struct, frozen=True, kw_only=True):
     model: ModelSection
     features: FeaturesSection
     sequence: SequenceSection
+    text: TextSection
     train: TrainSection
 
     @property
     def speak(self) -> SpeakConfig:
-        return SpeakConfig(model=self.model, features=self.features, sequence=self.sequence)
+        return SpeakConfig(model=self.model, features=self.features, sequence=self.sequence, text=self.text)
 
 
 class System(msgspec.Struct, frozen=True, kw_only=True):
