@@ -11,6 +11,7 @@ from short_run import losses
 
 from shards.errors import PipelineError
 from train import loop
+from train import set_up as module
 from train.loop import RunOptions, train
 from train.signals import AT_ONCE, SAVING
 from train.step import train_step
@@ -38,9 +39,9 @@ def test_a_signal_writes_one_checkpoint_and_none_at_the_start(short_data, short_
         train(short_config(), short_data, tmp_path / "run", RunOptions())
     assert written == ["checkpoint-2"]
 
-    build_model = loop.build_model
+    build_model = module.build_model
     monkeypatch.setattr(
-        loop, "build_model", lambda *given: (signal.raise_signal(signal.SIGTERM), build_model(*given))[1]
+        module, "build_model", lambda *given: (signal.raise_signal(signal.SIGTERM), build_model(*given))[1]
     )
     with pytest.raises(PipelineError, match=r"(after step 0|before its first step); the same command begins anew"):
         train(short_config(), short_data, tmp_path / "other", RunOptions())
