@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from shards.errors import ShardError
+from shards.printable import first_line
 
 INDEX_DTYPE = np.dtype(
     [
@@ -41,8 +42,8 @@ def read_index(path: Path) -> np.ndarray:
     """Memory-map an index [n] of INDEX_DTYPE. Raises ShardError when it is missing or of another kind."""
     try:
         index = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise ShardError(f"{path}: unreadable index: {error}; run `preprocess` again to make it") from None
+    except Exception as error:  # numpy has many kinds for a header that is not its own, TokenError and BadZipFile too
+        raise ShardError(f"{path}: unreadable index: {first_line(error)}; run `preprocess` again to make it") from None
     if index.dtype != INDEX_DTYPE or index.ndim != 1:
         raise ShardError(f"{path}: index has other columns than this version writes; run `preprocess` again")
     return index

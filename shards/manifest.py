@@ -70,7 +70,7 @@ def read_record(path: Path, kind: type[Record]) -> Record:
     """Read a JSON file of ours. Raises ShardError naming the file."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=kind)
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
         raise ShardError(f"{path}: unreadable {kind.__name__} record: {error}") from None
 
 

@@ -89,6 +89,8 @@ class SampleReader:
 
     def _bytes(self, shard: int, num_bytes: int, offset: int, where: str) -> bytes:
         """Opened anew once: a network file system forgets descriptors when a server restarts (ESTALE)."""
+        if offset >= 1 << 63:  # no file system goes further; pread would raise OverflowError
+            raise ShardError(f"{where}: no tar is that large; the index is damaged")
         try:
             return os.pread(self._descriptor(shard), num_bytes, offset)
         except OSError:
@@ -140,6 +142,8 @@ def split_members(data: bytes, where: str) -> dict[str, Any]:
             raise ShardError(f"{where}: unexpected member {name!r}")
         members[suffix] = data[position + TAR_BLOCK : position + TAR_BLOCK + size]
         position += TAR_BLOCK + -(-size // TAR_BLOCK) * TAR_BLOCK
+    if not members:
+        raise ShardError(f"{where}: no member of a sample there; the index is damaged")
     return members
 
 

@@ -214,7 +214,12 @@ def read_npy(data: bytes) -> np.ndarray:
 @functools.lru_cache(maxsize=4096)
 def _npy_header(header: bytes) -> tuple[np.dtype, tuple[int, ...]]:
     buffer = io.BytesIO(len(header).to_bytes(2, "little") + header)
-    shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(buffer)
+    try:
+        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(buffer)
+    except Exception as error:  # TokenError, TypeError, ...
+        raise ValueError(f"not a .npy header: {first_line(error)}") from None
+    if not all(type(size) is int and size >= 0 for size in shape):
+        raise ValueError(f"an array of shape {shape}")
     if fortran_order or dtype.hasobject:
         raise ValueError("arrays must be in C order and hold plain numbers")
     return dtype, shape

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import numpy as np
@@ -335,6 +336,59 @@ def test_planned_data_skip_bad_samples_by_name_everywhere(run_command, make_data
     assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
     assert run_command("inspect-shards", "show", dataset, "sample-3").returncode == 0
     assert run_command("inspect-shards", "verify", dataset).returncode == 0, "its bytes are as they were written"
+
+
+def npy_with(header: str) -> bytes:
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode()
+
+
+HEADERS = [
+    f"{{'descr': '<i4', 'fortran_order': False, 'shape': ({size},), }}\n" for size in ("10000000000000", "-1", "9" * 30)
+]
+HEADERS += ["(" * 5000, "{'descr': '''\n", "{'descr': (1L, \n", "[1]\n", "\0" * 64, "{'descr': 5, 'shape': (1,)}\n"]
+HEADERS += ["{'descr': '<i4', 'fortran_order': False, 'shape': (True,), }\n"]
+FILES = [*map(npy_with, HEADERS), b"", b"PK\x03\x04" + bytes(50), b"\x80\x04K\x01.", b"\x93NUMPY\x09\x00" + bytes(90)]
+
+
+@pytest.mark.parametrize("number", range(len(FILES)))
+def test_no_npy_header_is_a_traceback(number: int, tmp_path: Path):
+    """Indexes of a folder, of a URL, and arrays of samples, whose mels are read only when a sequence is built."""
+    from shards.index import read_index
+    from shards.sample import read_npy
+    from train.data.remote import check_index
+
+    (tmp_path / "index.npy").write_bytes(FILES[number])
+    with pytest.raises(ShardError, match="index"):
+        read_index(tmp_path / "index.npy")
+    with pytest.raises(ShardError, match="index"):
+        check_index("http://x", FILES[number], SimpleNamespace(num_samples=1, shards=[]))  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match=r"array|npy|offset|buffer|dimension"):
+        read_npy(FILES[number])
+
+
+@pytest.mark.parametrize("row", [{"offset": 2**64 - 1, "num_bytes": 9}, {"offset": 2**63}, {"num_bytes": 0}])
+def test_an_index_row_that_leads_nowhere_is_a_named_fault(row: dict[str, int], make_dataset, sound, tmp_path):
+    from shards.reader import SampleReader
+
+    rows = np.load(make_dataset(tmp_path / "set", [sound]) / "index.npy")
+    for name, value in row.items():
+        rows[0][name] = value
+    rows[0]["crc32"] = 0
+    reader = SampleReader(tmp_path / "set")
+    with pytest.raises(ShardError, match="damaged"):
+        reader.read(rows[0])
+    assert reader.key_of(rows[0], 0)
+
+
+@pytest.mark.parametrize("levels", [500, 1000, 100_000])
+def test_a_deep_record_is_read_or_named(levels: int, tmp_path: Path):
+    from shards.manifest import Dataset, read_dataset, read_record
+
+    (tmp_path / "job.json").write_text('{"config": {"a": ' + deep(levels) + "}}")
+    with pytest.raises(ShardError, match="unreadable Dataset record"):
+        read_record(tmp_path / "job.json", Dataset)
+    with pytest.raises(ShardError, match="unreadable Dataset record"):
+        read_dataset((tmp_path / "job.json").read_bytes(), "dataset.json")
 
 
 def test_an_index_of_another_shape_is_refused(make_dataset, sound, tmp_path):

@@ -29,6 +29,7 @@ import numpy as np
 from shards.errors import ConfigError, ShardError
 from shards.index import INDEX_DTYPE
 from shards.manifest import Dataset, open_dataset, read_dataset
+from shards.printable import first_line
 from shards.reader import SampleReader
 from shards.sample import write_npy
 from shards.writer import ShardDone, shard_path, write_bytes
@@ -234,8 +235,8 @@ def check_index(url: str, data: bytes, dataset: Dataset) -> None:
     """index.npy holds the rows of the shards' own indexes, whose sha256 dataset.json knows. Raises ShardError."""
     try:
         index = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise ShardError(f"{url}/index.npy: unreadable index: {error}") from None
+    except Exception as error:  # numpy has many kinds, MemoryError for a shape of 10^12 too
+        raise ShardError(f"{url}/index.npy: unreadable index: {first_line(error)}") from None
     if index.dtype != INDEX_DTYPE or index.shape != (dataset.num_samples,):
         raise ShardError(f"{url}/index.npy: {index.dtype.kind}{list(index.shape)} is not the index of dataset.json")
     start = 0

@@ -102,7 +102,7 @@ def damage(folder: Path) -> list[str]:
     """What differs from COMPLETE; nothing for a sound checkpoint."""
     try:
         wanted = msgspec.json.decode((folder / "COMPLETE").read_bytes(), type=dict[str, str])
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, msgspec.DecodeError, RecursionError) as error:
         return [f"COMPLETE is unreadable: {error}"]
     found = digests(folder)
     return [
@@ -157,7 +157,7 @@ def read_step(folder: Path) -> int:
         )
     try:
         state = msgspec.json.decode((folder / STATE).read_bytes(), type=State)
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, msgspec.DecodeError, RecursionError) as error:
         raise CheckpointError(f"{folder}: not a checkpoint of `train`: {STATE} is unreadable: {error}") from None
     if state.format != STATE_FORMAT:
         raise CheckpointError(f"{folder}: {STATE} has format {state.format}, this version reads {STATE_FORMAT}")
@@ -200,7 +200,7 @@ def read_metrics(folder: Path) -> dict[str, Any]:
     """The last logged metrics of a checkpoint; none where the file is unreadable, which is logged."""
     try:
         return msgspec.json.decode((folder / "metrics.json").read_bytes(), type=dict[str, Any])
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, msgspec.DecodeError, RecursionError) as error:
         log.warning("%s/metrics.json: unreadable: %s", folder, error)
         return {}
 
