@@ -204,6 +204,26 @@ def test_another_evaluation_is_not_mixed_in(waves: Path):
     assert "holds an evaluation of other items and systems; give a new OUT" in output
 
 
+def test_a_folder_without_any_wave_is_a_wrong_folder(waves: Path):
+    status, output = run("--only-score", f"x={waves}", waves / "list.jsonl", waves / "out", "--similarity", "bands")
+    assert status == 1
+    assert "no wave of any of the 18 items is there; expected files named by id, like s0-0.wav" in output
+
+
+def test_what_was_mended_is_read_again(waves: Path):
+    sound = (waves / "real" / "s0-0.wav").read_bytes()
+    (waves / "real" / "s0-0.wav").write_bytes(sound[:20])
+    (waves / "other" / "s1-1.wav").rename(waves / "away.wav")
+    before = score(waves, waves / "out")
+    assert [before["scores"][name]["failures"].get("missing") for name in ("real", "other")] == [1, 1]
+    assert "item s0-0: its recording could not be read" in " ".join(before["not_measured"])
+    (waves / "real" / "s0-0.wav").write_bytes(sound)
+    wave, rate = soundfile.read(waves / "away.wav")
+    soundfile.write(waves / "other" / "s1-1.flac", wave, rate)
+    after = score(waves, waves / "out")
+    assert [after["scores"][name]["failures"] for name in ("real", "other")] == [{"share": 0.0}] * 2
+
+
 def test_scores_follow_a_wave_that_changed(waves: Path):
     score(waves, waves / "out")
     (waves / "other" / "s0-0.wav").unlink()
@@ -301,6 +321,7 @@ def test_what_cannot_be_spoken_is_a_failure(waves: Path, tiny_dir: Path):
     results = spoken(waves / "list.jsonl", tiny_dir, waves / "out", "--limit", 1)
     assert results["scores"]["tuned"]["failures"]["missing"] == 1
     assert "s0-1.wav" in results["scores"]["tuned"]["failed"][0]["why"]
+    assert "item s0-0: its reference could not be read" in " ".join(results["not_measured"])
 
 
 def test_a_row_file_refuses_other_content(tmp_path: Path):

@@ -106,7 +106,8 @@ def _evaluate(request: Request, config: EvaluateConfig, sampling: Sampling) -> R
         "draws": plan.draws,
         "sampling": plan.sampling,
     }
-    results = summed_up(rows, plan.systems, identities, skipped + absent_parts(plan), about)
+    skipped += absent_parts(plan) + unreadable(spoken)
+    results = summed_up(rows, plan.systems, identities, skipped, about)
     write_json(request.out / "results.json", results)
     write_bytes(request.out / "utterances.jsonl", b"".join(msgspec.json.encode(row) + b"\n" for row in rows))
     return results, rows, plan
@@ -191,6 +192,16 @@ def absent_parts(plan: Plan) -> list[str]:
         found.append("shuffled speakers (floor): all items are of one speaker")
     found.append("MOS predictors: not part of this version")
     return found
+
+
+def unreadable(spoken: dict[Key, Spoken]) -> list[str]:
+    """References and recordings that could not be read: the list's fault, though every system pays for it."""
+    return [
+        f"item {item}: its {'recording' if role == 'real' else role} could not be read, which counts against every system: "
+        f"{row.error}"
+        for (role, _, item), row in spoken.items()
+        if role in ("real", "reference") and row.error
+    ]
 
 
 # --- the parts ------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import numpy as np
 
-from shards.errors import PipelineError
+from shards.errors import DataError, PipelineError
 from shards.printable import file_name
 from tools.evaluate.dataset_items import read_samples
 from tools.evaluate.items import Item, Items
@@ -63,19 +63,24 @@ def wave_name(system: str, draw: int, item: str) -> str:
 def write_recordings(items: Items, config: EvaluateConfig, out: Path, rows: RowFile[Spoken], device: str) -> None:
     """The references and the real recordings, as waves at 24 kHz."""
     wanted = [(role, item) for item in items.items for role in (REFERENCE, "real")]
-    if all((role, 0, item.id) in rows.rows or is_absent(role, item) for role, item in wanted):
+    if all(is_done(rows, (role, 0, item.id)) or is_absent(role, item) for role, item in wanted):
         return
     if items.items[0].row is not None:
         write_decoded(items, config, out, rows, device)
         return
     for role, item in wanted:
-        if (role, 0, item.id) in rows.rows or is_absent(role, item):
+        if is_done(rows, (role, 0, item.id)) or is_absent(role, item):
             continue
         name, segment = (
             (item.reference, item.reference_segment) if role == REFERENCE else (item.real or "", item.real_segment)
         )
         error = write_recording(name, segment, out / wave_name(role, 0, item.id))
         rows.add(Spoken(system=role, draw=0, item=item.id, wave=wave_name(role, 0, item.id), error=error))
+
+
+def is_done(rows: RowFile[Spoken], key: Key) -> bool:
+    """What had an error is tried again: its cause may have been mended since."""
+    return key in rows.rows and not rows.rows[key].error
 
 
 def is_absent(role: str, item: Item) -> bool:
@@ -119,19 +124,29 @@ def write_decoded(items: Items, config: EvaluateConfig, out: Path, rows: RowFile
 
 
 def point_at_waves(system: System, items: list[Item], rows: RowFile[Spoken]) -> None:
-    """Rows of other systems' waves, and of shuffled speakers: nothing is spoken."""
+    """Rows of other systems' waves, and of shuffled speakers: nothing is spoken. Files may have come since the last time.
+
+    Raises DataError where a folder holds no wave of any item: that is another folder or other names, not a failed system.
+    """
     others = strangers(items) if system.kind == "shuffled" else None
+    pointed = []
     for number, item in enumerate(items):
-        if (system.name, 0, item.id) in rows.rows:
-            continue
         if others:
             stranger = items[others[number]]
             role = "real" if ("real", 0, stranger.id) in rows.rows else REFERENCE
             source = rows.rows[role, 0, stranger.id]
-            rows.add(Spoken(system=system.name, draw=0, item=item.id, wave=source.wave, error=source.error))
+            pointed.append(Spoken(system=system.name, draw=0, item=item.id, wave=source.wave, error=source.error))
         else:
             wave = find_wave(Path(system.folder), item.id).absolute()
-            rows.add(Spoken(system=system.name, draw=0, item=item.id, wave=str(wave)))
+            pointed.append(Spoken(system=system.name, draw=0, item=item.id, wave=str(wave)))
+    if system.kind == "waves" and not any(Path(row.wave).is_file() for row in pointed):
+        raise DataError(
+            f"--only-score {system.folder}: no wave of any of the {len(items)} items is there; expected files named by id, "
+            f"like {Path(pointed[0].wave).name}"
+        )
+    for row in pointed:
+        if rows.rows.get(row.key) != row:
+            rows.add(row)
 
 
 def expected_seconds(item: Item, out: Path, rows: dict[Key, Spoken]) -> float | None:
@@ -174,7 +189,7 @@ def speak(
         (draw, item, sample)
         for draw in range(draws)
         for item, sample in with_samples(items)
-        if (system.name, draw, item.id) not in rows.rows
+        if not is_done(rows, (system.name, draw, item.id))
     ]
     if not todo:
         return
@@ -204,7 +219,6 @@ def speak_item(
     """Say one item and write its wave. A data set's sample is prompted with its stored codes, a list's with its file."""
     from preprocess.audio import AudioFault, AudioLimits, decode, read_bytes
     from shards.encoders.codec import write_wave
-    from shards.errors import DataError
     from train.model.generate import generate
 
     said = item.text.strip()
