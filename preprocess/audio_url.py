@@ -1,7 +1,7 @@
 """What an audio item may point at: the path of a file on this machine, and nothing else.
 
 In: the raw value of a row, before it has the ChatML form. Out: words for what it holds instead. Addresses (http, s3, file and
-any other scheme), `data:` URIs, audio inside the list and `pipe:` are told by name in every spelling: "no such file" hides the
+any other scheme), `data:` URIs, audio inside the list and `pipe:` are named in every spelling: "no such file" hides the
 cause. The price: a relative path that begins like an address ("http:/x.wav") cannot be given; "./http:/x.wav" can.
 """
 
@@ -29,13 +29,13 @@ HINTS = {
 
 
 def not_a_file(row: Any) -> str | None:
-    """Why an audio item of a row (a decoded JSON value) is no path of a file; None when none is told apart here."""
+    """Why an audio item of a row (a decoded JSON value) is no path of a file; None for what may be one."""
     messages = row.get("messages") if isinstance(row, dict) else None
     for message in messages if isinstance(messages, list) else []:
         content = message.get("content") if isinstance(message, dict) else None
         for item in content if isinstance(content, list) else []:
-            if isinstance(item, dict) and (told := _fault_of_item(item)):
-                return told
+            if isinstance(item, dict) and (fault := _fault_of_item(item)):
+                return fault
     return None
 
 

@@ -23,12 +23,11 @@ import msgspec
 import numpy as np
 
 from preprocess.list_encoding import encoding_of, named_encoding
-from preprocess.sources import INSTRUCTION_PREFIX
+from shards.cloning import cloning_messages
 from shards.errors import DataError
 from shards.writer import write_bytes
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a")
-SYSTEM_TEXT = "You are a helpful assistant capable of generating speech in the voice of the provided reference audio."
 
 
 class Clip(msgspec.Struct, frozen=True):
@@ -111,20 +110,8 @@ def pairs(clips: list[Clip], rng: np.random.Generator) -> Iterator[tuple[Clip | 
 
 
 def chat_row(reference: Clip, target: Clip) -> dict[str, Any]:
-    user = [
-        {"type": "text", "text": reference.text},
-        {"type": "audio", "audio_url": reference.audio},
-        {"type": "text", "text": f"{INSTRUCTION_PREFIX} {target.text}"},
-    ]
-    assistant = [{"type": "text", "text": target.text}, {"type": "audio", "audio_url": target.audio}]
-    return {
-        "messages": [
-            {"role": "system", "content": SYSTEM_TEXT},
-            {"role": "user", "content": user},
-            {"role": "assistant", "content": assistant},
-        ],
-        "speaker": target.speaker,
-    }
+    messages = cloning_messages(reference.text, reference.audio, target.text, target.audio)
+    return {"messages": messages, "speaker": target.speaker}
 
 
 # --- the neighbours' forms ------------------------------------------------------------------------------------------

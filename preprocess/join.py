@@ -153,7 +153,7 @@ def join_rejects(out: Path, job: Job) -> dict[str, int]:
 
 
 def write_rejects(out: Path, rejects: list[Reject]) -> dict[str, int]:
-    """These and intake's rejects, in row order, into OUT/rejects.jsonl; returns counts by reason."""
+    """These and ingest's rejects, in row order, into OUT/rejects.jsonl; returns counts by reason."""
     decoder = msgspec.json.Decoder(Reject)
     rejects = rejects + [decoder.decode(line) for line in (out / "job" / "rejects.jsonl").open("rb")]
     rejects.sort(key=lambda reject: reject.row)

@@ -34,7 +34,7 @@ class RowError(Exception):
 def parse_row(text: str, start: int = 0) -> tuple[Any, int]:
     """(value, its end) of the JSON value at `start`. Raises RowError.
 
-    `text` was decoded with "surrogateescape", so that bytes that are not UTF-8 are told here; it may go on behind the value.
+    `text` was decoded with "surrogateescape", so that bytes that are not UTF-8 are named here; it may go on behind the value.
     """
     try:
         value, end = PLAIN.raw_decode(text, start)

@@ -214,7 +214,7 @@ def ingest(request: Request, seed: int) -> tuple[int, int]:
                 written.seek(offsets[line])
                 row = msgspec.json.decode(written.readline(), type=SourceRow)
                 detail = f"same id as row {row_numbers[first]}"
-                duplicate = reject(row.row, row.id, "intake", "duplicate_id", detail)
+                duplicate = reject(row.row, row.id, "ingest", "duplicate_id", detail)
                 rejects.write(encoder.encode(duplicate) + b"\n")
         sync(rejects)
     if _state_of(request.data) != state:
@@ -228,7 +228,7 @@ def ingest(request: Request, seed: int) -> tuple[int, int]:
 
 @contextmanager
 def _without_garbage_collector() -> Iterator[None]:
-    """Rows are trees without cycles; looking for cycles among them costs 10 % of the intake's time."""
+    """Rows are trees without cycles; looking for cycles among them costs 10 % of the ingest's time."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

@@ -68,7 +68,7 @@ TEXT_WARNINGS = {
     "normalized_presentation_forms": "text.normalize wrote letters of the presentation blocks as plain ones",
     "normalized_digits": "text.normalize wrote Arabic-Indic digits as ASCII",
 }
-MAX_TOLD_CHARS = 500  # of an id, a path or a detail in rejects.jsonl
+MAX_FIELD_CHARS = 500  # of an id, a path or a detail in rejects.jsonl
 ROLES = ("reference", "target")
 WRITTEN_WARNINGS = frozenset({f"{role}_{code}" for role in ROLES for code in ROLE_WARNINGS} | TEXT_WARNINGS.keys())
 
@@ -90,21 +90,26 @@ def known_warnings(codes: Iterable[str]) -> list[str]:
 
 
 def reject(row: int, row_id: str, stage: str, reason: str, detail: str, path: str | None = None) -> Reject:
-    """The only maker of rejects in stage one. `stage` is where it was found: intake, pair, text, audio or worker.
+    """The only maker of rejects in stage one. `stage` is where it was found: ingest, pair, text, audio or worker.
 
-    What a list holds may be megabytes long or a secret: every part is cut to MAX_TOLD_CHARS and passes `redact`.
+    What a list holds may be megabytes long or a secret: every part is cut to MAX_FIELD_CHARS and passes `redact`.
     """
-    path = None if path is None else _told(path)
+    path = None if path is None else _shortened(path)
     return Reject(
-        row=row, id=_told(row_id), stage=stage, reason=known_reason(reason), detail=printable(_told(detail)), path=path
+        row=row,
+        id=_shortened(row_id),
+        stage=stage,
+        reason=known_reason(reason),
+        detail=printable(_shortened(detail)),
+        path=path,
     )
 
 
-def _told(text: str) -> str:
-    cut = redact(text[: 100 * MAX_TOLD_CHARS])  # before the cut, or half a secret stays at its end
-    if len(text) <= MAX_TOLD_CHARS:
+def _shortened(text: str) -> str:
+    cut = redact(text[: 100 * MAX_FIELD_CHARS])  # before the cut, or half a secret stays at its end
+    if len(text) <= MAX_FIELD_CHARS:
         return cut
-    return f"{cut[:MAX_TOLD_CHARS]}... ({len(text)} characters)"
+    return f"{cut[:MAX_FIELD_CHARS]}... ({len(text)} characters)"
 
 
 class AudioFault(Exception):

@@ -54,7 +54,7 @@ def read_rows(path: Path) -> Iterator[SourceRow | Reject]:
 
 
 def _row_invalid(raw: RawRow | BadRow, name: str, detail: str) -> Reject:
-    return reject(raw.number, name, "intake", "row_invalid", f"row {raw.number} (line {raw.line}): {detail}")
+    return reject(raw.number, name, "ingest", "row_invalid", f"row {raw.number} (line {raw.line}): {detail}")
 
 
 def _typed(raw: RawRow) -> SourceRow | Reject:
@@ -63,7 +63,7 @@ def _typed(raw: RawRow) -> SourceRow | Reject:
     elsewhere = not_a_file(value)
     if elsewhere:
         return reject(
-            raw.number, name, "intake", "audio_not_a_file", f"row {raw.number} (line {raw.line}): {elsewhere}"
+            raw.number, name, "ingest", "audio_not_a_file", f"row {raw.number} (line {raw.line}): {elsewhere}"
         )
     try:
         chat = msgspec.convert(value, ChatRow)

@@ -2,7 +2,7 @@
 
 In: a text. Out: the text without what copying and exporting leave behind; or words for what shows that it was damaged. Three
 kinds, decided by what is lost: marks without a sound are removed, controls that only damaged bytes leave are a fault of the row,
-and what looks like a wrong encoding but may be meant is told. Zero-width non-joiners stay between letters, because Persian,
+and what looks like a wrong encoding but may be meant is a warning. Zero-width non-joiners stay between letters, because Persian,
 Kurdish and Urdu spell with them; the price is that one left in an Arabic word by mistake stays, too.
 """
 

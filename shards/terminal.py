@@ -85,7 +85,7 @@ def progress_bar(what: str, total: int) -> Iterator[Callable[[], None]]:
 
 
 class FileToWrite(click.Path):
-    """Type of an argument that names a file to be written: a folder, or a place that is none, is told before the work."""
+    """Type of an argument that names a file to be written: a folder, or a place that is none, is refused before the work."""
 
     def __init__(self) -> None:
         super().__init__(dir_okay=False, path_type=Path)

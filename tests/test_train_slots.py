@@ -15,7 +15,7 @@ from train.model.decoder import HiggsAudio
 from train.model.generation.engine import Engine
 from train.model.generation.key_value_cache import KeyValueCache, bucket_of
 from train.model.generation.request import GREEDY, Request, Sampling
-from train.model.generation.slots import COLUMNS_PER_LOOK
+from train.model.generation.slots import COLUMNS_PER_BLOCK
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_a_cancelled_request_frees_its_slot_for_the_next(model):
     (done,) = engine.run()
     assert done is third
     assert engine.num_free_slots == 1
-    assert first.num_columns == 1 + COLUMNS_PER_LOOK
+    assert first.num_columns == 1 + COLUMNS_PER_BLOCK
     assert not first.speech().stopped
     assert first.speech().codes.shape == (8, 1)
     assert second.num_columns == 1

@@ -1,4 +1,4 @@
-"""Samples out of tars that strangers wrote: every sample comes or is told, whatever the headers claim.
+"""Samples out of tars that strangers wrote: every sample comes or is named, whatever the headers claim.
 
 In: addresses of tars, also packed with gzip, bzip2 or xz. Out: dictionaries as `webdataset.WebDataset` gives them, with the
 members of the contract; every fault is handed to `note`. Python's tarfile, on which webdataset builds, takes a damaged

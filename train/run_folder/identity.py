@@ -244,7 +244,7 @@ def log_changes(folder: Path, config: TrainConfig) -> None:
 
 
 def changes(folder: Path, config: TrainConfig) -> list[str]:
-    """ "key old -> new" of each; a configuration that cannot be read is told instead."""
+    """ "key old -> new" of each; where the configuration cannot be read, that."""
     try:
         before = flat(tomllib.loads((folder / "config.toml").read_text(encoding="utf-8")))
     except (OSError, ValueError, AttributeError, RecursionError) as error:

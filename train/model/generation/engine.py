@@ -19,7 +19,7 @@ from train.model.decoder import HiggsAudio
 from train.model.generation.audio_path import open_path
 from train.model.generation.key_value_cache import KeyValueCache
 from train.model.generation.request import Request
-from train.model.generation.slots import COLUMNS_PER_LOOK, Slots
+from train.model.generation.slots import COLUMNS_PER_BLOCK, Slots
 from train.world import ALONE, World
 
 
@@ -65,7 +65,7 @@ class Engine:
         if not spoken:
             return []
         most = max(request.num_columns_left for request in spoken)
-        number = COLUMNS_PER_LOOK if self._device.type == "cuda" else min(COLUMNS_PER_LOOK, most)
+        number = COLUMNS_PER_BLOCK if self._device.type == "cuda" else min(COLUMNS_PER_BLOCK, most)
         self._cache.reserve(max(self._lengths) + number)  # for those at their limit that run on beside others
         longest = max(self._lengths)
         ends = [longest + step + 1 for step in range(number)]
@@ -104,7 +104,7 @@ class Engine:
 
     def _join(self, slot: int, request: Request) -> None:
         """Run the prompt into the slot's part of the cache."""
-        self._cache.reserve(request.max_positions + COLUMNS_PER_LOOK)
+        self._cache.reserve(request.max_positions + COLUMNS_PER_BLOCK)
         batch = pack([request.prompt], [0], ["prompt"]).to(self._device)
         attend = self._cache.prompt(slot, batch.documents.order)
         self._model.next_logits(batch.text_ids, batch.codes, batch.positions, attend, batch.whisper)
@@ -115,7 +115,7 @@ class Engine:
 
     def _noise(self, number: int) -> Tensor:
         """[n, B, 2, K] uniform, each slot's from its own seed; a generator advances by a whole block at a time."""
-        shape = (COLUMNS_PER_LOOK, 2, self._slots.state.column.shape[1])
+        shape = (COLUMNS_PER_BLOCK, 2, self._slots.state.column.shape[1])
         blank = torch.zeros(shape)
         drawn = [torch.rand(shape, generator=one) if one is not None else blank for one in self._generators]
         return torch.stack(drawn, dim=1)[:number].to(self._device)

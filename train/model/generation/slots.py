@@ -1,7 +1,7 @@
 """Slots side by side: what each has said last and where it stands, and a block of columns for all of them at once.
 
 In: the state after one block, uniform numbers. Out: the columns and the state after them. A block is a function of its inputs
-but for the cache, so that a CUDA graph can hold it; the host looks at its result only, once in `COLUMNS_PER_LOOK` columns. The
+but for the cache, so that a CUDA graph can hold it; the host looks at its result only, once in `COLUMNS_PER_BLOCK` columns. The
 price: a request that ends within a block runs on to the end of it.
 
 Letters: B slots, K codebooks, W columns of the widest window.
@@ -22,7 +22,7 @@ from train.model.generation.key_value_cache import KeyValueCache
 from train.model.generation.request import Sampling
 from train.model.generation.sampling import SMALLEST_WINDOW, Rules, draw
 
-COLUMNS_PER_LOOK = 8
+COLUMNS_PER_BLOCK = 8
 
 
 class State(NamedTuple):

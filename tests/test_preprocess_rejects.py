@@ -11,7 +11,7 @@ from preprocess import plan
 from preprocess.audio_url import fault_of_url, not_a_file
 from preprocess.config import PreprocessConfig
 from preprocess.plan import Request, identify_job, ingest, plan_job
-from preprocess.reasons import MAX_TOLD_CHARS, reject
+from preprocess.reasons import MAX_FIELD_CHARS, reject
 from preprocess.row_checks import check_row, has_speaker, speaker_of
 from preprocess.sources import SourceRow, read_rows
 from preprocess.text import TextSection
@@ -85,11 +85,11 @@ def test_paths_are_no_addresses(path: str):
 
 def test_what_is_told_of_a_row_is_cut_and_without_tokens(tmp_path: Path):
     long = reject(
-        1, "i" * 10**6, "intake", "row_invalid", f"{'x' * (MAX_TOLD_CHARS - 9)} {SECRET} " + "y" * 10**6, "p" * 5000
+        1, "i" * 10**6, "ingest", "row_invalid", f"{'x' * (MAX_FIELD_CHARS - 9)} {SECRET} " + "y" * 10**6, "p" * 5000
     )
-    assert len(long.id) < MAX_TOLD_CHARS + 40
-    assert len(long.detail) < MAX_TOLD_CHARS + 40
-    assert len(long.path or "") < MAX_TOLD_CHARS + 40
+    assert len(long.id) < MAX_FIELD_CHARS + 40
+    assert len(long.detail) < MAX_FIELD_CHARS + 40
+    assert len(long.path or "") < MAX_FIELD_CHARS + 40
     assert "hf_" not in long.detail
     assert (
         reject(0, "a", "audio", "audio_missing", "x", f"s3://b/{SECRET}?X-Amz-Signature=abcdef").path
@@ -102,7 +102,7 @@ def test_what_is_told_of_a_row_is_cut_and_without_tokens(tmp_path: Path):
     assert len(told) < 1000
 
 
-def test_a_list_that_changes_while_it_is_read_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_list_that_changes_while_it_is_read_is_shortened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = written(tmp_path, [row({"audio_url": f"{number}.wav"}) for number in range(3)])
 
     def growing(path: Path):
@@ -118,7 +118,7 @@ def test_a_list_that_changes_while_it_is_read_is_told(tmp_path: Path, monkeypatc
     assert not (tmp_path / "out/job/order.npy").exists()
 
 
-def test_a_list_that_changed_after_its_hash_is_told(tmp_path: Path):
+def test_a_list_that_changed_after_its_hash_is_shortened(tmp_path: Path):
     path = written(tmp_path, [row({"audio_url": "b.wav"})])
     config = read_config(PreprocessConfig, None, [])
     identity = identify_job(Request(path, tmp_path / "out"), config, Fingerprints("a", "b", None))
