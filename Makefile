@@ -40,8 +40,10 @@ demo: $(INSTALLED)
 	$(BIN)/speak $(DEMO)/merged --config $(DEMO)/tiny/pipeline.toml --reference $(REFERENCE) \
 		--reference-text "الجسر الجديد يربط ضفتي النهر." --text "هل تعرف الطريق إلى محطة الحافلات؟" \
 		--greedy --out $(DEMO)/speech.wav
+	$(BIN)/evaluate $(DEMO)/merged tests/data/arabic-mini/chatml.json $(DEMO)/evaluation --limit 8 \
+		--train-data $(DEMO)/shards --config $(DEMO)/tiny/pipeline.toml --greedy
 	@echo
-	@echo "Done. In $(DEMO): shards/ (features), run/ (metrics.jsonl, checkpoints/), merged/ (the model), speech.wav."
+	@echo "Done. In $(DEMO): shards/ (features), run/ (metrics.jsonl, checkpoints/), merged/ (the model), speech.wav, evaluation/ (report.html)."
 	@echo "The tiny model has learned eight clips by heart and spoke one of them back: about 4 s, ended by itself. Its codec is"
 	@echo "fitted to the sample speech, so you can hear the voice (below 6 kHz):  ffplay -nodisp -autoexit $(DEMO)/speech.wav"
 	@echo "or any player. With your own data:"
