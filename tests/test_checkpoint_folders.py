@@ -96,9 +96,9 @@ def test_folders_of_any_name_are_listed_resumed_and_left_alone(run, short_data, 
 def test_a_checkpoint_is_merged_and_resumed_under_any_name(run, short_data, short_config, tmp_path):
     (run / "best").symlink_to("checkpoints/checkpoint-4")
     elsewhere = shutil.copytree(run / "checkpoints" / "checkpoint-6", tmp_path / "my voice")
-    assert merge_checkpoint(run / "best", tmp_path / "merged-best") == 4
+    assert merge_checkpoint(run / "best", tmp_path / "merged-best").step == 4
     assert json.loads((tmp_path / "merged-best" / "higgs_voice.json").read_text())["step"] == 4
-    assert merge_checkpoint(elsewhere, tmp_path / "merged") == 6
+    assert merge_checkpoint(elsewhere, tmp_path / "merged").step == 6
     resume = RunOptions(resume=str(elsewhere))
     assert train(short_config("train.max_steps=7"), short_data, tmp_path / "other", resume)
     assert list(losses(tmp_path / "other")) == [7]

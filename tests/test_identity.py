@@ -157,7 +157,7 @@ def test_a_moved_base_with_equal_content_is_accepted(place, configure, short_dat
     (place / "model").rename(place / "renamed base")
     (place / "codec").rename(place / "renamed codec")
     moved = MovedTo(str(place / "renamed base"), str(place / "renamed codec"))
-    assert merge_checkpoint(place / "run", place / "merged", moved_to=moved) == 2
+    assert merge_checkpoint(place / "run", place / "merged", moved_to=moved).step == 2
     voice = json.loads((place / "merged" / "higgs_voice.json").read_text())
     assert (voice["base"], voice["codec"]) == (moved.base, moved.codec)
     config = configure(f"model.base={moved.base}", f"model.codec={moved.codec}")
@@ -173,7 +173,7 @@ def test_a_moved_base_with_equal_content_is_accepted(place, configure, short_dat
 
 
 def test_merge_needs_no_names_where_nothing_was_moved(place):
-    assert merge_checkpoint(place / "run", place / "merged") == 2
+    assert merge_checkpoint(place / "run", place / "merged").step == 2
 
 
 def test_an_adapter_without_its_checkpoint_is_told(place, configure, caplog):

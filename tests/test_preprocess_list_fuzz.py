@@ -13,7 +13,7 @@ import msgspec
 import pytest
 import zstandard
 
-from preprocess.reasons import MAX_TOLD_CHARS, RowFault
+from preprocess.reasons import MAX_FIELD_CHARS, RowFault
 from preprocess.row_checks import check_row, speaker_of
 from preprocess.sources import read_rows
 from preprocess.text import TextSection, text_fault, text_warnings
@@ -149,8 +149,8 @@ def try_list(folder: Path, seed: int) -> str:
             assert item.row == number
             assert msgspec.json.encode(item)
             if isinstance(item, Reject):
-                assert len(item.detail) <= MAX_TOLD_CHARS + 30
-                assert len(item.id) <= MAX_TOLD_CHARS + 30
+                assert len(item.detail) <= MAX_FIELD_CHARS + 30
+                assert len(item.id) <= MAX_FIELD_CHARS + 30
                 rejected += 1
                 continue
             try:

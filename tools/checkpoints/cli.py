@@ -94,14 +94,44 @@ def validate(checkpoint: Path, as_json: bool) -> None:
 @click.option("--base", help="Where its base lies now, if not where config.toml says: folder or hub id.")
 @click.option("--codec", help="The same of its codec.")
 @click.option("--whisper", help="The same of its Whisper tower, if the base has none.")
-def merge(run: Path, out: Path, layout: Layout, base: str | None, codec: str | None, whisper: str | None) -> None:
-    """Merge the newest checkpoint of RUN (or a checkpoint folder) into its base model and write OUT."""
+@click.option(
+    "--which", default="auto", show_default=True, help="Of RUN: best, newest, a step; auto: best if there is one."
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["base", "float32", "bfloat16"]),
+    default="base",
+    show_default=True,
+    help="Of the merged weights; float32 keeps what rounding would lose, in twice the size.",
+)
+def merge(
+    run: Path,
+    out: Path,
+    layout: Layout,
+    base: str | None,
+    codec: str | None,
+    whisper: str | None,
+    which: str,
+    dtype: str,
+) -> None:
+    """Merge a checkpoint of RUN (or a checkpoint folder) into its base model and write OUT; OUT/merge.json has the proof."""
     with explained():
         from tools.checkpoints.merge import MovedTo, merge_checkpoint
+        from tools.checkpoints.merge_proof import ENOUGH_KEPT
 
-        step = merge_checkpoint(run, out, layout, MovedTo(base, codec, whisper))
-    model = shlex.quote(str(out))
-    print_line(f"merged step {step} into {out}; next: speak {model} --reference WAV --reference-text TEXT --text TEXT")
+        proof = merge_checkpoint(run, out, layout, MovedTo(base, codec, whisper), which, dtype)
+    group, kept = proof.least_kept
+    print_line(
+        f"merged as {proof.dtype}: the adapter changes logits by {proof.adapter_changes_logits:.2%}, merging differs by "
+        f"{proof.merged_differs:.2%} of that; rounding kept {kept:.1%} of the update or more (least: {group})"
+    )
+    if kept < ENOUGH_KEPT:
+        print_line(
+            f"warning: rounding to {proof.dtype} lost much of the update of {group}; merge with --dtype float32, or use "
+            "the adapter itself"
+        )
+    print_line(f"merged step {proof.step} ({proof.chosen}) into {out}")
+    print_line(f"next: speak {shlex.quote(str(out))} --reference WAV --reference-text TEXT --text TEXT")
 
 
 @main.command()

@@ -16,9 +16,11 @@ from preprocess.text import TextSection
 from shards.config import FeaturesSection, ModelSection, SequenceSection
 
 if TYPE_CHECKING:
+    from tools.checkpoints.merge_proof import MergeProof
     from tools.checkpoints.model_folder import Layout
 
 
+AUTO, BASE_DTYPE = "auto", "base"
 NAME_THEM = "name those it was trained with: --base, --codec, --whisper"
 
 
@@ -50,23 +52,36 @@ class MovedTo:
         return msgspec.structs.replace(config, model=model, features=features)
 
 
-def merge_checkpoint(run: Path, out: Path, layout: Layout = "native", moved_to: MovedTo = MovedTo()) -> int:
-    """Write the merged model folder; returns the step it comes from. Raises CheckpointError, also where base, codec,
-    tokenizer or tower are not those that the checkpoint was trained with."""
+def merge_checkpoint(
+    run: Path,
+    out: Path,
+    layout: Layout = "native",
+    moved_to: MovedTo = MovedTo(),
+    which: str = AUTO,
+    dtype: str = BASE_DTYPE,
+) -> MergeProof:
+    """Write the merged model folder; returns what was merged and how exactly.
+
+    Raises CheckpointError, also where base, codec, tokenizer or tower are not those that the checkpoint was trained with.
+    """
     import dataclasses
+
+    import torch
 
     from shards.artifacts import codec_fingerprint, resolve
     from shards.config import read_config
     from shards.errors import CheckpointError
+    from tools.checkpoints.merge_proof import MergeProof, Rounding, check_logits
     from tools.checkpoints.model_folder import Voice, check_empty, merged_state, write_model_folder
     from train.model.conditioning import decide_conditioning
     from train.model.lora import load_adapter
+    from train.model.probe import probe_logits
     from train.model.weights import load_model, stored_dtype
     from train.run_folder.checkpoint_folders import damage, read_step
     from train.run_folder.identity import check_model_files, find_model_files
 
     # 1. The checkpoint, and the base it was trained on.
-    folder = find_checkpoint(run)
+    folder, chosen = choose_checkpoint(run, which)
     check_empty(out)
     step = read_step(folder)
     faults = damage(folder)
@@ -80,10 +95,16 @@ def merge_checkpoint(run: Path, out: Path, layout: Layout = "native", moved_to: 
         folder, find_model_files(base_dir, codec_dir, conditioning), config.model, config.features, NAME_THEM
     )
 
-    # 2. Base + adapter, in the base's own dtype.
-    model = load_model(base_dir, stored_dtype(base_dir), conditioning=conditioning)
+    # 2. Base + adapter, in the dtype asked for; the merged model must say what both together say.
+    wanted = stored_dtype(base_dir) if dtype == BASE_DTYPE else getattr(torch, dtype)
+    model = load_model(base_dir, wanted, conditioning=conditioning).eval()
+    base_logits = probe_logits(model)
     load_adapter(model, folder / "adapter")
-    state = merged_state(model)
+    adapted_logits = probe_logits(model)
+    rounding = Rounding()
+    state = merged_state(model, rounding)
+    changes, differs = check_logits(base_logits, adapted_logits, probe_logits(model), wanted)
+    proof = MergeProof(step, chosen, str(wanted).removeprefix("torch."), changes, differs, rounding.groups())
 
     # 3. A folder of its own, complete or not there.
     voice = Voice(
@@ -98,8 +119,40 @@ def merge_checkpoint(run: Path, out: Path, layout: Layout = "native", moved_to: 
         normalize=config.text.normalize,
     )
     trained = dataclasses.replace(model.config, is_random=False)
-    write_model_folder(out, state, trained, layout, tokenizer_dir=base_dir, codec=config.model.codec, voice=voice)
-    return step
+    write_model_folder(
+        out, state, trained, layout, tokenizer_dir=base_dir, codec=config.model.codec, voice=voice, proof=proof
+    )
+    return proof
+
+
+def choose_checkpoint(run: Path, which: str = AUTO) -> tuple[Path, str]:
+    """(checkpoint folder, why this one). `which`: auto, best, newest, or a step; a checkpoint's own folder is itself.
+
+    auto: the best where held-out data have judged one, else the newest. Raises CheckpointError.
+    """
+    from shards.errors import CheckpointError
+    from train.run_folder.checkpoint_folders import best_checkpoint, judged, own_checkpoints, read_metrics, read_step
+
+    if (run / "COMPLETE").is_file():
+        if which != AUTO:
+            raise CheckpointError(f"{run}: is one checkpoint; --which {which} chooses among those of a RUN folder")
+        return run, "named"
+    best = best_checkpoint(run)
+    if which == "best" or (which == AUTO and best is not None and (best / "COMPLETE").is_file()):
+        if best is None or not (best / "COMPLETE").is_file():
+            raise CheckpointError(
+                f"{run}: no best checkpoint: nothing was held out (train.validation_fraction, train.validation_data); "
+                "give --which newest or a step"
+            )
+        return best, f"best of the run: held-out audio loss {judged(read_metrics(best)):.4f}"
+    if which in (AUTO, "newest"):
+        return find_checkpoint(run), "newest of the run"
+    steps = {str(read_step(folder)): folder for folder in own_checkpoints(run)}
+    if which not in steps:
+        raise CheckpointError(
+            f"{run}: no checkpoint of step {which}; there are {', '.join(steps) or 'none'}, or best, newest"
+        )
+    return steps[which], "named by its step"
 
 
 def find_checkpoint(run: Path) -> Path:

@@ -25,14 +25,16 @@ from shards.config import SequenceSection
 from shards.errors import CheckpointError
 from shards.terminal import system_fault
 from shards.writer import sync_folder, write_json
+from tools.checkpoints.merge_proof import MergeProof, Rounding
 from train.model.conditioning import Conditioning
 from train.model.config import ModelConfig, boson_config, native_config, read_model_config
 from train.model.decoder import HiggsAudio
-from train.model.lora import PEFT_PREFIX
+from train.model.lora import PEFT_PREFIX, group_of
 from train.model.weights import boson_name, load_model, native_name, stored_dtype
 
 Layout = Literal["native", "boson"]
 VOICE_FILE = "higgs_voice.json"
+PROOF_FILE = "merge.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -101,6 +103,7 @@ def write_model_folder(
     tokenizer_dir: Path,
     codec: str | None = None,
     voice: Voice | None = None,
+    proof: MergeProof | None = None,
 ) -> None:
     """`state` under native names. `codec` is written for vLLM-Omni, which reads `audio_tokenizer_id`."""
     dtype = str(state["audio_lm_head.weight"].dtype).removeprefix("torch.")
@@ -119,6 +122,8 @@ def write_model_folder(
         for name in TOKENIZER_FILES:
             if (tokenizer_dir / name).is_file():
                 shutil.copyfile(tokenizer_dir / name, partial / name)
+        if proof:
+            write_json(partial / PROOF_FILE, proof)
         if voice:
             write_json(partial / VOICE_FILE, voice)
         elif (tokenizer_dir / VOICE_FILE).is_file():  # a merged model in another layout is still that voice
@@ -169,19 +174,26 @@ def check_empty(out: Path) -> None:
         raise CheckpointError(f"{out}: exists and is not empty; give another folder")
 
 
-def merged_state(model: HiggsAudio) -> dict[str, Tensor]:
-    """Native names; every adapter added to its weight in fp32 by peft and rounded once to the base's dtype."""
+def merged_state(model: HiggsAudio, rounding: Rounding | None = None) -> dict[str, Tensor]:
+    """Native names; every adapter added to its weight in fp32 by peft and rounded once to the model's dtype.
+
+    The model is the merged one afterwards. `rounding` counts what was lost.
+    """
     from peft.tuners.lora import LoraLayer
 
     with torch.no_grad():
-        for module in model.modules():
+        for name, module in model.named_modules():
             if isinstance(module, LoraLayer):
                 layer: Any = module  # every kind of LoRA layer has what follows; the base class does not declare it
                 base = layer.get_base_layer()
                 dtype = base.weight.dtype
                 base.float()
+                before = base.weight.detach().clone()
                 layer.merge(adapter_names=["default"])
+                after = base.weight.detach()
                 base.to(dtype)
+                if rounding:
+                    rounding.add(group_of(f"{name}.lora_A"), before, after, base.weight)
     return {
         name.replace(".base_layer.", "."): parameter.detach()
         for name, parameter in model.named_parameters()

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import msgspec
 import torch
@@ -22,21 +21,16 @@ from torch import Tensor
 from shards.artifacts import resolve
 from shards.config import read_config
 from shards.errors import PipelineError
-from shards.sequence import CODEBOOK_SIZE
 from tools.checkpoints.merge import CheckpointConfig, require_config
-from train.model.attention import Documents
 from train.model.conditioning import Conditioning, decide_conditioning
 from train.model.lora import file_name, group_of, load_adapter
+from train.model.probe import probe_logits
 from train.model.weights import empty_model, load_model, stored_dtype
 from train.run_folder.checkpoint_folders import damage, read_step
 from train.run_folder.identity import find_model_files, model_differences, read_identity
 from train.run_folder.state import TENSORS
 
-if TYPE_CHECKING:
-    from train.model.decoder import HiggsAudio
-
 MAX_NAMED = 4  # tensors or groups named in one finding
-PROBE_TEXT_ROWS, PROBE_AUDIO_ROWS = 16, 24
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # of AdamW
 
 
@@ -186,19 +180,6 @@ class _Checkpoint:
         if name not in self._files:
             self._files[name] = load_file(self._folder / name)
         return self._files[name]
-
-
-def probe_logits(model: HiggsAudio, seed: int = 0) -> Tensor:
-    """[n] float32: text logits of 16 seeded tokens and audio logits of 24 seeded columns behind them, as one document."""
-    config, draw = model.config, torch.Generator().manual_seed(seed)
-    text_ids = torch.randint(config.vocab_size, (PROBE_TEXT_ROWS,), generator=draw)
-    codes = torch.randint(CODEBOOK_SIZE, (PROBE_AUDIO_ROWS, config.num_codebooks), generator=draw)
-    rows = torch.arange(PROBE_TEXT_ROWS + PROBE_AUDIO_ROWS)
-    document = Documents(rows, rows, torch.tensor([0, len(rows)], dtype=torch.int32), longest=len(rows))
-    hidden = model.model(text_ids, codes, rows, document.attend("padded"))
-    text = model.text_lm_head(hidden[:PROBE_TEXT_ROWS])
-    audio = model.audio_lm_head(hidden[PROBE_TEXT_ROWS:])
-    return torch.cat((text.flatten(), audio.flatten())).float()
 
 
 def _fits(moment: Tensor | None, weight: Tensor, name: str) -> bool:
