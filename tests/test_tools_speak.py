@@ -142,10 +142,14 @@ def test_given_codes_are_played(speak, tmp_path, monkeypatch):
         (np.full((8, 4), -1), "expected 0 to 1023"),
         (np.array([[None]]), "allow_pickle"),
         (None, "No such file"),
+        (b"\x93NUMPY\x01\x00\x0c\x00{'descr': ((", "not an .npy file of codes"),
+        (b"PK\x03\x04 no archive", "not an .npy file of codes"),
     ],
 )
 def test_what_are_no_codes_is_one_line(speak, codes, message):
-    if codes is not None:
+    if isinstance(codes, bytes):
+        Path("codes.npy").write_bytes(codes)
+    elif codes is not None:
         np.save("codes.npy", codes, allow_pickle=True)
     result = speak("--play-codes", "codes.npy", reference=None)
     assert result.exit_code == 1

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from shards.errors import ConfigError, DataError
+from shards.printable import first_line
 from shards.terminal import FileToWrite, explained, print_json, print_line
 
 if TYPE_CHECKING:
@@ -234,8 +235,10 @@ def play_codes(model: Path, config: SpeakConfig, given: dict[str, Any]) -> None:
     path = given["play_codes"]
     try:
         codes = checked_codes(np.load(path, allow_pickle=False))
-    except (ValueError, EOFError, DataError) as error:
-        raise DataError(f"--play-codes {path}: not an .npy file of codes: {error}") from None
+    except OSError:
+        raise
+    except Exception as error:  # numpy has many kinds for a file that is not its own, TokenError and MemoryError too
+        raise DataError(f"--play-codes {path}: not an .npy file of codes: {first_line(error)}") from None
     started = time.monotonic()
     device = known_device(given["device"])
     codec = load_codec(find_codec(model, config), "cpu" if device == "auto" else device)
