@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import resource
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -122,6 +123,13 @@ def test_what_is_no_reference_is_named(voice, reference, message):
         {"seed": -1},
         {"seed": "1"},
         {"part_chars": 0},
+        {"part_chars": 10**6},
+        {"top_k": 10**20},
+        {"ras_win_max_num_repeat": 1 << 40},
+        {"temperature": 1e39},
+        {"seed": 10**400},
+        {"sample_rate": 24000.0},
+        {"sample_rate": "24000"},
     ],
 )
 def test_a_wrong_number_is_named_with_what_was_expected(clip, wrong):
@@ -171,6 +179,82 @@ def test_a_closed_stream_frees_its_slot(tiny_dir, clip):
     after = voice.generate_speech(clip, TEXT, "الجسر", max_seconds=0.4, seed=9)
     np.testing.assert_array_equal(before.codes, after.codes)
     assert voice.engine.num_free_slots == 1
+
+
+def test_a_stream_closed_before_its_first_piece_keeps_no_slot(voice, clip):
+    for end in ("close", "drop"):
+        stream = voice.stream_speech(clip, TEXT, "الجسر", max_seconds=60.0)
+        assert voice.engine.has_work
+        if end == "close":
+            stream.close()
+        del stream
+        voice.engine.advance()
+        assert not voice.engine.has_work, end
+
+
+def test_a_stream_closed_between_parts_begins_no_other(voice, clip):
+    """Its first part has come to its end by somebody else's advance when it is closed."""
+    text, short = "نعم يا أخي. كم السعر؟", {"part_chars": 12, "max_seconds": 60.0, "top_k": 1}
+    stream = voice.stream_speech(clip, text, "الجسر", first_chunk=2, **short)
+    next(stream)
+    (request,) = [one for one in voice.engine._requests if one is not None]
+    while not request.is_done:
+        voice.engine.advance()
+    stream.close()
+    voice.engine.advance()
+    assert not voice.engine.has_work
+
+
+def test_a_request_that_cannot_join_is_over_for_its_owner(voice, clip, monkeypatch):
+    stream = voice.stream_speech(clip, TEXT, "الجسر", max_seconds=0.4)
+
+    def full(*_: object) -> None:
+        raise MemoryError("no room for the prompt")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(voice.engine._cache, "reserve", full)
+        with pytest.raises(MemoryError):
+            voice.generate_batch([ask(clip)])
+    assert sum(len(piece) for piece in stream) == 0, "it ends instead of waiting for ever"
+    voice.engine.advance()
+    assert not voice.engine.has_work
+
+
+def test_threads_take_turns(voice, clip):
+    """A short request that comes while a long one is spoken is done before it."""
+    order: list[str] = []
+    begun = threading.Event()
+
+    def long() -> None:
+        for number, _ in enumerate(voice.stream_speech(clip, "كلمة " * 20, "الجسر", max_seconds=6.0, top_k=1)):
+            if number == 0:
+                begun.set()
+        order.append("long")
+
+    def short() -> None:
+        begun.wait(60)
+        voice.generate_speech(clip, TEXT, "الجسر", max_seconds=0.2)
+        order.append("short")
+
+    threads = [threading.Thread(target=work) for work in (long, short)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert order == ["short", "long"]
+
+
+def test_a_word_without_end_is_refused_before_memory_is_taken(voice, clip):
+    with pytest.raises(DataError, match="20000 characters without a place to split"):
+        voice.generate_speech(clip, "ا" * 20000, "الجسر")
+    assert not voice.engine.has_work
+
+
+def test_garbled_texts_are_a_warning(voice, clip, caplog):
+    with caplog.at_level(logging.WARNING):
+        voice.generate_speech(clip, "نعم".encode().decode("cp1252"), "الجسر ???? الجديد", max_seconds=0.04)
+    assert "the text: " in caplog.text
+    assert "the reference's text: '????' stands where words may have been" in caplog.text
 
 
 def test_a_wrong_request_leaves_nothing_in_the_engine(voice, clip):

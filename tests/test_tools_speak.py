@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 import tools.speaker
 from tools.audio_output import numbered, pcm16, stream_header, write_audio
-from tools.speak import main
+from tools.speak import main, read_texts
 
 CLIP = "tests/data/arabic-mini/spk_00_36.flac"
 
@@ -53,6 +53,7 @@ def no_model(monkeypatch):
         (("--text", "نص", "--slots", "0"), 2, "--slots 0"),
         (("--text", "نص", "--reference-text", "أ", "--reference-text", "ب"), 2, "give one for each"),
         ((), 2, "--text or --text-file is missing"),
+        (("--text", "نص", "--out", "a.wav", "--codes", "a.wav"), 2, "a.wav: it would be written twice"),
         (("--text", "نص", "--lines"), 2, "--lines"),
         (("--text", "نص", "--text", "نص", "--stream"), 2, "--stream speaks one text"),
         (("--text", "نص", "--stream", "--json"), 2, "without --json"),
@@ -168,3 +169,18 @@ def test_a_stream_goes_to_stdout_piece_by_piece(speak, tmp_path):
     whole, _ = soundfile.read("whole.wav", dtype="int16")
     assert len(streamed) == len(whole)
     assert np.abs(streamed.astype(int) - whole).max() <= 2
+
+
+def test_a_recording_is_not_overwritten(speak, no_model, repository, tmp_path):
+    for name, texts in (("speech.wav", ["نص"]), ("speech-002.wav", ["نص", "نص"])):
+        recording = tmp_path / name
+        recording.write_bytes((repository / CLIP).read_bytes())
+        result = speak(*(part for text in texts for part in ("--text", text)), reference=name)
+        assert result.exit_code == 2
+        assert f"{name}: this command reads it" in result.stderr
+        assert recording.read_bytes() == (repository / CLIP).read_bytes()
+
+
+def test_only_line_ends_end_a_line(tmp_path):
+    (tmp_path / "texts.txt").write_bytes("أولا\u2028وثانيا\r\n\r\nثالثا\x0bرابعا\n".encode())
+    assert read_texts(tmp_path / "texts.txt", True) == ["أولا\u2028وثانيا", "ثالثا\x0bرابعا"]

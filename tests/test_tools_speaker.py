@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import msgspec
 
@@ -49,3 +50,22 @@ def test_shards_that_do_not_say_leave_the_rules_to_the_file(short_data, short_co
     assert last
     asked = read_config(SpeakConfig, tiny_dir / "pipeline.toml", ['text.normalize=["digits"]'])
     assert load_speaker(tiny_dir / "model", last / "adapter", asked, "cpu").rules.normalize == ["digits"]
+
+
+def test_what_a_merged_model_remembers_is_found_from_home(short_data, short_config, tiny_dir, tmp_path, monkeypatch):
+    """Through ~ too; and an adapter trained on it, named through a link, brings settings of its own."""
+    from tools.checkpoints.merge import merge_checkpoint
+    from tools.speaker import SpeakConfig, load_speaker
+
+    layout = "sequence.layout=as_written"
+    assert train(short_config("train.max_steps=1", layout), short_data, tmp_path / "run", RunOptions())
+    merge_checkpoint(tmp_path / "run", tmp_path / "merged")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    asked = read_config(SpeakConfig, tiny_dir / "pipeline.toml")
+    assert load_speaker(Path("~/merged"), None, asked, "cpu").builder.layout == "as_written"
+
+    again = short_config("train.max_steps=1", f"model.base={tmp_path / 'merged'}", "sequence.layout=clone")
+    last = train(again, short_data, tmp_path / "second", RunOptions())
+    assert last
+    (tmp_path / "link").symlink_to(last / "adapter")
+    assert load_speaker(tmp_path / "merged", tmp_path / "link", asked, "cpu").builder.layout == "clone"

@@ -71,6 +71,9 @@ def test_parts_are_as_long_as_allowed_at_most(text, max_chars):
         ("The U.S. army came. It left", ["The U.S. army came. ", "It left"]),
         ("See Dr. Smith. Now go", ["See Dr. Smith. ", "Now go"]),
         ("هيا!!! اذهب؟! نعم", ["هيا!!! ", "اذهب؟! ", "نعم"]),
+        ("قال: «كم السعر؟»، ثم ذهب", ["قال: «كم السعر؟»، ", "ثم ذهب"]),
+        ("«كم السعر؟»قال البائع", ["«كم السعر؟»", "قال البائع"]),
+        ("أولا  \n\n ثانيا", ["أولا  \n\n ", "ثانيا"]),
     ],
 )
 def test_a_text_is_split_where_a_reader_stops(text, parts):
@@ -83,3 +86,10 @@ def test_a_short_text_stays_whole():
     assert split_text(text) == [text]
     assert split_text("") == [""]
     assert split_text("؟؟؟ ... !", 3) == ["؟؟؟ ... !"]
+
+
+@pytest.mark.parametrize("run", [" " * 100_000, "." * 100_000 + "x", "؟" * 100_000 + "x", " \n" * 50_000])
+def test_a_long_run_is_read_once(run):
+    """Read again from each of its letters, 10^10 steps, this would not end."""
+    text = f"نص{run}نص"
+    assert "".join(split_text(text, 10)) == text

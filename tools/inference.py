@@ -15,7 +15,8 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
@@ -100,6 +101,7 @@ class HiggsAudioInference:
         self.engine = Engine(speaker.model, num_slots)
         self.sample_rate = SAMPLE_RATE
         self._lock = threading.RLock()
+        self._turnstile = threading.Lock()
         self._references: OrderedDict[tuple, Reference] = OrderedDict()
 
     def generate_speech(
@@ -133,7 +135,7 @@ class HiggsAudioInference:
             for request in requests:
                 utterances.append(self._begin(request))
             while not all(one.is_done for one in utterances):
-                with self._lock:
+                with self._turn():
                     self.engine.advance()
                     for one in utterances:
                         one.follow()
@@ -167,18 +169,30 @@ class HiggsAudioInference:
     def stream_request(self, request: SpeechRequest, first_chunk: int | None = None) -> Generator[np.ndarray]:
         """As `stream_speech`, of a request that is made already."""
         CodecStream(self.speaker.codec, first_chunk)  # a wrong first_chunk is found now, not at the first piece
-        return self._stream(self._begin(request), first_chunk)
+        stream = self._stream(self._begin(request), first_chunk)
+        next(stream)  # into its try: a generator that never began would not run its `finally`, and keep its slot
+        return stream
 
     def decode_codes(self, codes: np.ndarray) -> GeneratedSpeech:
         """The wave of given codes [8, T]. Raises DataError."""
         return decoded(self.speaker.codec, checked_codes(codes))
 
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """The lock, in turns. Python's is not fair: who releases it and asks again gets it before those that wait."""
+        with self._turnstile:
+            self._lock.acquire()
+        try:
+            yield
+        finally:
+            self._lock.release()
+
     def _begin(self, request: SpeechRequest) -> Utterance:
-        with self._lock:
+        with self._turn():
             return Utterance(self.speaker, self.engine, self._reference(request), request)
 
     def _cancel(self, utterances: list[Utterance]) -> None:
-        with self._lock:
+        with self._lock:  # out of turn: a collected generator may come here while its thread holds the lock
             for one in utterances:
                 one.cancel()
 
@@ -212,11 +226,12 @@ class HiggsAudioInference:
     def _stream(self, utterance: Utterance, first_chunk: int | None) -> Generator[np.ndarray]:
         fade = CrossFade(SAMPLE_RATE)
         try:
+            yield np.zeros(0, np.float32)  # taken by stream_request
             while not utterance.is_done:
                 sound, num_fed = CodecStream(self.speaker.codec, first_chunk), 0
                 part, first_chunk = None, None  # only the first part begins early
                 while part is None:
-                    with self._lock:
+                    with self._turn():
                         self.engine.advance()
                         part = utterance.follow()
                         codes = part.codes if part else utterance.codes()

@@ -6,11 +6,15 @@ cannot differ from what was trained.
 
 from __future__ import annotations
 
+import logging
+
 from preprocess.reasons import RowFault
 from preprocess.sources import refuse_control_tokens
 from preprocess.text import SLOW, TextSection, clean
+from preprocess.unseen import garbled
 from shards.errors import DataError
 
+log = logging.getLogger("speak")
 MARGIN_S = 5.0
 CHARS_PER_DIGIT = 8  # as it is read out
 
@@ -31,6 +35,12 @@ def prompt_text(text: str, rules: TextSection, name: str) -> str:
     if not any(letter.isalnum() for letter in cleaned):
         raise DataError(f"{name}: {cleaned[:40]!r} holds no letter or digit; give what is to be said")
     return cleaned
+
+
+def warn_of_garbled(text: str, name: str) -> None:
+    """As stage one warns; it may be meant."""
+    if lost := garbled(text):
+        log.warning("%s: %s; was it read in its own encoding?", name, lost)
 
 
 def longest_s(text: str, rules: TextSection) -> float:

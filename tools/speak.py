@@ -70,6 +70,7 @@ def main(model: Path, config_path: Path | None, overrides: tuple[str, ...], **gi
             check_together(given)
             config = read_config(SpeakConfig, config_path, overrides)
             requests = [] if given["play_codes"] else make_requests(given)
+            check_overwritten(given, max(1, len(requests)))
         except ConfigError as error:  # of the command's own values
             print_line(f"error: {error}")
             sys.exit(2)
@@ -109,6 +110,19 @@ def check_together(given: dict[str, Any]) -> None:
         raise ConfigError(
             "--stream writes sound to stdout, which is a terminal; pipe it: speak ... --stream | ffplay -"
         )
+
+
+def check_overwritten(given: dict[str, Any], count: int) -> None:
+    """Raises ConfigError where a file to be written is one that is read, or is written already."""
+    from tools.audio_output import numbered
+
+    sources = (*given["references"], given["text_file"], given["play_codes"])
+    taken = {Path(name).resolve(): "this command reads it" for name in sources if name}
+    outs = [path for path in (None if given["stream"] else given["out"], given["codes_path"]) if path]
+    for path in [numbered(one, number, count) for one in outs for number in range(1, count + 1)]:
+        if path.resolve() in taken:
+            raise ConfigError(f"{path}: {taken[path.resolve()]}; give another --out or --codes")
+        taken[path.resolve()] = "it would be written twice"
 
 
 def make_requests(given: dict[str, Any]) -> list[SpeechRequest]:
@@ -151,7 +165,7 @@ def read_texts(path: Path, lines: bool) -> list[str]:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"--text-file {path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
-    texts = [line for line in text.splitlines() if line.strip()] if lines else [text]
+    texts = [line for line in text.split("\n") if line.strip()] if lines else [text]  # \r\n is read as \n
     if not texts or not text.strip():
         raise DataError(f"--text-file {path}: holds no text")
     return texts
@@ -241,7 +255,7 @@ def play_codes(model: Path, config: SpeakConfig, given: dict[str, Any]) -> None:
         raise DataError(f"--play-codes {path}: not an .npy file of codes: {first_line(error)}") from None
     started = time.monotonic()
     device = known_device(given["device"])
-    codec = load_codec(find_codec(model, config), "cpu" if device == "auto" else device)
+    codec = load_codec(find_codec(model.expanduser(), config), "cpu" if device == "auto" else device)
     write(given["out"], decoded(codec, codes), time.monotonic() - started, given)
 
 

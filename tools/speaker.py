@@ -51,10 +51,11 @@ class Speaker:
     def reference(self, recordings: list[AudioFile], text: str | None) -> Reference:
         """A voice ready for prompts: one or several recordings, and what is said in them. Raises DataError."""
         from preprocess.audio import CODEC_RATE, WHISPER_RATE
-        from tools.prompt_text import prompt_text
+        from tools.prompt_text import prompt_text, warn_of_garbled
         from tools.reference import Reference, joined_wave
 
         said = None if text is None else prompt_text(text, self.rules, "the reference's text")
+        warn_of_garbled(said or "", "the reference's text")
         codes = self.codec.encode(joined_wave(recordings, CODEC_RATE))
         return Reference(codes, said, joined_wave(recordings, WHISPER_RATE) if self.builder.uses_whisper else None)
 
@@ -91,18 +92,20 @@ def load_speaker(
     from train.model.weights import load_model
     from train.run_folder.identity import check_adapter, find_model_files
 
-    voice = read_voice(model_dir)
-    if adapter and (adapter.parent / "config.toml").is_file():  # of the checkpoint that the adapter lies in
-        config = as_trained(adapter.parent / "config.toml", config)
     base = resolve(str(model_dir), config.model.revision if str(model_dir) == config.model.base else "", "MODEL")
     if not (base / "config.json").is_file():
         raise CheckpointError(f"{model_dir}: no model here; give the OUT folder of `checkpoints merge` or a base model")
-    codec_dir = find_codec(model_dir, config)
+    codec_dir = find_codec(base, config)
+    if voice := read_voice(base):
+        rules = msgspec.structs.replace(config.text, normalize=voice.normalize)
+        config = msgspec.structs.replace(config, sequence=voice.sequence, text=rules)
+    trained = adapter.resolve().parent / "config.toml" if adapter else None  # of the checkpoint that it lies in
+    if trained and trained.is_file():  # newer than what a merged base remembers
+        config = as_trained(trained, config)
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     dtype = dtype or (torch.bfloat16 if where.type == "cuda" else torch.float32)
-    sequence = voice.sequence if voice else config.sequence
-    conditioning = decide_conditioning(sequence, config.features, base)
-    sequence = msgspec.structs.replace(sequence, conditioning=conditioning.name)
+    conditioning = decide_conditioning(config.sequence, config.features, base)
+    sequence = msgspec.structs.replace(config.sequence, conditioning=conditioning.name)
     if adapter:
         named = msgspec.structs.replace(config.model, base=str(model_dir))
         check_adapter(adapter, find_model_files(base, codec_dir, conditioning), named, config.features)
@@ -112,8 +115,7 @@ def load_speaker(
         load_adapter(model, adapter)
     tokenizer = load_tokenizer(base)
     builder = SequenceBuilder(tokenizer, sequence)
-    rules = msgspec.structs.replace(config.text, normalize=voice.normalize) if voice else config.text
-    return Speaker(model.eval(), load_codec(codec_dir, str(where)), builder, tokenizer, rules)
+    return Speaker(model.eval(), load_codec(codec_dir, str(where)), builder, tokenizer, config.text)
 
 
 def find_codec(model_dir: Path, config: SpeakConfig) -> Path:

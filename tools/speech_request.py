@@ -6,7 +6,6 @@ checked here, once, for the Python API, the command and whoever else speaks.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -19,6 +18,7 @@ from tools.split_text import MAX_CHARS
 # end: the model ended by itself. max_seconds: the caller's limit. text_ceiling: it went on far beyond what the text can last.
 StopReason = Literal["end", "max_seconds", "text_ceiling", "cancelled"]
 MAX_SEED = (1 << 63) - 1
+MAX_PART_CHARS = 1000  # text.max_chars of stage one: no longer text was trained
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -42,16 +42,28 @@ class SpeechRequest:
     def __post_init__(self) -> None:
         """Raises ConfigError that names every value that cannot be used."""
         checks = [
-            ("temperature", self.temperature, "0 (always the likeliest code) or more", lambda x: x >= 0),
+            ("temperature", self.temperature, "0 (always the likeliest code) to 100", lambda x: 0 <= x <= 100),
             ("top_p", self.top_p, "more than 0, at most 1", lambda x: 0 < x <= 1),
-            ("top_k", self.top_k, "a whole number, 0 = all", lambda x: _is_whole(x) and x >= 0),
+            ("top_k", self.top_k, "a whole number, 0 = all", lambda x: _is_whole(x) and 0 <= x < 1 << 31),
             ("ras_win_len", self.ras_win_len, "a whole number, 0 = off", lambda x: _is_whole(x) and 0 <= x <= 1000),
-            ("ras_win_max_num_repeat", self.ras_win_max_num_repeat, "1 or more", lambda x: _is_whole(x) and x >= 1),
+            (
+                "ras_win_max_num_repeat",
+                self.ras_win_max_num_repeat,
+                "1 or more",
+                lambda x: _is_whole(x) and 1 <= x < 1 << 31,
+            ),
             ("seed", self.seed, f"a whole number, 0 to {MAX_SEED}", lambda x: _is_whole(x) and 0 <= x <= MAX_SEED),
-            ("part_chars", self.part_chars, "10 or more characters", lambda x: _is_whole(x) and x >= 10),
+            (
+                "part_chars",
+                self.part_chars,
+                f"10 to {MAX_PART_CHARS} characters",
+                lambda x: _is_whole(x) and 10 <= x <= MAX_PART_CHARS,
+            ),
         ]
         if self.max_seconds is not None:
             checks.append(("max_seconds", self.max_seconds, "0.04 (one frame) or more", lambda x: 0.04 <= x <= 86400))
+        if self.sample_rate is not None:
+            checks.append(("sample_rate", self.sample_rate, "whole Hz", lambda x: _is_whole(x) and 0 < x < 1 << 31))
         wrong = [
             f"{name} = {value!r}: expected {wanted}"
             for name, value, wanted, holds in checks
@@ -67,7 +79,7 @@ def _is_whole(value: Any) -> bool:
 
 def _passes(value: Any, holds: Any) -> bool:
     is_number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-    return is_number and math.isfinite(value) and bool(holds(value))
+    return is_number and bool(holds(value))  # every one has bounds, which NaN and infinity do not hold
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,7 +19,11 @@ CLOSERS = "\"'”’»)]}›"
 ABBREVIATIONS = frozenset(
     ["dr", "mr", "mrs", "ms", "prof", "st", "vs", "etc", "fig", "vol", "eg", "ie", "approx", "inc", "jr", "sr"]
 )
-SENTENCE_MARKS = re.compile(rf"[.!?؟؛…]+[{re.escape(CLOSERS)}]*(?=\s|$)\s*|[؟؛]+[!?؟؛.]*\s*|\s*\n\s*")
+SENTENCE_MARKS = re.compile(
+    rf"(?<![.!?؟؛…])[.!?؟؛…]+[{re.escape(CLOSERS)}]*(?=\s|$)\s*"
+    r"|[؟؛]+[!?؟؛.]*[»)\]}”’›]*[،,]?\s*"  # no " or ': without a blank behind them they may open
+    r"|(?<!\s)[^\S\n]*\n\s*"  # the looks back keep a long run of marks or blanks from being read again from each of its letters
+)
 COMMAS = re.compile(rf"[،,][{re.escape(CLOSERS)}]*\s+|،")
 BLANKS = re.compile(r"\s+")
 LAST_WORD = re.compile(r"[^\s(«“\"']*$")

@@ -10,10 +10,11 @@ import logging
 
 import numpy as np
 
-from tools.prompt_text import longest_s, prompt_text
+from shards.errors import DataError
+from tools.prompt_text import longest_s, prompt_text, warn_of_garbled
 from tools.reference import Reference
 from tools.speaker import Speaker
-from tools.speech_request import SpeechPart, SpeechRequest, StopReason
+from tools.speech_request import MAX_PART_CHARS, SpeechPart, SpeechRequest, StopReason
 from tools.split_text import split_text
 from train.model.generation.engine import Engine
 from train.model.generation.request import FRAMES_PER_SECOND, Request, Sampling
@@ -26,7 +27,12 @@ class Utterance:
         """Submits the first part. Raises DataError for a text that cannot be said."""
         self._speaker, self._engine, self._reference = speaker, engine, reference
         self._sampling = sampling_of(request)
-        self._texts = split_text(prompt_text(request.target_text, speaker.rules, "the text"), request.part_chars)
+        said = prompt_text(request.target_text, speaker.rules, "the text")
+        warn_of_garbled(said, "the text")
+        self._texts = split_text(said, request.part_chars)
+        longest = max(len(text.strip()) for text in self._texts)
+        if longest > max(request.part_chars, MAX_PART_CHARS):
+            raise DataError(f"the text: {longest} characters without a place to split it; put blanks or marks into it")
         self._frames_left = None if request.max_seconds is None else round(request.max_seconds * FRAMES_PER_SECOND)
         self.parts: list[SpeechPart] = []
         self._limit: StopReason = "end"
@@ -57,9 +63,10 @@ class Utterance:
         self.parts.append(part)
         if self._frames_left is not None:
             self._frames_left -= speech.codes.shape[1]
+        is_cancelled = self._current.is_cancelled
         self._current = None
         is_out_of_time = self._frames_left is not None and self._frames_left <= 0
-        if reason in ("end", "text_ceiling") and not self.is_complete:
+        if reason in ("end", "text_ceiling") and not self.is_complete and not is_cancelled:
             if is_out_of_time:
                 self.parts[-1] = SpeechPart(part.text, part.codes, "max_seconds")
             else:

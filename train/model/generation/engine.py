@@ -99,7 +99,11 @@ class Engine:
             while taken is None and self._waiting:
                 request = self._waiting.popleft()
                 if not request.is_done:
-                    self._join(slot, request)
+                    try:
+                        self._join(slot, request)
+                    except BaseException:  # out of memory, say; perhaps in another thread than its owner's
+                        request.cancel()  # it is in no queue any more: its owner must not wait for it for ever
+                        raise
                     break
 
     def _join(self, slot: int, request: Request) -> None:
