@@ -14,11 +14,16 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """tests/test_boson_*.py carry the mark `boson`: `make test-boson` runs them whole, of the others the fast ones."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """tests/test_boson_*.py carry the mark `boson`: `make test-boson` runs them whole, of the others the fast ones.
+
+    Those marked `long` are skipped unless they are asked for by their mark.
+    """
     for item in items:
         if item.path.name.startswith("test_boson_"):
             item.add_marker("boson")
+        if item.get_closest_marker("long") and "long" not in config.option.markexpr:
+            item.add_marker(pytest.mark.skip(reason="minutes of more of the same: pytest -m long"))
 
 
 @pytest.fixture(scope="session")

@@ -187,6 +187,6 @@ def test_a_thousand_mutated_lists_end_in_words(tmp_path: Path):
     assert min(found.values()) >= 50, found
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_thirty_thousand_mutated_lists_end_in_words(tmp_path: Path):
     assert sum(outcomes_of(tmp_path, range(1000, 31000)).values()) == 30000
