@@ -40,7 +40,7 @@ demo: $(INSTALLED)
 	$(BIN)/speak $(DEMO)/merged --config $(DEMO)/tiny/pipeline.toml --reference $(REFERENCE) \
 		--reference-text "الجسر الجديد يربط ضفتي النهر." --text "هل تعرف الطريق إلى محطة الحافلات؟" \
 		--greedy --out $(DEMO)/speech.wav
-	$(BIN)/evaluate $(DEMO)/merged tests/data/arabic-mini/chatml.json $(DEMO)/evaluation --limit 8 \
+	$(BIN)/evaluate $(DEMO)/merged tests/data/arabic-mini/chatml.json $(DEMO)/evaluation --limit 4 \
 		--train-data $(DEMO)/shards --config $(DEMO)/tiny/pipeline.toml --greedy
 	@echo
 	@echo "Done. In $(DEMO): shards/ (features), run/ (metrics.jsonl, checkpoints/), merged/ (the model), speech.wav, evaluation/ (report.html)."
