@@ -55,10 +55,10 @@ def test_the_size_that_would_tell_tells_most_times():
     needed = large.speakers_needed
     assert needed is not None
     assert 18 <= needed <= 32  # (2.8 * 0.0355 / 0.02)^2 = 25: 0.0355 is the spread of a speaker's mean
-    told = [
+    found = [
         compare(*simulated(rng, 25, -0.02), lower_is_better=True, draws=300).verdict == "better" for _ in range(100)
     ]
-    assert np.mean(told) > 0.65
+    assert np.mean(found) > 0.65
 
 
 def test_the_same_seed_gives_the_same_interval():

@@ -1,6 +1,6 @@
 """What is to be said, and in whose voice: one `Item` per utterance, from each kind of list that people evaluate with.
 
-In: DATA. Out: `Items`, and what was left out with its reason. Paths in a list are taken from the working folder, as
+In: DATA. Out: `Items`, and what was skipped with its reason. Paths in a list are taken from the working folder, as
 `preprocess` takes them, and where nothing is there from the list's own folder. A seed-tts or ZipVoice list has no speakers:
 each reference clip counts as a speaker of its own, which is right for their sets and makes intervals too narrow where one
 person's clips are several references.
@@ -60,7 +60,7 @@ def read_items(data: Path, limit: int | None = None) -> Items:
             break
         items.append(item)
     if not items:
-        first = f"; the first of {len(skipped)} left out: {skipped[0]}" if skipped else ""
+        first = f"; the first of {len(skipped)} skipped: {skipped[0]}" if skipped else ""
         raise DataError(f"{data}: nothing to evaluate in this {kind}{first}")
     return Items(kind=kind, source=str(data), items=with_distinct_ids(items), skipped=skipped)
 
@@ -201,7 +201,7 @@ def lines_of(data: Path) -> Iterator[tuple[int, str]]:
 
 def habibi_items(data: Path, skipped: list[str]) -> Iterator[Item]:
     """The benchmark's own pairing (habibi-tts 0.1.1, eval/0_benchmark.py): an entry's reference is the speaker's entry before
-    it, and the first one's is the last. A speaker with one entry would be its own reference and is left out."""
+    it, and the first one's is the last. A speaker with one entry would be its own reference and is skipped."""
     by_speaker: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for number, row in enumerate(metadata_rows(data), 1):
         lacking = [key for key in ("file_name", "text", "speaker_id") if not str(row.get(key) or "").strip()]

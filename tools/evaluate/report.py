@@ -115,7 +115,7 @@ def report_body(results: dict[str, Any], plan: Plan, sounds: Sounds, shown: list
     parts = [
         f'<p class="seen{alarm}">{escaped(results["seen"])}</p>',
         f"<p>{data['items']} items of {data['speakers']} speakers from {escaped(data['source'])} ({escaped(data['kind'])}), "
-        f"said {results['draws']} times each; {len(data['left_out'])} rows left out.</p>",
+        f"said {results['draws']} times each; {len(data['skipped'])} rows skipped.</p>",
         section("Is it better?", verdicts(results)),
         section("Systems", systems_table(results)),
         section("Worst first, side by side", players_table(results, plan, sounds, shown)),
@@ -123,7 +123,7 @@ def report_body(results: dict[str, Any], plan: Plan, sounds: Sounds, shown: list
         section("By group", parts_table(results["groups"], "group")),
         section("All differences", differences_table(results)),
         section("Models and rules", models_list(results)),
-        section("Not measured", listed(results["not_measured"] + data["left_out"][:20])),
+        section("Not measured", listed(results["not_measured"] + data["skipped"][:20])),
     ]
     return "\n".join(part for part in parts if part)
 

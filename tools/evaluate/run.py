@@ -74,7 +74,7 @@ Result = tuple[dict[str, Any], list[Utterance], Plan]
 
 
 def evaluate(request: Request, config: EvaluateConfig, sampling: Sampling) -> Result:
-    """Run, or go on with, an evaluation in OUT. Raises PipelineError for what a person can mend."""
+    """Run, or go on with, an evaluation in OUT. Raises PipelineError for what a person can fix."""
     with hold_folder(request.out):
         return _evaluate(request, config, sampling)
 
@@ -84,9 +84,9 @@ def _evaluate(request: Request, config: EvaluateConfig, sampling: Sampling) -> R
     plan = fixed_plan(request, config, items, sampling)
     print_line(seen)
     for line in items.skipped[:5]:
-        print_line(f"left out: {line}")
+        print_line(f"skipped: {line}")
     if len(items.skipped) > 5:
-        print_line(f"left out: {len(items.skipped) - 5} more; all stand in {request.out}/results.json")
+        print_line(f"skipped: {len(items.skipped) - 5} more; all stand in {request.out}/results.json")
     spoken = spoken_rows(request, config, plan, sampling)
     facts = last(measured(spoken, request.out), spoken, "measured")
     skipped: list[str] = []
@@ -101,7 +101,7 @@ def _evaluate(request: Request, config: EvaluateConfig, sampling: Sampling) -> R
             "source": items.source,
             "items": len(items.items),
             "speakers": len({item.speaker for item in items.items}),
-            "left_out": items.skipped,
+            "skipped": items.skipped,
         },
         "draws": plan.draws,
         "sampling": plan.sampling,
@@ -187,7 +187,7 @@ def absent_parts(plan: Plan) -> list[str]:
     if "real" not in kinds:
         found.append("real recordings (ceiling), duration ratio: the list names none")
     if "base" not in kinds:
-        found.append("base model: left out with --no-base, so nobody knows whether tuning helped")
+        found.append("base model: skipped with --no-base, so nobody knows whether tuning helped")
     if "shuffled" not in kinds:
         found.append("shuffled speakers (floor): all items are of one speaker")
     found.append("MOS predictors: not part of this version")
