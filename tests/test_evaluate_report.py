@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import soundfile
 
-from tools.evaluate.report import POLICY, arabic, write_report
+from tools.evaluate.report import write_report
 from tools.evaluate.run import Request, evaluate
 from tools.evaluate.systems import read_evaluate_config
+from tools.web_page.page import POLICY, arabic
 from train.model.generate import Sampling
 
 HOSTILE = 'نص "><script>alert(1)</script> \u202e http://evil.example/x.png'

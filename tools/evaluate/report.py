@@ -7,25 +7,20 @@ MP3, a sixth of the wave; listen to OUT/waves for the last word on quality.
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from shards.printable import printable
 from shards.writer import write_bytes
 from tools.evaluate.protocols import HEADLINE
 from tools.evaluate.run import Plan
 from tools.evaluate.systems import REFERENCE
 from tools.evaluate.utterances import Utterance
 from tools.evaluate.waves import read_wave
+from tools.web_page.page import arabic, cell, escaped, listed, page, player, section, table
 
-POLICY = "default-src 'none'; media-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 QUESTION = "Which of the two sounds more like the voice of the reference, speaking naturally?"
 HERE = Path(__file__).parent
 
@@ -35,25 +30,15 @@ def write_report(out: Path, results: dict[str, Any], rows: list[Utterance], plan
     sounds = Sounds(out, rows)
     shown = items_shown(results, plan, num_players)
     pages = [out / "report.html"]
-    write_bytes(pages[0], page("Evaluation", report_body(results, plan, sounds, shown), "report.js").encode())
+    write_bytes(pages[0], page("Evaluation", report_body(results, plan, sounds, shown)).encode())
     pair = blind_pair(results)
     if pair:
         pages.append(out / "blind.html")
         body = blind_body(
             plan, sounds, [item for item in shown if sounds.has(pair[0], item) and sounds.has(pair[1], item)], pair
         )
-        write_bytes(pages[1], page("Blind comparison", body, "blind.js").encode())
+        write_bytes(pages[1], page("Blind comparison", body, (HERE / "blind.js").read_text(encoding="utf-8")).encode())
     return pages
-
-
-def page(title: str, body: str, script: str) -> str:
-    style, code = ((HERE / name).read_text(encoding="utf-8") for name in ("report.css", script))
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        f'<meta name="viewport" content="width=device-width"><style>\n{style}</style></head>\n<body>\n'
-        f"<h1>{title}</h1>\n{body}\n<script>\n{code}</script>\n</body></html>\n"
-    )
 
 
 # --- sound ----------------------------------------------------------------------------------------------------------
@@ -84,20 +69,7 @@ class Sounds:
         samples, facts = read_wave(self._out / wave)
         if facts.error or not len(samples):
             return f'<span class="failure">{escaped(facts.error or "empty")}</span>'
-        data = base64.b64encode(mp3(samples)).decode()
-        return (
-            f'<audio controls preload="metadata" src="data:audio/mpeg;base64,{data}"></audio>'
-            f'<span class="seconds">{facts.duration_s:.2f} s</span>'
-        )
-
-
-def mp3(wave: np.ndarray) -> bytes:
-    """wave [S] float32 at 24 kHz -> MP3."""
-    import soundfile
-
-    buffer = io.BytesIO()
-    soundfile.write(buffer, np.clip(wave, -1, 1), 24000, format="MP3")
-    return buffer.getvalue()
+        return player(samples)
 
 
 def items_shown(results: dict[str, Any], plan: Plan, num_players: int) -> list[str]:
@@ -126,10 +98,6 @@ def report_body(results: dict[str, Any], plan: Plan, sounds: Sounds, shown: list
         section("Not measured", listed(results["not_measured"] + data["skipped"][:20])),
     ]
     return "\n".join(part for part in parts if part)
-
-
-def section(title: str, content: str) -> str:
-    return f"<h2>{title}</h2>\n{content}" if content else ""
 
 
 def verdicts(results: dict[str, Any]) -> str:
@@ -252,11 +220,6 @@ def models_list(results: dict[str, Any]) -> str:
     return listed(lines)
 
 
-def listed(lines: Iterable[str]) -> str:
-    content = "".join(f"<li>{escaped(line)}</li>" for line in lines)
-    return f"<ul>{content}</ul>" if content else ""
-
-
 # --- blind comparison -----------------------------------------------------------------------------------------------
 
 
@@ -297,31 +260,3 @@ def blind_body(plan: Plan, sounds: Sounds, shown: list[str], pair: tuple[str, st
         + "\n".join(parts)
         + f'\n<script type="application/json" id="key">{hidden}</script>'
     )
-
-
-# --- cells ----------------------------------------------------------------------------------------------------------
-
-
-def table(headings: list[str], rows: list[list[str]]) -> str:
-    head = "".join(f"<th data-sort>{escaped(heading)}</th>" for heading in headings)
-    body = "\n".join(f"<tr>{''.join(row)}</tr>" for row in rows)
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
-
-
-def cell(value: Any) -> str:
-    if value is None:
-        return '<td class="number">-</td>'
-    if isinstance(value, float):
-        return f'<td class="number" data-value="{value}">{value:.4g}</td>'
-    if isinstance(value, int):
-        return f'<td class="number" data-value="{value}">{value}</td>'
-    return f"<td>{escaped(value)}</td>"
-
-
-def escaped(text: Any) -> str:
-    return html.escape(printable(str(text)))
-
-
-def arabic(text: str) -> str:
-    """Text in its own direction, whatever stands around it."""
-    return f'<bdi dir="{"rtl" if any("؀" <= letter <= "ࣿ" for letter in text) else "auto"}">{escaped(text)}</bdi>'
