@@ -53,3 +53,41 @@ def test_bench_data_stores_every_figure(run_command, tmp_path):
     assert all(values["samples_per_s"] > 0 for values in figures["loading"].values())
     assert figures["loading"]["plan"]["useful_tokens"] > figures["loading"]["padded"]["useful_tokens"]
     assert set(figures["ratios"]) == {"plan_over_stream", "plan_over_padded", "plan_over_online"}
+
+
+def test_bench_speak_stores_every_figure(monkeypatch, tmp_path, capsys):
+    """Its sides in this process: that a side gets one of its own is what the other benchmarks show."""
+    pytest.importorskip("transformers", minversion="5.3", reason="the other side is the native class")
+    from tools.bench import speak
+
+    monkeypatch.setattr(
+        speak, "run_side", lambda _, side, settings, __: speak.measure(side, speak.Settings(**settings))
+    )
+    monkeypatch.setitem(speak.READ_BYTES, "cpu", 1 << 20)
+    out = tmp_path / "figures.json"
+    speak.bench(["small"], speak.Settings("", 24, 2, 1, 1, "cpu"), out)
+    assert "over transformers" in capsys.readouterr().out
+    figures = json.loads(out.read_text())["sizes"]["small"]
+    assert figures["same_greedy_codes"] == 1.0
+    assert set(figures["sides"]) == {
+        "ours, greedy",
+        "transformers, greedy",
+        "ours, sampled",
+        "ours, sampled, 2 streams",
+    }
+    assert all(side["columns_per_s"] > 0 and side["limit_columns_per_s"] > 0 for side in figures["sides"].values())
+    assert figures["gain_over_transformers"] > 0
+
+
+def test_bench_speak_refuses_where_codes_differ(monkeypatch, tmp_path):
+    pytest.importorskip("transformers", minversion="5.3", reason="the other side is the native class")
+    from tools.bench import speak
+
+    def differing(_: str, side: str, settings: dict, __: int) -> dict:
+        return speak.measure(side, speak.Settings(**{**settings, "seed": int(side == speak.THEIRS)}))
+
+    monkeypatch.setattr(speak, "run_side", differing)
+    monkeypatch.setitem(speak.READ_BYTES, "cpu", 1 << 20)
+    with pytest.raises(RuntimeError, match="greedy codes differ"):
+        speak.bench(["small"], speak.Settings("", 24, 2, 1, 1, "cpu"), tmp_path / "figures.json")
+    assert not (tmp_path / "figures.json").exists()

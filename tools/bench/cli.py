@@ -58,6 +58,34 @@ def train_command(
         bench(Settings(size, samples, batch_tokens, rank, threads, rounds, "cuda" if on_gpu else "cpu"), out)
 
 
+@main.command("speak", context_settings={"show_default": True})
+@click.option("--out", default="out/bench-speak.json", type=FileToWrite(), help="The JSON file.")
+@click.option(
+    "--size",
+    "sizes",
+    multiple=True,
+    type=click.Choice(["small", "tiny", "middle", "full"]),
+    help="May be given often. Default tiny and middle, full on a GPU.",
+)
+@click.option("--columns", default=250, help="Of the timed speech; 25 are a second.")
+@click.option("--streams", type=int, help="Side by side, of the last row. Default 8, 32 on a GPU.")
+@click.option("--threads", default=1, help="CPU threads, for every side.")
+@click.option("--rounds", default=3, help="Every side is run this often, in turn; medians are printed.")
+def speak_command(
+    out: Path, sizes: tuple[str, ...], columns: int, streams: int | None, threads: int, rounds: int
+) -> None:
+    """Generation: our engine against transformers' generate and the reading rate of memory."""
+    import torch
+
+    from tools.bench.speak import Settings, bench
+
+    on_gpu = torch.cuda.is_available()
+    chosen = list(sizes) or (["full"] if on_gpu else ["tiny", "middle"])
+    streams = streams or (32 if on_gpu else 8)
+    with explained():
+        bench(chosen, Settings("", columns, streams, threads, rounds, "cuda" if on_gpu else "cpu"), out)
+
+
 @main.command("data", context_settings={"show_default": True})
 @click.option("--out", default="out/bench-data.json", type=FileToWrite(), help="The JSON file.")
 @click.option("--samples", default=1000, help="Samples written to shards and loaded three times over.")

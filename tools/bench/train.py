@@ -11,7 +11,6 @@ import json
 import os
 import platform
 import resource
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from shards.terminal import print_json, print_line, print_table
+from tools.bench.sides import fill_randomly, model_config, run_side, synchronise, transformers_model
 
 SIDES = ("ours", "padded batches of 2", "padded batches of 4")
 TEXT, REFERENCE, TARGET = (40, 220), (60, 260), (60, 260)  # positions of one sample; the audio ones with their markers
@@ -51,7 +51,7 @@ def bench(settings: Settings, out: Path) -> None:
     for number in range(settings.rounds):
         for side in SIDES:
             print_line(f"round {number + 1} of {settings.rounds}: {side}")
-            rounds[side].append(run_side(side, settings))
+            rounds[side].append(run_side("tools.bench.train", side, asdict(settings), settings.threads))
     sides = {
         side: {name: float(np.median([result[name] for result in results])) for name in results[0]}
         for side, results in rounds.items()
@@ -67,24 +67,6 @@ def bench(settings: Settings, out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, figures)
     print_figures(figures, out)
-
-
-def run_side(side: str, settings: Settings) -> dict[str, float]:
-    """One side in a process of its own."""
-    from train.launch import allocator_settings
-
-    root = Path(__file__).resolve().parents[2]
-    env = {
-        **os.environ,
-        **allocator_settings(os.environ),
-        "PYTHONPATH": str(root),
-        "OMP_NUM_THREADS": str(settings.threads),
-    }
-    command = [sys.executable, "-m", "tools.bench.train", side, json.dumps(asdict(settings))]
-    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise RuntimeError(f"bench train, {side}: {done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 # --- one side, in its own process -----------------------------------------------------------------------------------
@@ -104,13 +86,13 @@ def measure(side: str, settings: Settings) -> dict[str, float]:
     on_gpu = settings.device == "cuda"
     for step in steps[: WARM_UP[settings.device]]:
         step()
-    synchronise(settings)
+    synchronise(settings.device)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()
     for step in steps:
         step()
-    synchronise(settings)
+    synchronise(settings.device)
     seconds = time.perf_counter() - started
     num_tokens = sum(len(sequence) for sequence in sequences)
     peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -134,7 +116,7 @@ def useful_operations(sequences: list[Any], settings: Settings) -> float:
     from train.model.lora import add_lora
 
     with torch.device("meta"):
-        model = HiggsAudio(model_config(settings))
+        model = HiggsAudio(model_config(settings.size))
     add_lora(model, LoraSection(rank=settings.rank), "bench", seed=0)
     return step_flops(model.config, lora_sizes_of(model), [pack([sequence], [0], ["k"]) for sequence in sequences])
 
@@ -181,8 +163,8 @@ def prepare_ours(sequences: list[Any], settings: Settings, _: int) -> tuple[list
     world = join(settings.device)
     on_gpu = settings.device == "cuda"
     with torch.device("meta"):
-        model = HiggsAudio(model_config(settings))
-    fill_randomly(model, settings)
+        model = HiggsAudio(model_config(settings.size))
+    fill_randomly(model, settings.device, settings.seed)
     model.attention = choose_attention(model.config, world.device, model.audio_lm_head.weight.dtype, on_gpu)
     add_lora(model, LoraSection(rank=settings.rank, alpha=2 * settings.rank), "bench", seed=0)
     prepare_blocks(model.model.layers, recompute=False, backend="inductor" if on_gpu else None)
@@ -208,20 +190,10 @@ def prepare_padded(sequences: list[Any], settings: Settings, size: int) -> tuple
     """One step per right-padded batch of `size`, as its own example would do it."""
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
 
-    from train.model.config import native_config
     from train.model.lora import MODES
 
-    config = HiggsAudioV2Config(**native_config(model_config(settings)))
-    with torch.device("meta"):
-        model = HiggsAudioV2ForConditionalGeneration(config, use_text_head=True)
-    rope = model.model.rotary_emb.__class__(config)  # `to_empty` would leave its buffers without values
-    offsets = torch.arange(8) * config.codebook_size
-    fill_randomly(model, settings)
-    model.model.rotary_emb = rope.to(settings.device)
-    embedding = model.model.embed_audio_tokens
-    embedding.register_buffer("audio_tokens_offsets", offsets.to(settings.device), persistent=False)
+    model = transformers_model(settings.size, settings.device, settings.seed)
     lora = LoraConfig(
         r=settings.rank, lora_alpha=2 * settings.rank, lora_dropout=0.05, target_modules=MODES["comprehensive"]
     )
@@ -267,38 +239,6 @@ def padded_batch(group: list[Any], device: str) -> dict[str, Any]:
         "audio_labels": audio_labels,
     }
     return {name: torch.from_numpy(array).to(device) for name, array in named.items()}
-
-
-def model_config(settings: Settings) -> Any:
-    from train.model.config import ModelConfig
-
-    if settings.size == "full":
-        return ModelConfig(is_random=True)
-    if settings.size == "small":  # for the test of this file
-        return ModelConfig(64, 128, 2, 4, 2, 16, is_random=True)
-    return ModelConfig(512, 1408, 8, 8, 4, 64, is_random=True)
-
-
-def fill_randomly(model: Any, settings: Settings) -> None:
-    """Weights made where they are used: N(0, 0.02), norms 1."""
-    import torch
-
-    on_gpu = settings.device == "cuda"
-    model.to(torch.bfloat16 if on_gpu else torch.float32).to_empty(device=settings.device)
-    generator = torch.Generator(settings.device).manual_seed(settings.seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.fill_(1.0)
-            else:
-                parameter.normal_(0.0, 0.02, generator=generator)
-
-
-def synchronise(settings: Settings) -> None:
-    if settings.device == "cuda":
-        import torch
-
-        torch.cuda.synchronize()
 
 
 # --- telling --------------------------------------------------------------------------------------------------------
