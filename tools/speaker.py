@@ -1,7 +1,7 @@
 """A loaded voice model: model, codec and sequence builder together, for every tool that speaks.
 
-In: a merged folder, or a base model and an adapter. Out: a `Speaker`. The prompt is built by the same sequence builder as in
-training, with the settings that the merged folder (`higgs_voice.json`) or the adapter's checkpoint (`config.toml`)
+In: a merged or quantized folder, or a base model and an adapter. Out: a `Speaker`. The prompt is built by the same sequence
+builder as in training, with the settings that the merged folder (`higgs_voice.json`) or the adapter's checkpoint (`config.toml`)
 remembers. A merged folder is not spoken with a codec other than the one it was trained with.
 """
 
@@ -89,6 +89,7 @@ def load_speaker(
     from shards.sequence import SequenceBuilder
     from train.model.conditioning import decide_conditioning
     from train.model.lora import load_adapter
+    from train.model.quantized import refuse_quantized
     from train.model.weights import load_model
     from train.run_folder.identity import check_adapter, find_model_files
 
@@ -107,6 +108,7 @@ def load_speaker(
     conditioning = decide_conditioning(config.sequence, config.features, base)
     sequence = msgspec.structs.replace(config.sequence, conditioning=conditioning.name)
     if adapter:
+        refuse_quantized(base, "no adapter fits them")
         named = msgspec.structs.replace(config.model, base=str(model_dir))
         check_adapter(adapter, find_model_files(base, codec_dir, conditioning), named, config.features)
     # An adapter may hold the text head, which speaking does not need, so it must be there to take it.

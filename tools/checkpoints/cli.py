@@ -4,6 +4,7 @@
     validate PATH       whether a checkpoint is whole, fits its base and does something
     merge RUN OUT       base + adapter -> one model folder, in the native or the older layout
     convert MODEL OUT   a model or adapter folder of either layout -> the other
+    quantize MODEL OUT  a model folder with its decoder in 8 or 4 bits
 
 A merged folder loads in transformers' `HiggsAudioV2ForConditionalGeneration` (or boson's `HiggsAudioModel`) and in
 `speak`. `higgs_voice.json` in it says how prompts must be built and which codec its codes belong to, so that speech is
@@ -21,6 +22,7 @@ import click
 import msgspec
 
 from shards.terminal import explained, print_json, print_line
+from tools.checkpoints.quantize_command import quantize
 
 if TYPE_CHECKING:
     from tools.checkpoints.model_folder import Layout
@@ -37,7 +39,10 @@ LAYOUT = click.option(
 
 @click.group()
 def main() -> None:
-    """List, validate, merge and convert checkpoints."""
+    """List, validate, merge, quantize and convert checkpoints."""
+
+
+main.add_command(quantize)
 
 
 @main.command("list")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +30,7 @@ from train.model.conditioning import Conditioning
 from train.model.config import ModelConfig, boson_config, native_config, read_model_config
 from train.model.decoder import HiggsAudio
 from train.model.lora import PEFT_PREFIX, group_of
+from train.model.quantized import Quantization, refuse_quantized
 from train.model.weights import boson_name, load_model, native_name, stored_dtype
 
 Layout = Literal["native", "boson"]
@@ -63,6 +64,7 @@ def convert_model(folder: Path, out: Path, layout: Layout) -> int:
 
     Every tensor is checked by loading the model. Raises CheckpointError.
     """
+    refuse_quantized(folder, "they cannot be written in another layout")
     config = read_model_config(folder)
     model = load_model(folder, stored_dtype(folder), conditioning=own_conditioning(folder))
     known = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("audio_tokenizer_id")
@@ -104,8 +106,13 @@ def write_model_folder(
     codec: str | None = None,
     voice: Voice | None = None,
     proof: MergeProof | None = None,
+    quantization: Quantization | None = None,
+    reports: Mapping[str, Any] = {},
 ) -> None:
-    """`state` under native names. `codec` is written for vLLM-Omni, which reads `audio_tokenizer_id`."""
+    """`state` under native names. `codec` is written for vLLM-Omni, which reads `audio_tokenizer_id`.
+
+    `reports`: JSON files besides, by name.
+    """
     dtype = str(state["audio_lm_head.weight"].dtype).removeprefix("torch.")
     if layout == "boson":
         state = {boson_name(name): tensor for name, tensor in state.items()}
@@ -114,6 +121,8 @@ def write_model_folder(
         settings = {**native_config(config), "dtype": dtype}
     if codec:
         settings["audio_tokenizer_id"] = codec
+    if quantization:
+        settings["quantization_config"] = msgspec.to_builtins(quantization)
     with new_folder(out, sum(tensor.nbytes for tensor in state.values())) as partial:
         save_torch_state_dict(state, partial, max_shard_size="5GB")
         write_json(partial / "config.json", settings)
@@ -124,6 +133,8 @@ def write_model_folder(
                 shutil.copyfile(tokenizer_dir / name, partial / name)
         if proof:
             write_json(partial / PROOF_FILE, proof)
+        for name, report in reports.items():
+            write_json(partial / name, report)
         if voice:
             write_json(partial / VOICE_FILE, voice)
         elif (tokenizer_dir / VOICE_FILE).is_file():  # a merged model in another layout is still that voice

@@ -20,6 +20,7 @@ from train.model.conditioning import Conditioning
 from train.model.decoder import DecoderLayer, HiggsAudio
 from train.model.fsdp import apply_fsdp
 from train.model.lora import add_lora, lora_parameters, lora_start
+from train.model.quantized import refuse_quantized
 from train.model.weights import empty_model, load_model, load_sharded
 from train.world import World
 
@@ -32,6 +33,7 @@ def build_model(
     base_dir: Path, config: TrainConfig, conditioning: Conditioning, world: World
 ) -> tuple[HiggsAudio, LoraConfig]:
     """The model on this rank's device, ready for the optimizer. Raises PipelineError."""
+    refuse_quantized(base_dir, "they cannot be trained")
     section = config.train
     bf16 = section.precision == "bf16" or (section.precision == "auto" and world.device.type == "cuda")
     dtype = torch.bfloat16 if bf16 else torch.float32

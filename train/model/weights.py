@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from shards.encoders.whisper_tower import encoder_tensors
@@ -23,6 +23,7 @@ from shards.errors import CheckpointError
 from train.model.conditioning import CODES, Conditioning
 from train.model.config import read_model_config
 from train.model.decoder import HiggsAudio
+from train.model.quantized import put_quantized, read_quantization
 
 # boson name -> native name; everything under layers. keeps its own (transformers convert_higgs_audio_v2_to_hf.py, and
 # checked on random weights: 47 of 47 tensors at three layers).
@@ -69,14 +70,19 @@ def load_model(
     """The model with the folder's weights. `text_head=False` leaves the head out: generation does not need it.
 
     With Whisper conditioning the tower comes from `conditioning.tower_dir`, and a projection that the folder does not
-    hold is zero. Raises CheckpointError naming every tensor that does not fit.
+    hold is zero. Quantized layers keep their bits. Raises CheckpointError naming every tensor that does not fit.
     """
     model = empty_model(folder, conditioning)
+    if quantization := read_quantization(folder):
+        put_quantized(model, quantization, folder)
     if not text_head:
         del model.text_lm_head
-    expected = {name: parameter.shape for name, parameter in model.named_parameters()}
-    tensors = checked_tensors(folder, expected, conditioning, text_head)
-    state = {name: tensor.to(device=device, dtype=dtype) for name, tensor in tensors}
+    own = model.state_dict(keep_vars=True)
+    tensors = checked_tensors(folder, {name: tensor.shape for name, tensor in own.items()}, conditioning, text_head)
+    state = {
+        name: tensor.to(device=device, dtype=dtype if isinstance(own[name], nn.Parameter) else None)
+        for name, tensor in tensors
+    }
     model.load_state_dict(state, assign=True)
     return model
 
@@ -195,5 +201,5 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """The dtype the folder's weights are stored in."""
-    return next(tensor.dtype for _, tensor in read_tensors(folder))
+    """The dtype the folder's weights are stored in; of a quantized model, of those that are whole."""
+    return next(tensor.dtype for name, tensor in read_tensors(folder) if name.endswith(".weight"))
