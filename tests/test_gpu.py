@@ -120,6 +120,27 @@ def test_greedy_speech_is_the_same_on_both(model_dir, tokenizer, make_sample):
     np.testing.assert_array_equal(here, there)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cuda_graphs_say_what_plain_blocks_say(model_dir, tokenizer, make_sample, dtype):
+    from train.model.generation.block_graph import record_cuda
+    from train.model.generation.engine import Engine
+    from train.model.generation.request import GREEDY, Request, Sampling
+
+    model = load_model(model_dir, dtype, DEVICE)
+    builder = SequenceBuilder(tokenizer, SequenceSection())
+    samplings = [GREEDY, Sampling(seed=1), Sampling(seed=2, top_k=0), GREEDY, Sampling(seed=4)]
+    said = []
+    for record in (None, record_cuda):
+        engine = Engine(model, 2, record=record)
+        sizes = [(builder.prompt(make_sample(3 + n)), 40 + 200 * (n == 3), one) for n, one in enumerate(samplings)]
+        requests = [engine.submit(Request(*size)) for size in sizes]
+        for _ in engine.run():
+            pass
+        said.append([request.speech().codes for request in requests])
+    for plain, recorded in zip(*said, strict=True):
+        np.testing.assert_array_equal(plain, recorded)
+
+
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory, make_dataset, make_sample) -> Path:
     samples = [make_sample(seed, 10 + seed % 9, 12 + seed % 11) for seed in range(48)]

@@ -366,3 +366,8 @@ def test_memory_stays_flat_over_hundreds_of_requests(voice, repository):
     speak([made(i, clips[i // 16 % len(clips)] if i % 16 == 0 else first) for i in range(300)])
     assert len(voice._references) == KEPT_REFERENCES
     assert resident_mb() - before < 30
+
+
+def test_cuda_graphs_are_refused_on_a_cpu(voice: HiggsAudioInference):
+    with pytest.raises(ConfigError, match="cuda_graphs: expected a model on a GPU, got one on cpu"):
+        HiggsAudioInference.of(voice.speaker, cuda_graphs=True)

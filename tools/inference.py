@@ -35,6 +35,7 @@ from tools.reference import Reference, read_recordings
 from tools.speaker import SpeakConfig, Speaker, load_speaker
 from tools.speech_request import GeneratedSpeech, SpeechPart, SpeechRequest, StopReason
 from tools.utterance import Utterance
+from train.model.generation.block_graph import record_cuda
 from train.model.generation.engine import Engine
 
 __all__ = ["GeneratedSpeech", "HiggsAudioInference", "SpeechPart", "SpeechRequest", "StopReason"]
@@ -71,13 +72,14 @@ class HiggsAudioInference:
         codec: str | Path | None = None,
         config: str | Path | None = None,
         num_slots: int = 1,
+        cuda_graphs: bool = False,
     ) -> None:
         """Load `model_path`: a merged folder, a base model's folder or hub id. Raises PipelineError.
 
         device: "auto" takes CUDA where there is one; "cuda", "cuda:1", "cpu". torch_dtype: "auto" is bfloat16 on CUDA, float32
         on a CPU. adapter: a checkpoint's adapter folder, when model_path is a base. codec: its folder or hub id; else the one
         of `config`, else the one that the model remembers. config: a pipeline.toml; else ./pipeline.toml where it exists.
-        num_slots: requests spoken at once.
+        num_slots: requests spoken at once. cuda_graphs: on a GPU, replay blocks of columns as CUDA graphs; the same codes.
         """
         if not isinstance(num_slots, int) or num_slots < 1:
             raise ConfigError(f"num_slots = {num_slots!r}: expected a whole number, 1 or more")
@@ -87,18 +89,23 @@ class HiggsAudioInference:
             settings = msgspec.structs.replace(settings, model=model)
         path = None if adapter is None else Path(adapter)
         speaker = load_speaker(Path(model_path), path, settings, known_device(device), known_dtype(torch_dtype))
-        self._take(speaker, num_slots)
+        self._take(speaker, num_slots, cuda_graphs)
 
     @classmethod
-    def of(cls, speaker: Speaker, num_slots: int = 1) -> HiggsAudioInference:
+    def of(cls, speaker: Speaker, num_slots: int = 1, cuda_graphs: bool = False) -> HiggsAudioInference:
         """Of a model that is loaded already."""
         made = cls.__new__(cls)
-        made._take(speaker, num_slots)
+        made._take(speaker, num_slots, cuda_graphs)
         return made
 
-    def _take(self, speaker: Speaker, num_slots: int) -> None:
+    def _take(self, speaker: Speaker, num_slots: int, cuda_graphs: bool) -> None:
+        where = speaker.model.audio_lm_head.weight.device
+        if cuda_graphs and where.type != "cuda":
+            raise ConfigError(
+                f"cuda_graphs: expected a model on a GPU, got one on {where}; leave it out, or name a CUDA device"
+            )
         self.speaker = speaker
-        self.engine = Engine(speaker.model, num_slots)
+        self.engine = Engine(speaker.model, num_slots, record=record_cuda if cuda_graphs else None)
         self.sample_rate = SAMPLE_RATE
         self._lock = threading.RLock()
         self._turnstile = threading.Lock()

@@ -56,6 +56,7 @@ MAX_TEXT_BYTES = 16 << 20
 @click.option("--part-chars", default=250, help="A longer text is split at its sentences.")
 @click.option("--slots", default=4, help="Texts spoken at once, when there are several.")
 @click.option("--device", default="auto", type=click.Choice(["auto", "cpu", "cuda"]))
+@click.option("--cuda-graphs", is_flag=True, help="On a GPU: replay blocks of columns as CUDA graphs; the same codes.")
 @click.option("--codes", "codes_path", type=FileToWrite(), help="Also write the codes [8, T] as .npy.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was made as JSON on stdout, one line a file.")
 def main(model: Path, config_path: Path | None, overrides: tuple[str, ...], **given: Any) -> None:
@@ -176,7 +177,7 @@ def load(model: Path, config: SpeakConfig, given: dict[str, Any], num_texts: int
     from tools.speaker import load_speaker
 
     speaker = load_speaker(model, given["adapter"], config, known_device(given["device"]))
-    return HiggsAudioInference.of(speaker, min(given["slots"], num_texts))
+    return HiggsAudioInference.of(speaker, min(given["slots"], num_texts), given["cuda_graphs"])
 
 
 def speak(voice: HiggsAudioInference, requests: list[SpeechRequest], given: dict[str, Any]) -> None:

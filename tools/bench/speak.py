@@ -24,6 +24,7 @@ from shards.terminal import print_json, print_line, print_table
 from tools.bench.sides import fill_randomly, model_config, run_side, synchronise, transformers_model
 
 THEIRS = "transformers, greedy"
+GRAPHS = "CUDA graphs"
 GREEDY_SIDES = ("ours, greedy", THEIRS)
 PROMPT = (60, 200, 40)  # text, reference and text rows before the target: about 300 positions
 READ_BYTES = {"cpu": 1 << 28, "cuda": 1 << 31}  # of the tensor that is read to measure the reading rate
@@ -42,8 +43,9 @@ class Settings:
     seed: int = 0
 
 
-def sides_of(num_slots: int) -> tuple[str, ...]:
-    return (*GREEDY_SIDES, "ours, sampled", f"ours, sampled, {num_slots} streams")
+def sides_of(num_slots: int, device: str) -> tuple[str, ...]:
+    sides = (*GREEDY_SIDES, "ours, sampled", f"ours, sampled, {num_slots} streams")
+    return sides if device == "cpu" else (*sides, *(f"{side}, {GRAPHS}" for side in sides if side != THEIRS))
 
 
 def bench(sizes: list[str], settings: Settings, out: Path) -> dict[str, Any]:
@@ -65,7 +67,7 @@ def bench(sizes: list[str], settings: Settings, out: Path) -> dict[str, Any]:
 
 
 def measure_size(settings: Settings) -> dict[str, Any]:
-    rounds: dict[str, list[dict[str, Any]]] = {side: [] for side in sides_of(settings.num_slots)}
+    rounds: dict[str, list[dict[str, Any]]] = {side: [] for side in sides_of(settings.num_slots, settings.device)}
     for number in range(settings.rounds):
         for side, results in rounds.items():
             print_line(f"{settings.size}, round {number + 1} of {settings.rounds}: {side}")
@@ -121,13 +123,14 @@ def prepare(side: str, settings: Settings, model: Any, prompt: Any) -> tuple[Cal
     if side == THEIRS:
         return prepare_theirs(settings, model, prompt), 1
     from train.model.generate import GREEDY, Sampling
+    from train.model.generation.block_graph import record_cuda
     from train.model.generation.engine import Engine
     from train.model.generation.request import Request
 
-    num_streams = settings.num_slots if side.endswith("streams") else 1
+    num_streams = settings.num_slots if "streams" in side else 1
     books = model.config.num_codebooks
-    samplings = [GREEDY if side == GREEDY_SIDES[0] else Sampling(seed=seed) for seed in range(num_streams)]
-    engine = Engine(model, num_streams)
+    samplings = [GREEDY if "greedy" in side else Sampling(seed=seed) for seed in range(num_streams)]
+    engine = Engine(model, num_streams, record=record_cuda if GRAPHS in side else None)
 
     def ours(num_columns: int) -> np.ndarray:
         requests = [engine.submit(Request(prompt, num_columns - books, sampling)) for sampling in samplings]

@@ -16,23 +16,32 @@ from torch import Tensor
 
 from train.model.batch import pack
 from train.model.decoder import HiggsAudio
-from train.model.generation.audio_path import open_path
+from train.model.generation.audio_path import AudioPath, open_path
+from train.model.generation.block_graph import BlockGraph, Record
 from train.model.generation.key_value_cache import KeyValueCache
 from train.model.generation.request import Request
-from train.model.generation.slots import COLUMNS_PER_BLOCK, Slots
+from train.model.generation.slots import COLUMNS_PER_BLOCK, Slots, State
 from train.world import ALONE, World
 
 
 class Engine:
-    """A model, a cache, and `num_slots` slots. With more than one rank, every rank must make the same calls."""
+    """A model, a cache, and `num_slots` slots. With more than one rank, every rank must make the same calls.
 
-    def __init__(self, model: HiggsAudio, num_slots: int = 1, world: World = ALONE) -> None:
+    `record`: `record_cuda` to replay blocks as CUDA graphs, on one GPU; codes are the same.
+    """
+
+    def __init__(
+        self, model: HiggsAudio, num_slots: int = 1, world: World = ALONE, record: Record | None = None
+    ) -> None:
         config, weight = model.config, model.audio_lm_head.weight
         self._model = model
         self._path = open_path(model)
         self._cache = KeyValueCache(config, num_slots, weight.dtype, weight.device)
         self._slots = Slots(num_slots, config.num_codebooks, config.codebook_vocab, weight.device)
         self._agree = world.first if world.size > 1 else None
+        if record is not None and (world.size > 1 or not isinstance(self._path, AudioPath)):
+            raise ValueError("blocks are recorded for a whole model on one device: a sharded one is run as it is")
+        self._recorded = BlockGraph(self._slots, self._path, self._cache, record) if record is not None else None
         self._requests: list[Request | None] = [None] * num_slots
         self._generators: list[torch.Generator | None] = [None] * num_slots
         self._lengths = [0] * num_slots  # positions of each slot that are in the cache
@@ -65,13 +74,10 @@ class Engine:
         if not spoken:
             return []
         most = max(request.num_columns_left for request in spoken)
-        number = COLUMNS_PER_BLOCK if self._device.type == "cuda" else min(COLUMNS_PER_BLOCK, most)
+        whole = self._device.type == "cuda" or self._recorded is not None
+        number = COLUMNS_PER_BLOCK if whole else min(COLUMNS_PER_BLOCK, most)
         self._cache.reserve(max(self._lengths) + number)  # for those at their limit that run on beside others
-        longest = max(self._lengths)
-        ends = [longest + step + 1 for step in range(number)]
-        columns, self._slots.state = self._slots.block(
-            self._path, self._cache, self._slots.state, self._noise(number), ends, self._agree
-        )
+        columns, self._slots.state = self._block(number)
         said = columns.cpu().numpy()  # the one look
         for slot, request in enumerate(self._requests):
             if request is not None:
@@ -79,6 +85,15 @@ class Engine:
                 request.append(said[:, slot])
         self._release()
         return spoken
+
+    def _block(self, number: int) -> tuple[Tensor, State]:
+        """columns [n, B, K] and the state after them."""
+        noise = self._noise(number)
+        if self._recorded is not None:
+            return self._recorded(self._slots.state, noise)
+        longest = max(self._lengths)
+        ends = [longest + step + 1 for step in range(number)]
+        return self._slots.block(self._path, self._cache, self._slots.state, noise, ends, self._agree)
 
     def run(self) -> Iterator[Request]:
         """Every request as it is done, until none is left."""
