@@ -4,6 +4,7 @@
     validate PATH       whether a checkpoint is whole, fits its base and does something
     merge RUN OUT       base + adapter -> one model folder, in the native or the older layout
     convert MODEL OUT   a model or adapter folder of either layout -> the other
+    card RUN OUT.md     the model card
     quantize MODEL OUT  a model folder with its decoder in 8 or 4 bits
 
 A merged folder loads in transformers' `HiggsAudioV2ForConditionalGeneration` (or boson's `HiggsAudioModel`) and in
@@ -22,6 +23,7 @@ import click
 import msgspec
 
 from shards.terminal import explained, print_json, print_line
+from tools.checkpoints.card_command import card
 from tools.checkpoints.quantize_command import quantize
 
 if TYPE_CHECKING:
@@ -43,6 +45,7 @@ def main() -> None:
 
 
 main.add_command(quantize)
+main.add_command(card)
 
 
 @main.command("list")

@@ -120,9 +120,25 @@ def merge_checkpoint(
     )
     trained = dataclasses.replace(model.config, is_random=False)
     write_model_folder(
-        out, state, trained, layout, tokenizer_dir=base_dir, codec=config.model.codec, voice=voice, proof=proof
+        out,
+        state,
+        trained,
+        layout,
+        tokenizer_dir=base_dir,
+        codec=config.model.codec,
+        voice=voice,
+        proof=proof,
+        texts=card_files(folder),
     )
     return proof
+
+
+def card_files(checkpoint: Path) -> dict[str, str]:
+    """README.md of the merged folder, as the hub wants it, and its picture."""
+    from tools.checkpoints.card import card, gather
+
+    facts = gather(checkpoint, "merged")
+    return {"README.md": card(facts), **({"curves.svg": facts.curves} if facts.curves else {})}
 
 
 def choose_checkpoint(run: Path, which: str = AUTO) -> tuple[Path, str]:

@@ -24,7 +24,7 @@ from preprocess.text import Normalizer
 from shards.config import SequenceSection
 from shards.errors import CheckpointError
 from shards.terminal import system_fault
-from shards.writer import sync_folder, write_json
+from shards.writer import sync_folder, write_bytes, write_json
 from tools.checkpoints.merge_proof import MergeProof, Rounding
 from train.model.conditioning import Conditioning
 from train.model.config import ModelConfig, boson_config, native_config, read_model_config
@@ -108,10 +108,11 @@ def write_model_folder(
     proof: MergeProof | None = None,
     quantization: Quantization | None = None,
     reports: Mapping[str, Any] = {},
+    texts: Mapping[str, str] = {},
 ) -> None:
     """`state` under native names. `codec` is written for vLLM-Omni, which reads `audio_tokenizer_id`.
 
-    `reports`: JSON files besides, by name.
+    `reports`: JSON files besides, by name. `texts`: other files.
     """
     dtype = str(state["audio_lm_head.weight"].dtype).removeprefix("torch.")
     if layout == "boson":
@@ -135,6 +136,8 @@ def write_model_folder(
             write_json(partial / PROOF_FILE, proof)
         for name, report in reports.items():
             write_json(partial / name, report)
+        for name, text in texts.items():
+            write_bytes(partial / name, text.encode())
         if voice:
             write_json(partial / VOICE_FILE, voice)
         elif (tokenizer_dir / VOICE_FILE).is_file():  # a merged model in another layout is still that voice
