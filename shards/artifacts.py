@@ -15,6 +15,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from shards.errors import CheckpointError, ConfigError
+from shards.printable import first_line
 
 # Whisper large-v3's features (openai/whisper-large-v3 preprocessor_config.json): 128 mels, 16 kHz, 25 ms windows, 10 ms
 # hop, 30 s. The model wants exactly these whatever the checkpoint folder holds, so they are constants, not a download.
@@ -22,6 +23,7 @@ WHISPER_FEATURES = {"feature_size": 128, "sampling_rate": 16000, "hop_length": 1
 # Other formats of the same weights in hub repositories: Whisper large-v3 alone has 20 GB of them.
 NOT_NEEDED = ("*.msgpack", "*.h5", "*.onnx*", "*.fp32*", "pytorch_model*")
 SAMPLED_BYTES = 4096  # of a tensor
+MAX_HEADER_BYTES = 100 << 20  # what the safetensors library reads at most
 RESAMPLER = "soxr HQ"  # how stage one brings audio to 24 and 16 kHz
 MEL_FORMAT = "float16, ceil(n/160)+2 frames, floor, zstd"
 
@@ -50,7 +52,10 @@ def load_tokenizer(model_dir: Path) -> Tokenizer:
     path = model_dir / "tokenizer.json"
     if not path.is_file():
         raise ConfigError(f"{path}: no such file; model.base must be a Higgs Audio v2 folder with its tokenizer")
-    return Tokenizer.from_file(str(path))
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library has no other kind for a file that is none
+        raise CheckpointError(f"{path}: not a tokenizer: {first_line(error)}; download it again") from None
 
 
 def tokenizer_fingerprint(model_dir: Path) -> str:
@@ -82,14 +87,31 @@ def weights_fingerprint(model_dir: Path) -> str:
     for path in sorted(model_dir.glob("*.safetensors")):
         with path.open("rb") as file:
             try:
-                header = file.read(int.from_bytes(file.read(8), "little"))  # the format's own layout
-                begins = [facts["data_offsets"][0] for name, facts in json.loads(header).items() if name[:2] != "__"]
-            except (ValueError, LookupError, AttributeError, TypeError, MemoryError, OverflowError) as error:
-                raise CheckpointError(f"{path}: not a safetensors file: {error}; download it again") from None
-            digest.update(path.name.encode() + b"\0" + header)
-            for begin in sorted(begins):
-                file.seek(8 + len(header) + begin)
-                digest.update(file.read(SAMPLED_BYTES))
+                size = int.from_bytes(file.read(8), "little")  # the format's own layout
+                header = file.read(min(size, MAX_HEADER_BYTES))
+                offsets = [facts["data_offsets"] for name, facts in json.loads(header).items() if name[:2] != "__"]
+                digest.update(path.name.encode() + b"\0" + header)
+                num_bytes = max((end for _, end in offsets), default=0)
+                for begin in sorted(begin for begin, _ in offsets):
+                    file.seek(8 + len(header) + begin)
+                    digest.update(file.read(SAMPLED_BYTES))
+                found = path.stat().st_size - 8 - len(header)
+            except (
+                ValueError,
+                LookupError,
+                AttributeError,
+                TypeError,
+                OverflowError,
+                RecursionError,
+                OSError,
+            ) as error:
+                raise CheckpointError(
+                    f"{path}: not a safetensors file: {first_line(error)}; download it again"
+                ) from None
+            if found != num_bytes:
+                raise CheckpointError(
+                    f"{path}: has {found} bytes of weights, its header says {num_bytes}: cut off; download it again"
+                )
     return digest.hexdigest()
 
 

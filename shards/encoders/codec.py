@@ -12,7 +12,6 @@ blocks. Equal weights give equal codes in both (tests/test_boson_codec.py).
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,8 @@ import numpy as np
 
 from shards.encoders.codec_names import native_name, native_state
 from shards.errors import CheckpointError
+from shards.json_file import read_json_object
+from shards.printable import first_line
 from shards.sequence import FRAMES_PER_SECOND, SAMPLE_RATE
 
 if TYPE_CHECKING:
@@ -68,19 +69,36 @@ def load_codec(folder: Path, device: str = "cpu") -> Codec:
     """Load a codec folder of either layout, strictly. Raises CheckpointError."""
     layout, config = codec_layout(folder)
     if layout == "native":
-        from safetensors.torch import load_file
+        from shards.encoders.tensor_files import load_tensors
 
-        state = load_file(folder / "model.safetensors")
+        state = load_tensors(folder / "model.safetensors")
     else:
-        import torch
-
-        state = native_state(torch.load(folder / "model.pth", map_location="cpu", weights_only=True))
+        state = native_state(_pickled_tensors(folder / "model.pth"))
     try:
         model = codec_model(config if layout == "native" else native_config(config))
+    except CheckpointError:
+        raise
     except KeyError as error:
         raise CheckpointError(f"{folder}/config.json: lacks {error}, which a {layout} codec's config has") from None
+    except Exception as error:  # of a class that is not ours, about settings of any kind
+        raise CheckpointError(
+            f"{folder}/config.json: no codec can be built from it: {first_line(error)}; download it again"
+        ) from None
     fill(model, state, folder)
     return Codec(model, device)
+
+
+def _pickled_tensors(path: Path) -> dict[str, Tensor]:
+    """boson's model.pth, without running what it holds. Raises CheckpointError."""
+    import torch
+
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch has many kinds for a file that is none
+        raise CheckpointError(f"{path}: not readable: {first_line(error)}; download it again") from None
+    if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+        raise CheckpointError(f"{path}: holds no tensors by name, which a boson codec's has")
+    return state
 
 
 def write_wave(path: Path, wave: np.ndarray) -> None:
@@ -98,10 +116,7 @@ def write_wave(path: Path, wave: np.ndarray) -> None:
 
 def codec_layout(folder: Path) -> tuple[str, dict[str, Any]]:
     """("native" or "boson", its config) of a codec folder, without loading weights. Raises CheckpointError."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{folder}/config.json: not readable as a codec's config: {error}") from None
+    config = read_json_object(folder / "config.json", "a codec's config")
     if "acoustic_model_config" in config and (folder / "model.safetensors").is_file():
         return "native", config
     if "n_q" in config and (folder / "model.pth").is_file():

@@ -10,7 +10,6 @@ Letters: C clips, m positions at 50 Hz of the longest, W rows at 25 Hz of one cl
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -20,11 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from shards.encoders.tensor_files import tensors_in
 from shards.errors import CheckpointError
+from shards.json_file import count_of, part_of, read_json_object
 from shards.mel import num_positions
 
 NUM_MELS = 128
 MAX_POSITIONS = 1500
+MAX_SIZE = 1 << 16  # large-v3 has 5120 at most
 # Sizes of a boson config.json that leaves them out: its class's defaults, Whisper large-v3.
 BOSON_SIZES = {
     "num_mel_bins": 128,
@@ -117,27 +119,25 @@ class _Attention(nn.Module):
 
 def read_whisper_sizes(folder: Path) -> WhisperSizes | None:
     """The tower's sizes from config.json of a Whisper checkpoint or of a Higgs Audio model; None when it has no tower."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{folder}: not a Whisper checkpoint: {error}") from None
+    path = folder / "config.json"
+    config = read_json_object(path, "the config of a Whisper checkpoint")
     if config.get("model_type") == "higgs_audio_v2":
-        config = config.get("audio_encoder_config")  # the native layout has none; ours adds it
-        if config is None:
+        if config.get("audio_encoder_config") is None:  # the native layout has none; ours adds it
             return None
+        config = part_of(config, "audio_encoder_config", path)
     elif config.get("model_type") == "higgs_audio":
         if config.get("skip_audio_tower", False):  # it may describe a tower that the checkpoint does not have
             return None
-        config = {**BOSON_SIZES, **(config.get("audio_encoder_config") or {})}
-    try:
-        sizes = [config[key] for key in ("d_model", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim")]
-    except KeyError as error:
-        raise CheckpointError(f"{folder}: not a Whisper checkpoint: config.json has no {error}") from None
+        config = {**BOSON_SIZES, **part_of(config, "audio_encoder_config", path)}
+    keys = ("d_model", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim")
+    sizes = WhisperSizes(*(count_of(config, key, path, most=MAX_SIZE) for key in keys))
+    if sizes.width % sizes.num_heads:
+        raise CheckpointError(f"{path}: d_model {sizes.width} is no multiple of {sizes.num_heads} heads")
     if config.get("num_mel_bins") != NUM_MELS:
         raise CheckpointError(
             f"{folder}: {config.get('num_mel_bins')} mels, Higgs Audio needs {NUM_MELS} (Whisper large-v3)"
         )
-    return WhisperSizes(*sizes)
+    return sizes
 
 
 def load_whisper_tower(folder: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> WhisperTower:
@@ -151,6 +151,11 @@ def load_whisper_tower(folder: Path, dtype: torch.dtype = torch.float32, device:
     expected = tower.state_dict()
     problems = [f"missing {name}" for name in expected.keys() - state.keys()]
     problems += [f"unexpected {name}" for name in state.keys() - expected.keys()]
+    problems += [
+        f"{name} is {list(state[name].shape)}, config.json says {list(expected[name].shape)}"
+        for name in expected.keys() & state.keys()
+        if state[name].shape != expected[name].shape
+    ]
     if problems:
         raise CheckpointError(f"{folder}: the encoder does not fit: {'; '.join(sorted(problems)[:6])}")
     tower.load_state_dict(state, assign=True)
@@ -159,11 +164,8 @@ def load_whisper_tower(folder: Path, dtype: torch.dtype = torch.float32, device:
 
 def encoder_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """(name without prefix, tensor) of every tower tensor in the folder's safetensors files."""
-    from safetensors import safe_open
-
     for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - safe_open is not a dict
-                for prefix in PREFIXES:
-                    if name.startswith(prefix):
-                        yield name.removeprefix(prefix), file.get_tensor(name)
+        for name, tensor in tensors_in(path):
+            for prefix in PREFIXES:
+                if name.startswith(prefix):
+                    yield name.removeprefix(prefix), tensor

@@ -7,7 +7,6 @@ layouts; the native class has no place for it, so `HiggsAudioV2ForConditionalGen
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,7 +21,9 @@ from torch import Tensor
 
 from preprocess.text import Normalizer
 from shards.config import SequenceSection
+from shards.encoders.tensor_files import load_tensors
 from shards.errors import CheckpointError
+from shards.json_file import read_json_object
 from shards.terminal import system_fault
 from shards.writer import sync_folder, write_bytes, write_json
 from tools.checkpoints.merge_proof import MergeProof, Rounding
@@ -67,7 +68,7 @@ def convert_model(folder: Path, out: Path, layout: Layout) -> int:
     refuse_quantized(folder, "they cannot be written in another layout")
     config = read_model_config(folder)
     model = load_model(folder, stored_dtype(folder), conditioning=own_conditioning(folder))
-    known = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("audio_tokenizer_id")
+    known = read_json_object(folder / "config.json", "a model's config").get("audio_tokenizer_id")
     state = {name: parameter.detach() for name, parameter in model.named_parameters()}
     write_model_folder(out, state, config, layout, tokenizer_dir=folder, codec=known)
     return len(state)
@@ -78,10 +79,10 @@ def convert_adapter(folder: Path, out: Path, layout: Layout) -> int:
 
     `target_modules` are suffixes that fit both layouts, so only tensors are renamed.
     """
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
     rename = boson_name if layout == "boson" else native_name
-    tensors = load_file(folder / "adapter_model.safetensors")
+    tensors = load_tensors(folder / "adapter_model.safetensors")
     renamed = {PEFT_PREFIX + rename(name.removeprefix(PEFT_PREFIX)): tensor for name, tensor in tensors.items()}
     with new_folder(out, sum(tensor.nbytes for tensor in tensors.values())) as partial:
         save_file(renamed, partial / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -14,12 +14,11 @@ from pathlib import Path
 
 import msgspec
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from shards.artifacts import resolve
 from shards.config import read_config
+from shards.encoders.tensor_files import load_tensors
 from shards.errors import PipelineError
 from tools.checkpoints.merge import CheckpointConfig, require_config
 from train.model.conditioning import Conditioning, decide_conditioning
@@ -66,7 +65,7 @@ def _run(name: str, check: Callable[[], str]) -> Finding:
         return Finding(name, True, check())
     except Failed as fault:
         return Finding(name, False, str(fault))
-    except (PipelineError, OSError, SafetensorError) as error:
+    except (PipelineError, OSError) as error:
         return Finding(name, False, f"not checked: {str(error).splitlines()[0]}")
 
 
@@ -178,7 +177,7 @@ class _Checkpoint:
 
     def _load(self, name: str) -> dict[str, Tensor]:
         if name not in self._files:
-            self._files[name] = load_file(self._folder / name)
+            self._files[name] = load_tensors(self._folder / name)
         return self._files[name]
 
 

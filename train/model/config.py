@@ -6,15 +6,17 @@ transformers class ignores it, and says so about the weights.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from shards.encoders.whisper_tower import NUM_MELS, WhisperSizes, read_whisper_sizes
 from shards.errors import CheckpointError
+from shards.json_file import count_of, number_of, part_of, read_json_object
 
 ROPE_TYPES = ("llama3", "linear", "default")
+MAX_LAYERS = 1000
+MAX_HEADS = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,7 @@ class ModelConfig:
 def read_model_config(folder: Path) -> ModelConfig:
     """Sizes from config.json. Raises CheckpointError when it is not a Higgs Audio v2 model."""
     path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path}: not readable as a model's config: {error}") from None
+    config = read_json_object(path, "a model's config")
     kind = config.get("model_type")
     if kind == "higgs_audio_v2":
         return _from_native(config, path, read_whisper_sizes(folder))
@@ -155,49 +154,61 @@ def _encoder_config(sizes: WhisperSizes) -> dict[str, Any]:
 
 
 def _from_native(config: dict[str, Any], path: Path, whisper: WhisperSizes | None) -> ModelConfig:
-    rope = config.get("rope_parameters") or {}
+    rope = part_of(config, "rope_parameters", path)
     return ModelConfig(
-        num_codebooks=config.get("num_codebooks", 8),
-        codebook_vocab=config["codebook_size"],
+        num_codebooks=count_of(config, "num_codebooks", path, 8),
+        codebook_vocab=count_of(config, "codebook_size", path),
         whisper=whisper,
-        is_random=config.get("random_weights", False),
+        is_random=config.get("random_weights") is True,
         **_llama_sizes(config, rope, path),
     )
 
 
 def _from_boson(config: dict[str, Any], path: Path, whisper: WhisperSizes | None) -> ModelConfig:
-    text = config["text_config"]
-    layers = list(range(text["num_hidden_layers"]))
+    text = part_of(config, "text_config", path, is_needed=True)
+    layers = list(range(count_of(text, "num_hidden_layers", path, most=MAX_LAYERS)))
     if config.get("audio_dual_ffn_layers", layers) != layers:
         raise CheckpointError(f"{path}: audio_dual_ffn_layers must name every layer, as in the released model")
-    rope = {"rope_type": "default", "rope_theta": text.get("rope_theta", 500000.0), **(text.get("rope_scaling") or {})}
+    scaling = part_of(text, "rope_scaling", path)
+    rope = {"rope_type": "default", "rope_theta": text.get("rope_theta", 500000.0), **scaling}
     return ModelConfig(
-        num_codebooks=config["audio_num_codebooks"],
-        codebook_vocab=config["audio_codebook_size"] + 2,
+        num_codebooks=count_of(config, "audio_num_codebooks", path),
+        codebook_vocab=count_of(config, "audio_codebook_size", path) + 2,
         whisper=whisper,
-        is_random=config.get("random_weights", False),
+        is_random=config.get("random_weights") is True,
         **_llama_sizes(text, rope, path),
     )
 
 
 def _llama_sizes(config: dict[str, Any], rope: dict[str, Any], path: Path) -> dict[str, Any]:
-    heads = config["num_attention_heads"]
+    """Raises CheckpointError for sizes that no model has, or that do not fit each other."""
     rope_type = rope.get("type") or rope.get("rope_type", "llama3")  # "type": an older spelling of transformers
     if rope_type not in ROPE_TYPES:
         raise CheckpointError(f"{path}: rope_type {rope_type!r} is not known; expected one of {', '.join(ROPE_TYPES)}")
+    heads = count_of(config, "num_attention_heads", path, most=MAX_HEADS)
+    shared = count_of(config, "num_key_value_heads", path, heads, most=MAX_HEADS)
+    hidden = count_of(config, "hidden_size", path)
+    head_dim = count_of(config, "head_dim", path, max(1, hidden // heads))
+    if heads % shared or head_dim % 2:
+        raise CheckpointError(
+            f"{path}: {heads} heads of {head_dim}, {shared} for keys; expected an even width, and a multiple of the keys'"
+        )
+    slow, fast = (number_of(rope, f"{end}_freq_factor", path, at) for end, at in (("low", 0.125), ("high", 0.5)))
+    if rope_type == "llama3" and slow >= fast:
+        raise CheckpointError(f"{path}: low_freq_factor {slow} must be below high_freq_factor {fast}")
     return {
-        "hidden_size": config["hidden_size"],
-        "intermediate_size": config["intermediate_size"],
-        "num_layers": config["num_hidden_layers"],
+        "hidden_size": hidden,
+        "intermediate_size": count_of(config, "intermediate_size", path),
+        "num_layers": count_of(config, "num_hidden_layers", path, most=MAX_LAYERS),
         "num_heads": heads,
-        "num_key_value_heads": config.get("num_key_value_heads") or heads,
-        "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
-        "vocab_size": config["vocab_size"],
-        "rms_norm_eps": config.get("rms_norm_eps", 1e-5),
-        "rope_theta": rope.get("rope_theta", 500000.0),
-        "rope_factor": rope.get("factor", 32.0),
-        "rope_low_freq_factor": rope.get("low_freq_factor", 0.125),
-        "rope_high_freq_factor": rope.get("high_freq_factor", 0.5),
-        "rope_original_length": rope.get("original_max_position_embeddings", 1024),
+        "num_key_value_heads": shared,
+        "head_dim": head_dim,
+        "vocab_size": count_of(config, "vocab_size", path),
+        "rms_norm_eps": number_of(config, "rms_norm_eps", path, 1e-5),
+        "rope_theta": number_of(rope, "rope_theta", path, 500000.0),
+        "rope_factor": number_of(rope, "factor", path, 32.0),
+        "rope_low_freq_factor": slow,
+        "rope_high_freq_factor": fast,
+        "rope_original_length": number_of(rope, "original_max_position_embeddings", path, 1024),
         "rope_type": rope_type,
     }

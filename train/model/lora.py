@@ -22,11 +22,12 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import Linear
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from shards.encoders.tensor_files import load_tensors
 from shards.errors import CheckpointError, ConfigError
+from shards.printable import first_line
 from train.config import LoraSection
 from train.model.conditioning import CODES, Conditioning
 from train.model.decoder import HiggsAudio
@@ -191,20 +192,25 @@ def save_adapter(folder: Path, tensors: Mapping[str, Tensor], config: LoraConfig
     config.inference_mode = False
 
 
+Rank = Annotated[int, msgspec.Meta(ge=1, le=1 << 14)]
+# peft matches names of rank_pattern as regular expressions; a stranger's could match for ever, so they are names here.
+LayerName = Annotated[str, msgspec.Meta(pattern=r"^\^?[\w.]+\$?$")]
+
+
 class AdapterConfig(msgspec.Struct, frozen=True, kw_only=True):
     """What is taken from an adapter_config.json; peft knows more, some of which names modules to import."""
 
     peft_type: Literal["LORA"]
-    r: Annotated[int, msgspec.Meta(ge=1)]
+    r: Rank
     lora_alpha: int | float
     target_modules: list[str]
     exclude_modules: Literal[r"audio_tower\..*"] | list[str] | None = None  # a regular expression of ours only
-    lora_dropout: float = 0.0
+    lora_dropout: Annotated[float, msgspec.Meta(ge=0.0, lt=1.0)] = 0.0
     use_rslora: bool = False
     use_dora: bool = False
     modules_to_save: list[str] | None = None
-    rank_pattern: dict[str, int] | None = None
-    alpha_pattern: dict[str, int | float] | None = None
+    rank_pattern: dict[LayerName, Rank] | None = None
+    alpha_pattern: dict[LayerName, int | float] | None = None
     base_model_name_or_path: str | None = None
 
 
@@ -220,8 +226,8 @@ def read_adapter_config(path: Path) -> LoraConfig:
     try:
         found = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
         known = msgspec.convert(found, AdapterConfig)
-    except (OSError, msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: not the settings of a LoRA adapter: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not the settings of a LoRA adapter: {first_line(error)}") from None
     defaults = LoraConfig().to_dict()
     harmless = {*known.__struct_fields__, *WITHOUT_EFFECT}
     unknown = [
@@ -233,7 +239,10 @@ def read_adapter_config(path: Path) -> LoraConfig:
         raise CheckpointError(f"{path}: settings that are not loaded here: {'; '.join(unknown[:4])}")
     settings = {name: value for name, value in msgspec.structs.asdict(known).items() if value is not None}
     del settings["peft_type"]
-    return LoraConfig(**settings)
+    try:
+        return LoraConfig(**settings)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: not the settings of a LoRA adapter: {first_line(error)}") from None
 
 
 def load_adapter(model: nn.Module, folder: Path) -> LoraConfig:
@@ -244,17 +253,17 @@ def load_adapter(model: nn.Module, folder: Path) -> LoraConfig:
     known = read_adapter_config(folder / "adapter_config.json")
     whole = known.modules_to_save or []
     known.modules_to_save = None  # these are loaded into the model's own layer below, not wrapped
-    inject_adapter_in_model(known, model)
+    try:
+        inject_adapter_in_model(known, model)
+    except Exception as error:  # peft's kinds, about layers that are not there or of another kind
+        raise CheckpointError(f"{folder}: its settings do not fit the model: {first_line(error)}") from None
     known.modules_to_save = whole or None
     own = {
         file_name(name): parameter
         for name, parameter in model.named_parameters()
         if ".lora_" in name or name.rpartition(".")[0] in whole
     }
-    try:
-        saved = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: not a safetensors file: {str(error).splitlines()[0]}") from None
+    saved = load_tensors(path)
     problems = [f"missing {name}" for name in own.keys() - saved.keys()]
     problems += [f"unexpected {name}" for name in saved.keys() - own.keys()]
     problems += [

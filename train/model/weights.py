@@ -8,16 +8,15 @@ caller names. Tensors are read one by one and cast, so the peak is one model, no
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from shards.encoders.tensor_files import tensors_in, weight_files
 from shards.encoders.whisper_tower import encoder_tensors
 from shards.errors import CheckpointError
 from train.model.conditioning import CODES, Conditioning
@@ -168,36 +167,19 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """
     halves: dict[str, Tensor] = {}
     for path in weight_files(folder):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - safe_open is not a dict
-                match = PARTLY_FROZEN.match(name)
-                if match is None:
-                    yield native_name(name), file.get_tensor(name)
-                    continue
-                whole, half = match.groups()
-                halves[half + whole] = file.get_tensor(name)
-                if (
-                    len(both := [halves[kind + whole] for kind in ("frozen", "trainable") if kind + whole in halves])
-                    == 2
-                ):
-                    del halves["frozen" + whole], halves["trainable" + whole]
-                    yield native_name(f"{whole}.weight"), torch.cat(both)
+        for name, tensor in tensors_in(path):
+            match = PARTLY_FROZEN.match(name)
+            if match is None:
+                yield native_name(name), tensor
+                continue
+            whole, half = match.groups()
+            halves[half + whole] = tensor
+            both = [halves[kind + whole] for kind in ("frozen", "trainable") if kind + whole in halves]
+            if len(both) == 2:
+                del halves["frozen" + whole], halves["trainable" + whole]
+                yield native_name(f"{whole}.weight"), torch.cat(both)
     if halves:
         raise CheckpointError(f"{folder}: the other half is missing of {', '.join(sorted(halves))}")
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint folder."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        files = [folder / name for name in names]
-    else:
-        files = [folder / "model.safetensors"]
-    absent = [path.name for path in files if not path.is_file()]
-    if absent:
-        raise CheckpointError(f"{folder}: missing weight file {', '.join(absent)}; download the whole repository again")
-    return files
 
 
 def stored_dtype(folder: Path) -> torch.dtype:

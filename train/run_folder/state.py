@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -25,6 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from shards.encoders.tensor_files import load_tensors
 from shards.errors import CheckpointError
 from shards.writer import write_json
 from train.model.lora import lora_parameters
@@ -69,12 +69,7 @@ def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer)
     does not fit.
     """
     step = read_step(folder)
-    try:
-        saved = load_file(folder / TENSORS)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{folder}: not readable: {TENSORS}: {str(error).splitlines()[0]}; remove it to go on from an older one"
-        ) from None
+    saved = load_tensors(folder / TENSORS)
     settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     own: dict[str, Any] = get_model_state_dict(model, options=ONLY_TRAINABLE)
     state: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=ONLY_TRAINABLE)
