@@ -13,8 +13,9 @@ from shards.errors import PipelineError
 from train import loop
 from train import set_up as module
 from train.loop import RunOptions, train
-from train.signals import AT_ONCE, SAVING
+from train.signals import AT_ONCE, SAVING, StopSignal
 from train.step import train_step
+from train.world import ALONE
 
 
 def test_a_signal_writes_one_checkpoint_and_none_at_the_start(short_data, short_config, tmp_path, monkeypatch):
@@ -98,3 +99,26 @@ def test_a_signal_between_packs_ends_the_step_resume_redoes_it(short_data, short
     assert len(packs) == 1
     train(short_config(), short_data, tmp_path / "cut", RunOptions())
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("number", StopSignal.SIGNALS)
+def test_every_way_to_stop_a_run_is_asked_for_and_then_undone(number):
+    """A closed terminal (SIGHUP) included."""
+    before = {each: signal.getsignal(each) for each in StopSignal.SIGNALS}
+    with StopSignal() as signals:
+        assert not signals.asked(ALONE)
+        signal.raise_signal(number)
+        assert signals.asked(ALONE)
+    assert before == {each: signal.getsignal(each) for each in StopSignal.SIGNALS}
+
+
+@pytest.mark.parametrize("number", StopSignal.SIGNALS)
+def test_a_signal_that_is_ignored_does_not_stop_a_run(number):
+    """nohup ignores SIGHUP, a shell's background SIGINT."""
+    old = signal.signal(number, signal.SIG_IGN)
+    try:
+        with StopSignal() as signals:
+            signal.raise_signal(number)
+            assert not signals.asked(ALONE)
+    finally:
+        signal.signal(number, old)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -19,6 +20,8 @@ from shards.errors import ConfigError, PipelineError
 
 STOPPED = 143  # 128 + SIGTERM, as shells report a process ended by it
 WELL_ENDED = "HIGGS_VOICE_WELL_ENDED"  # names a file that the first rank makes
+# What the launcher passes on to the ranks, who save.
+PASSED_ON = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1")
 
 
 def is_worker() -> bool:
@@ -101,7 +104,10 @@ def launch(num_workers: int, arguments: list[str]) -> None:
         rdzv_endpoint="localhost:0",
         max_restarts=0,
         # Slurm's --signal=USR1 reaches the launcher too, and would end it; so it is passed on to the ranks, who save.
-        signals_to_handle="SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+        # torch takes SIGHUP over even where nohup has it ignored.
+        signals_to_handle=",".join(
+            name for name in PASSED_ON if signal.getsignal(signal.Signals[name]) != signal.SIG_IGN
+        ),
     )
     folder = tempfile.mkdtemp(prefix="train-")
     os.environ[WELL_ENDED] = str(Path(folder) / "well-ended")

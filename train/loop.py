@@ -30,7 +30,7 @@ from train.world import World, join, leave, release_frames, shorten_timeout
 def train(config: TrainConfig, shards: str | Path, run_dir: Path, options: RunOptions) -> Path | None:
     """Train to the end and return the last checkpoint; None for a dry run.
 
-    Raises PipelineError, and Stopped after SIGTERM or SIGUSR1.
+    Raises PipelineError, and Stopped after a signal of `StopSignal`.
     """
     world = join(config.train.device)
     try:

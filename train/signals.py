@@ -1,4 +1,4 @@
-"""SIGTERM, SIGUSR1 and Ctrl-C: finish the pack, save, stop. Slurm and torchrun send one before they kill.
+"""SIGTERM, SIGUSR1, SIGHUP and Ctrl-C: finish the pack, save, stop. Slurm and torchrun send one before they kill.
 
 Nothing is saved inside the handler: a save is a collective, and ranks are interrupted at different places. The handler
 only raises a flag; between packs every rank learns whether any of them has it. The price is that Ctrl-C does not end a
@@ -29,9 +29,9 @@ class Stopped(PipelineError):
 
 
 class StopSignal:
-    """A context: handlers inside, the old ones outside."""
+    """A context: handlers inside, the old ones outside. What is ignored already (SIGHUP under nohup) stays so."""
 
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
     def __init__(self) -> None:
         self._asked = self._waits = False
@@ -40,7 +40,8 @@ class StopSignal:
 
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():  # elsewhere Python takes no handlers
-            self._old = {number: signal.signal(number, self._raise_flag) for number in self.SIGNALS}
+            taken = [number for number in self.SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+            self._old = {number: signal.signal(number, self._raise_flag) for number in taken}
         return self
 
     def __exit__(self, *_: object) -> None:
