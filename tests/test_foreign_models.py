@@ -18,7 +18,7 @@ from shards.errors import CheckpointError
 from train.model.conditioning import CODES
 from train.model.config import read_model_config
 from train.model.lora import load_adapter
-from train.model.weights import empty_model, load_model
+from train.model.weights import empty_model, load_model, stored_dtype
 
 NAN, DEEP = float("nan"), b"[" * 100_000
 NO_OBJECT = [
@@ -203,3 +203,9 @@ def test_an_adapter_file_that_is_none_is_named(model_dir, tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps(LORA))
     (tmp_path / "adapter_model.safetensors").write_bytes(b"<html>")
     refused(lambda: load_adapter(empty_model(model_dir, CODES), tmp_path), tmp_path / "adapter_model.safetensors")
+
+
+def test_weights_without_any_or_of_whole_numbers_are_told(tmp_path):
+    for tensors in ({}, {"embed_tokens.weight": torch.zeros(2, 2, dtype=torch.int8)}):
+        save_file(tensors, tmp_path / "model.safetensors")
+        refused(lambda: stored_dtype(tmp_path), tmp_path)

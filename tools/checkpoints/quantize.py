@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from shards.errors import CheckpointError, ConfigError
+from shards.json_file import read_json_object
 from tools.checkpoints.model_folder import check_empty, own_conditioning, write_model_folder
 from tools.checkpoints.quantize_effect import Effect, Samples, compared, measured
 from train.model.config import read_model_config
@@ -236,6 +237,4 @@ def check_written(out: Path, logits: Tensor, device: str) -> None:
 
 def audio_tokenizer_id(folder: Path) -> str | None:
     """Which codec its config.json names, if it does."""
-    import json
-
-    return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("audio_tokenizer_id")
+    return read_json_object(folder / "config.json", "a model's config").get("audio_tokenizer_id")

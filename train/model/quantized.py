@@ -8,7 +8,6 @@ a CPU; elsewhere weights are widened at each use, which saves memory and not tim
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shards.errors import CheckpointError
+from shards.json_file import read_json_object
 
 METHOD = "higgs_voice"  # of quantization_config: transformers refuses a method that it does not know, which is right
 QDATA, SCALE = "qdata", "scale"
@@ -81,12 +81,12 @@ def read_quantization(folder: Path) -> Quantization | None:
     """What config.json says of it; None where weights are whole. Raises CheckpointError for another program's."""
     path = folder / "config.json"
     try:
-        found = json.loads(path.read_text(encoding="utf-8")).get("quantization_config")
+        found = read_json_object(path, "a model's config").get("quantization_config")
         if found is None:
             return None
         if found.get("quant_method") == METHOD:
             return msgspec.convert(found, Quantization)
-    except (OSError, ValueError, AttributeError, msgspec.ValidationError) as error:
+    except (AttributeError, msgspec.ValidationError) as error:
         raise CheckpointError(
             f"{path}: quantization_config is not readable: {error}; quantize the model anew"
         ) from None

@@ -184,4 +184,7 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 def stored_dtype(folder: Path) -> torch.dtype:
     """The dtype the folder's weights are stored in; of a quantized model, of those that are whole."""
-    return next(tensor.dtype for name, tensor in read_tensors(folder) if name.endswith(".weight"))
+    found = next((tensor.dtype for name, tensor in read_tensors(folder) if name.endswith(".weight")), None)
+    if found is None or not found.is_floating_point:
+        raise CheckpointError(f"{folder}: its first weight is {found}; expected floating point; download it again")
+    return found
