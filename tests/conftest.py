@@ -121,9 +121,15 @@ class SampleMaker:
 
 @pytest.fixture(scope="session")
 def run_command():
-    """Run a console command in a process of its own, from the repository: (status, stdout, stderr)."""
+    """Run a console command in a process of its own, from the repository: (status, stdout, stderr).
+
+    What would import torch is forked from a process that has (warm_start), unless the test sets variables: some are read
+    while importing.
+    """
     import os
     import subprocess
+
+    from warm_start import COMMANDS, run_warm
 
     functions = {
         "preprocess": "preprocess.cli",
@@ -136,6 +142,8 @@ def run_command():
     }
 
     def run(name: str, *arguments: object, env: dict[str, str] | None = None):
+        if name in COMMANDS and env is None:
+            return run_warm(name, arguments, {**os.environ, "PYTHONPATH": str(REPOSITORY)})
         code = f"import sys; sys.argv[0] = {name!r}; from {functions[name]} import main; main()"
         return subprocess.run(
             [sys.executable, "-c", code, *map(str, arguments)],

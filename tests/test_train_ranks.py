@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.torch import load_file
-from train_process import STEPS, TRAIN, Started, environment, history, same_history, train_command
+from train_process import STEPS, TRAIN, Started, environment, history, run_train, same_history, train_command
 
 from shards.config import SequenceSection
 from shards.sequence import SequenceBuilder
@@ -46,13 +46,7 @@ def train_run(command_of, tmp_path_factory, repository):
 
     def start(name: str, gpus: int, *settings: str, run: Path | None = None) -> Path:
         folder = run or tmp_path_factory.mktemp("runs") / name
-        result = subprocess.run(
-            command_of(folder, gpus, *settings),
-            cwd=repository,
-            env=environment(repository),
-            capture_output=True,
-            text=True,
-        )
+        result = run_train(command_of(folder, gpus, *settings), repository)
         assert result.returncode == 0, result.stderr
         return folder
 
@@ -112,8 +106,9 @@ def test_gradient_accumulation_steps_counts_packs_per_gpu(command_of, repository
         *command_of(run, gpus, "train.packs_per_step=1", "train.max_steps=1"),
         "--gradient-accumulation-steps",
         "3",
+        "--skip-preflight",
     ]
-    done = subprocess.run(command, cwd=repository, env=environment(repository), capture_output=True, text=True)
+    done = run_train(command, repository)
     assert done.returncode == 0, done.stderr
     assert f"packs_per_step = {3 * gpus}\n" in (run / "config.toml").read_text()
 
@@ -149,7 +144,7 @@ def run_of_packs(equal_samples, tiny_dir, repository, tmp_path_factory):
         # nothing 3e-6 apart, by the order of summation alone.
         settings += ["train.learning_rate=1e-4"]
         command = train_command(dataset, run, tiny_dir, ranks, *settings)
-        subprocess.run(command, cwd=repository, env=environment(repository), check=True)
+        assert run_train(command, repository).returncode == 0
         plan = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
         assert plan["metrics/filler_packs"] == 0, "a pack without samples would say nothing about accumulation"
         return run

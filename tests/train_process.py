@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from warm_start import WarmProcess, run_warm
 
 STEPS = 5
 TRAIN = "import sys; sys.argv[0] = 'train'; from train.cli import main; main()"
@@ -28,14 +29,28 @@ def train_command(dataset: Path, run: Path, tiny_dir: Path, gpus: int, *settings
     return [sys.executable, "-c", TRAIN, *train_arguments(dataset, run, tiny_dir, *settings), "--gpus", str(gpus)]
 
 
+def run_train(command: list[str], repository: Path) -> subprocess.CompletedProcess[str]:
+    """A `train_command` to its end, in a fork that has imported everything."""
+    return run_warm("train", arguments_of(command), environment(repository))
+
+
+def arguments_of(command: list[str]) -> list[str]:
+    assert command[:3] == [sys.executable, "-c", TRAIN]
+    return command[3:]
+
+
 def environment(repository: Path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1"}
 
 
 class Started:
-    """A command as a process group of its own, to be interrupted."""
+    """A command as a process group of its own, to be interrupted; an unchanged `train_command` is a fork (warm_start)."""
 
     def __init__(self, command: list[str], repository: Path, cwd: Path | None = None) -> None:
+        self.process: subprocess.Popen[str] | WarmProcess
+        if command[:3] == [sys.executable, "-c", TRAIN]:
+            self.process = WarmProcess("train", command[3:], environment(repository), cwd or repository)
+            return
         self.process = subprocess.Popen(
             command,
             cwd=cwd or repository,
@@ -62,7 +77,7 @@ class Started:
         except subprocess.TimeoutExpired:
             self.kill_all()
             raise AssertionError(f"still running {limit_s} s later") from None
-        return self.process.returncode, messages
+        return self.process.wait(), messages
 
     def kill_all(self) -> None:
         """SIGKILL; the ranks are in sessions of their own, and must die with their launcher by themselves."""
@@ -72,7 +87,8 @@ class Started:
     def workers(self) -> list[int]:
         """Process ids of the ranks, in no order."""
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return [int(child) for child in children if "-m\0train" in Path(f"/proc/{child}/cmdline").read_text()]
+        started = ("-m\0train", "warm_start.py")
+        return [int(c) for c in children if any(how in Path(f"/proc/{c}/cmdline").read_text() for how in started)]
 
 
 def history(run: Path) -> list[tuple[float, float]]:
