@@ -33,23 +33,29 @@ def check_out(path: Path) -> None:
 
 def write_audio(path: Path, wave: np.ndarray, sample_rate: int) -> int:
     """wave [S] float32 -> the file; returns how many samples were clipped to full scale."""
+    write_bytes(path, encode_audio(wave, sample_rate, *FORMATS[path.suffix.lower()]))
+    return int((np.abs(wave) > 1).sum())
+
+
+def encode_audio(wave: np.ndarray, sample_rate: int, kind: str, subtype: str) -> bytes:
+    """wave [S] float32, clipped to full scale -> the bytes of a closed file; kind and subtype are libsndfile's."""
     import soundfile
 
-    kind, subtype = FORMATS[path.suffix.lower()]
     buffer = io.BytesIO()
     clipped = np.clip(wave, -1, 1)
     with soundfile.SoundFile(buffer, "w", sample_rate, 1, subtype, format=kind) as file:
         for start in range(0, len(wave), BLOCK):
             file.write(clipped[start : start + BLOCK])
-    write_bytes(path, buffer.getvalue())
-    return int((np.abs(wave) > 1).sum())
+    return buffer.getvalue()
 
 
-def stream_header(sample_rate: int) -> bytes:
-    """The first 44 bytes of an endless 16-bit mono wav."""
+def stream_header(sample_rate: int, num_samples: int | None = None) -> bytes:
+    """The first 44 bytes of a 16-bit mono wav; None: an endless one."""
     form = struct.pack("<HHIIHH", 1, 1, sample_rate, 2 * sample_rate, 2, 16)
-    size = struct.pack("<I", UNKNOWN_SIZE)
-    return b"RIFF" + size + b"WAVEfmt " + struct.pack("<I", len(form)) + form + b"data" + size
+    size = UNKNOWN_SIZE if num_samples is None else 2 * num_samples
+    whole = UNKNOWN_SIZE if num_samples is None else size + 36
+    head = b"RIFF" + struct.pack("<I", whole) + b"WAVEfmt " + struct.pack("<I", len(form))
+    return head + form + b"data" + struct.pack("<I", size)
 
 
 def pcm16(wave: np.ndarray) -> bytes:

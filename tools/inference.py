@@ -30,10 +30,10 @@ from shards.encoders.codec import Codec
 from shards.encoders.codec_stream import CodecStream
 from shards.errors import ConfigError, DataError
 from shards.sequence import CODEBOOK_SIZE, NUM_CODEBOOKS, SAMPLE_RATE
-from tools.cross_fade import CrossFade
 from tools.reference import Reference, read_recordings
 from tools.speaker import SpeakConfig, Speaker, load_speaker
 from tools.speech_request import GeneratedSpeech, SpeechPart, SpeechRequest, StopReason
+from tools.spoken_wave import SpokenWave, whole_wave
 from tools.utterance import Utterance
 from train.model.generation.block_graph import record_cuda
 from train.model.generation.engine import Engine
@@ -220,35 +220,18 @@ class HiggsAudioInference:
         return self._references[key]
 
     def _finish(self, utterance: Utterance, request: SpeechRequest) -> GeneratedSpeech:
-        fade = CrossFade(SAMPLE_RATE)
-        pieces: list[np.ndarray] = []
-        for number, part in enumerate(utterance.parts):
-            if number:
-                pieces.append(fade.end_part())
-            pieces.append(fade.feed(self.speaker.codec.decode(part.codes)))
-        pieces.append(fade.finish())
-        wave = np.concatenate(pieces)
+        wave = whole_wave(self.speaker.codec, utterance.parts)
         return GeneratedSpeech(wave, SAMPLE_RATE, utterance.parts, request.speaker_name, utterance.is_complete)
 
     def _stream(self, utterance: Utterance, first_chunk: int | None) -> Generator[np.ndarray]:
-        fade = CrossFade(SAMPLE_RATE)
+        spoken = SpokenWave(self.speaker.codec, utterance, first_chunk)
         try:
             yield np.zeros(0, np.float32)  # taken by stream_request
             while not utterance.is_done:
-                sound, num_fed = CodecStream(self.speaker.codec, first_chunk), 0
-                part, first_chunk = None, None  # only the first part begins early
-                while part is None:
-                    with self._turn():
-                        self.engine.advance()
-                        part = utterance.follow()
-                        codes = part.codes if part else utterance.codes()
-                    wave = fade.feed(sound.feed(codes[:, num_fed:]))
-                    num_fed = codes.shape[1]
-                    if len(wave):
-                        yield wave
-                for wave in (fade.feed(sound.finish()), fade.finish() if utterance.is_done else fade.end_part()):
-                    if len(wave):
-                        yield wave
+                with self._turn():
+                    self.engine.advance()
+                    spoken.follow()
+                yield from spoken.waves()
         finally:
             self._cancel([utterance])
 

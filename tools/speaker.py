@@ -48,15 +48,19 @@ class Speaker:
     tokenizer: Tokenizer
     rules: TextSection  # what texts go through, as in training
 
-    def reference(self, recordings: list[AudioFile], text: str | None) -> Reference:
-        """A voice ready for prompts: one or several recordings, and what is said in them. Raises DataError."""
+    def reference(self, recordings: list[AudioFile], text: str | None, codes: np.ndarray | None = None) -> Reference:
+        """A voice ready for prompts: one or several recordings, and what is said in them. Raises DataError.
+
+        codes: those of the recordings [8, T] uint16, where they are known already.
+        """
         from preprocess.audio import CODEC_RATE, WHISPER_RATE
         from tools.prompt_text import prompt_text, warn_of_garbled
         from tools.reference import Reference, joined_wave
 
         said = None if text is None else prompt_text(text, self.rules, "the reference's text")
         warn_of_garbled(said or "", "the reference's text")
-        codes = self.codec.encode(joined_wave(recordings, CODEC_RATE))
+        if codes is None:
+            codes = self.codec.encode(joined_wave(recordings, CODEC_RATE))
         return Reference(codes, said, joined_wave(recordings, WHISPER_RATE) if self.builder.uses_whisper else None)
 
     def prompt(self, reference: Reference, text: str, name: str = "the text") -> Sequence:
