@@ -65,3 +65,7 @@ def tiny() -> None:
 
 def bench() -> None:
     run("tools.bench.cli")
+
+
+def serve() -> None:
+    run("tools.serve.cli")

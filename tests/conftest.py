@@ -255,3 +255,12 @@ def http_server():
     for server in servers:
         server.shutdown()
         server.server_close()
+
+
+@pytest.fixture(scope="session")
+def tiny_speaker(tiny_dir: Path):
+    """The tiny model, loaded to speak on the CPU."""
+    from shards.config import read_config
+    from tools.speaker import SpeakConfig, load_speaker
+
+    return load_speaker(tiny_dir / "model", None, read_config(SpeakConfig, tiny_dir / "pipeline.toml"), "cpu")
