@@ -7,6 +7,8 @@ on a loopback address the Host must be a loopback name: another name that resolv
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import hmac
 import logging
 import re
@@ -44,6 +46,7 @@ ROUTES = frozenset(
 )
 PREFIXES = ("/v1/audio/voices/", "/v1/models/")
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
+DRAINED, DRAIN_S = 8, 10.0  # of a body that is too long: so many times what is allowed, so many seconds
 CORS_HEADERS = "authorization, content-type, x-request-id"
 EXPOSED = "x-request-id, x-seed, x-stopped, x-voice, x-voice-stand-in, retry-after"
 
@@ -96,6 +99,8 @@ class Guard:
             except ApiError as error:
                 if status:
                     raise Broken(error.message) from None
+                if error.status == 413:
+                    await self._drain(receive)
                 await send_error(answer, error)
         except (ClientLeft, Broken) as error:
             status = status or 499
@@ -144,6 +149,17 @@ class Guard:
             return message
 
         return counted
+
+    async def _drain(self, receive: Callable) -> None:
+        """Read on for a while: a connection that is closed with unread bytes is reset, and its answer lost."""
+        left = DRAINED * self._rules.limits.max_body_bytes
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DRAIN_S):
+                while left > 0:
+                    message = await receive()
+                    left -= len(message.get("body", b""))
+                    if not message.get("more_body", False):
+                        return
 
     def _too_long(self) -> ApiError:
         most = f"{self._rules.limits.max_body_bytes / (1 << 20):.1f} MB"
