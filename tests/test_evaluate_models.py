@@ -10,9 +10,10 @@ import pytest
 import soundfile
 
 from shards.errors import ConfigError
-from tools.evaluate.recognizers import load_recognizer
-from tools.evaluate.similarity import NotInstalled, load_encoder, unit
 from tools.evaluate.waves import failure_of, longest_copy, measure, read_wave
+from train.evaluation.metric_models import NotInstalled
+from train.evaluation.recognizers import load_recognizer
+from train.evaluation.speaker_encoders import load_encoder, unit
 
 
 def clip(arabic_mini: Path, speaker: int, number: int) -> np.ndarray:
@@ -97,7 +98,7 @@ def test_no_recognizer_is_a_choice():
 
 
 def test_a_missing_package_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("tools.evaluate.similarity.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("train.evaluation.metric_models.importlib.util.find_spec", lambda name: None)
     for name in ("resemblyzer", "ovfl"):
         with pytest.raises(NotInstalled, match=f"{name}: not installed; pip install"):
             load_encoder(name)

@@ -15,7 +15,9 @@ from click.testing import CliRunner
 from shards.errors import ConfigError, DataError
 from tools.evaluate.cli import main
 from tools.evaluate.conditions import parse_condition
-from tools.evaluate.similarity import ModelIdentity, NotInstalled, unit
+from tools.evaluate.speaking import wave_name
+from train.evaluation.metric_models import ModelIdentity, NotInstalled
+from train.evaluation.speaker_encoders import unit
 
 VOICES = ("s0", "s1", "s2", "s3", "s4", "s5")
 TEXTS = ("مرحبا بكم جميعا", "صباح الخير يا صديقي", "رقم ٣٤٥ هنا")
@@ -48,6 +50,15 @@ class Knows:
         return {32000: TEXTS[0], 33600: TEXTS[1], 35200: TEXTS[2]}.get(len(wave), "")
 
 
+class Loud:
+    """A MOS predictor that likes loud waves."""
+
+    identity = ModelIdentity("loud", "1", "2" * 64)
+
+    def values(self, wave: np.ndarray) -> dict[str, float]:
+        return {"loud": 1 + 4 * float(np.abs(wave).max())}
+
+
 @pytest.fixture(autouse=True)
 def models(monkeypatch: pytest.MonkeyPatch):
     def encoder(name: str) -> Bands:
@@ -55,7 +66,13 @@ def models(monkeypatch: pytest.MonkeyPatch):
             return Bands()
         raise NotInstalled(f"{name}: not installed; pip install it")
 
+    def predictor(name: str, _: str) -> Loud:
+        if name == "loud":
+            return Loud()
+        raise NotInstalled(f"{name}: not installed; pip install it")
+
     monkeypatch.setattr("tools.evaluate.run.load_encoder", encoder)
+    monkeypatch.setattr("tools.evaluate.run.load_predictor", predictor)
     monkeypatch.setattr("tools.evaluate.run.load_recognizer", lambda name, *_: Knows() if name == "knows" else None)
 
 
@@ -165,8 +182,9 @@ def test_what_was_not_measured_is_said(waves: Path):
     assert [line.split(":")[0] for line in skipped] == [
         "similarity by resemblyzer",
         "CER and WER",
+        "MOS by dnsmos",
+        "MOS by distillmos",
         "base model",
-        "MOS predictors",
     ]
 
 
@@ -230,6 +248,47 @@ def test_scores_follow_a_wave_that_changed(waves: Path):
     assert score(waves, waves / "out")["scores"]["other"]["failures"]["missing"] == 1
 
 
+def test_mos_is_shown_as_a_difference_to_the_recording(waves: Path):
+    """Half as loud is worse by this predictor; a wave that is missing gets the lowest of its scale."""
+    for path in (waves / "other").iterdir():
+        wave, rate = soundfile.read(path)
+        soundfile.write(path, wave / 2, rate)
+    (waves / "other" / "s0-0.wav").unlink()
+    results = score(waves, waves / "out", "--mos", "loud")
+    rows = [json.loads(line) for line in (waves / "out" / "utterances.jsonl").read_text().splitlines()]
+    found = {(row["system"], row["item"]): row["mos_difference"] for row in rows}
+    assert found["other", "s1-0"]["loud"] == pytest.approx(-0.66, abs=0.06)
+    assert found["other", "s0-0"]["loud"] == pytest.approx(-1.32, abs=0.12)
+    assert found["real", "s1-0"]["loud"] == 0
+    assert found["shuffled", "s1-0"] == {}
+    assert results["scores"]["other"]["mos_difference"]["loud"]["utterances"] == 18
+    assert "mos_difference" not in results["scores"]["real"]
+    row = next(row for row in results["comparisons"] if row["metric"] == "mos loud")
+    assert (row["verdict"], row["num_items"]) == ("worse", 18)
+    assert results["models"]["mos"] == [{"name": "loud", "version": "1", "sha256": "2" * 64}]
+
+
+def test_mos_without_recordings_is_not_measured(waves: Path):
+    for path in (waves / "real").iterdir():
+        path.unlink()
+    lines = [f"s{number}-0|{TEXTS[1]}|{waves}/prompts/s{number}-1.wav|{TEXTS[0]}" for number in range(len(VOICES))]
+    (waves / "list.lst").write_text("\n".join(lines))
+    arguments = ["--only-score", waves / "other", waves / "list.lst", waves / "out", "--similarity", "bands"]
+    status, output = run(*arguments, "--mos", "loud")
+    assert status == 0
+    assert "MOS predictors: they are shown as a difference to the real recording" in output
+    assert "mos" not in json.dumps(json.loads((waves / "out" / "results.json").read_text())["scores"])
+
+
+@pytest.mark.parametrize(("more", "draws"), [((), 3), (("--greedy",), 1), (("--seeds", 2), 2)])
+def test_three_draws_unless_they_would_be_equal(waves: Path, more: tuple[object, ...], draws: int):
+    assert score(waves, waves / "out", "--limit", 1, *more)["draws"] == draws
+
+
+def test_draws_of_greedy_speech_are_a_usage_error(waves: Path):
+    assert run("a", "b", waves / "out", "--greedy", "--seeds", 2)[0] == 2
+
+
 # --- with a model ---------------------------------------------------------------------------------------------------
 
 
@@ -242,21 +301,32 @@ def spoken(data: Path, tiny: Path, out: Path, *more: object) -> dict[str, Any]:
 
 
 def test_base_and_tuned_stand_between_ceiling_and_floor(short_data: Path, tiny_dir: Path, tmp_path: Path):
-    results = spoken(short_data, tiny_dir, tmp_path / "out", "--seeds", 2, "--limit", 2)
-    assert list(results["scores"]) == ["real", "base", "tuned", "shuffled"]
+    asked = ("--seeds", 2, "--limit", 2, "--perturb", "noise10dB,phone8k")
+    results = spoken(short_data, tiny_dir, tmp_path / "out", *asked)
+    worse = [f"{name} +{how}" for how in ("noise10dB", "phone8k") for name in ("base", "tuned")]
+    assert list(results["scores"]) == ["real", "base", "tuned", *worse, "shuffled"]
     assert results["scores"]["tuned"]["utterances"] == 4
     assert results["scores"]["tuned"]["text_reached_the_model"] == 1
     assert results["scores"]["tuned"]["longest_copy_of_the_prompt_s"] is not None
     same = [row for row in results["comparisons"] if (row["first"], row["second"]) == ("tuned", "base")]
     assert same
     assert all(row["difference"] == 0 for row in same)  # MODEL is the base here, and draws share their seeds
+    pairs = {(row["first"], row["second"]) for row in results["comparisons"] if "+" in row["first"]}
+    assert pairs == {(name, name.split(" +")[0]) for name in worse} | {
+        (name, name.replace("tuned", "base")) for name in worse if "tuned" in name
+    }
+    item = results["worst"][0]["item"]
+    for name in ("reference", "tuned"):
+        files = [tmp_path / "out" / wave_name(name + how, 0, item) for how in ("", " +noise10dB", " +phone8k")]
+        assert len({path.read_bytes() for path in files}) == 3, name
+    assert all(row["system"] == "tuned" for row in results["worst"])
 
 
 def test_a_resumed_evaluation_equals_an_uninterrupted_one(
     short_data: Path, tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     whole = tmp_path / "whole"
-    spoken(short_data, tiny_dir, whole, "--limit", 3, "--no-base")
+    spoken(short_data, tiny_dir, whole, "--limit", 3, "--no-base", "--seeds", 1)
     cut = tmp_path / "cut"
     from tools.evaluate import speaking
 
@@ -270,12 +340,22 @@ def test_a_resumed_evaluation_equals_an_uninterrupted_one(
         return said(*arguments)
 
     monkeypatch.setattr(speaking, "speak_item", stops)
-    arguments = ["--config", tiny_dir / "pipeline.toml", "--similarity", "bands", "--limit", 3, "--no-base"]
+    arguments = [
+        "--config",
+        tiny_dir / "pipeline.toml",
+        "--similarity",
+        "bands",
+        "--limit",
+        3,
+        "--no-base",
+        "--seeds",
+        1,
+    ]
     assert run(tiny_dir / "model", short_data, cut, *arguments)[0] == 130
     with (cut / "speech.jsonl").open("ab") as file:
         file.write(b'{"system":"base","dra')  # what a kill leaves of a row
     monkeypatch.setattr(speaking, "speak_item", said)
-    spoken(short_data, tiny_dir, cut, "--limit", 3, "--no-base")
+    spoken(short_data, tiny_dir, cut, "--limit", 3, "--no-base", "--seeds", 1)
     for name in ("results.json", "utterances.jsonl"):
         assert (cut / name).read_bytes() == (whole / name).read_bytes(), name
     spoken_rows = (cut / "speech.jsonl").read_text().splitlines()
@@ -300,7 +380,9 @@ def test_a_run_is_evaluated_on_what_it_held_out(short_data: Path, short_config, 
     assert train(short_config(*overrides), short_data, tmp_path / "run", RunOptions())
     environment = tmp_path / "run" / "environment.json"
     environment.write_text(json.dumps({**json.loads(environment.read_text()), "command": f"train {short_data} run"}))
-    status, output = run(tmp_path / "run", tmp_path / "run", tmp_path / "out", "--similarity", "bands", "--limit", 1)
+    status, output = run(
+        tmp_path / "run", tmp_path / "run", tmp_path / "out", "--similarity", "bands", "--limit", 1, "--greedy"
+    )
     assert status == 0, output
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["data"]["kind"].startswith("held-out speakers")
@@ -318,7 +400,7 @@ def test_a_model_that_is_none_is_refused(short_data: Path, tiny_dir: Path, tmp_p
 
 def test_what_cannot_be_spoken_is_a_failure(waves: Path, tiny_dir: Path):
     (waves / "prompts" / "s0-1.wav").write_text("no wave")
-    results = spoken(waves / "list.jsonl", tiny_dir, waves / "out", "--limit", 1)
+    results = spoken(waves / "list.jsonl", tiny_dir, waves / "out", "--limit", 1, "--seeds", 1)
     assert results["scores"]["tuned"]["failures"]["missing"] == 1
     assert "s0-1.wav" in results["scores"]["tuned"]["failed"][0]["why"]
     assert "item s0-0: its reference could not be read" in " ".join(results["not_measured"])

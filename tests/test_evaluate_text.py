@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tools.evaluate.edits import Edits, character_edits, corpus, count_edits, failed, mean_rate, word_edits
-from tools.evaluate.protocols import HEADLINE, PROTOCOLS, VERSIONS, groups_of
+from train.evaluation.edits import Edits, character_edits, corpus, count_edits, failed, mean_rate, word_edits
+from train.evaluation.text_protocols import HEADLINE, PROTOCOLS, VERSIONS, groups_of
 
 # What the leaderboard's eval.py (8fce859) makes of these, rule by rule; the last three are those that surprise.
 LEADERBOARD = [

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from tools.evaluate.systems import EvaluateConfig
 
 
+NUM_DRAWS = 3  # of sampling: one draw of a model that was not changed differs from the next by a point or two
+
+
 @click.command(context_settings={"show_default": True})
 @click.argument("paths", nargs=-1, required=True, metavar="[MODEL]... DATA OUT", type=click.Path(path_type=Path))
 @click.option(
@@ -27,7 +30,9 @@ if TYPE_CHECKING:
     "--base/--no-base", "with_base", default=None, help="Evaluate model.base as well.  [default: with a MODEL]"
 )
 @click.option(
-    "--seeds", default=1, type=click.IntRange(1), help="How often every item is said, each with another seed."
+    "--seeds",
+    type=click.IntRange(1),
+    help="How often every item is said, each with another seed.  [default: 3, and 1 with --greedy]",
 )
 @click.option("--limit", type=click.IntRange(1), help="Only the first items.")
 @click.option(
@@ -37,6 +42,18 @@ if TYPE_CHECKING:
     help="Speaker encoder: resemblyzer, ovfl, wavlm:FOLDER or none; may be repeated.  [default: resemblyzer and ovfl]",
 )
 @click.option("--asr", default="none", metavar="NAME", help="faster-whisper:FOLDER, whisper:FOLDER or none.")
+@click.option(
+    "--mos",
+    multiple=True,
+    metavar="NAME",
+    help="MOS predictor: dnsmos, distillmos or none, as a difference to the recordings; may be repeated.  [default: both]",
+)
+@click.option(
+    "--perturb",
+    multiple=True,
+    metavar="NAMES",
+    help="Say all once more with worse references, as in noise10dB,phone8k,short3s.",
+)
 @click.option("--language", default="ar", help="Of the texts, for the recognizer.")
 @click.option(
     "--train-data", type=click.Path(path_type=Path), metavar="SHARDS", help="Say what training has seen of it."
@@ -56,10 +73,12 @@ def main(
     paths: tuple[Path, ...],
     only_score: tuple[str, ...],
     with_base: bool | None,
-    seeds: int,
+    seeds: int | None,
     limit: int | None,
     similarity: tuple[str, ...],
     asr: str,
+    mos: tuple[str, ...],
+    perturb: tuple[str, ...],
     language: str,
     train_data: Path | None,
     fail_if: tuple[str, ...],
@@ -77,11 +96,15 @@ def main(
     DATA: a data set of `preprocess` or a RUN (held-out speakers), a ChatML list, a seed-tts .lst, a ZipVoice .tsv, a Habibi
     folder.
     """
+    if greedy and seeds and seeds > 1:
+        raise click.UsageError("--greedy says an item the same way each time; leave --seeds out")
     if len(paths) < 2 or (len(paths) < 3 and not only_score and not with_base):
         raise click.UsageError("expected MODEL DATA OUT, or --only-score FOLDER DATA OUT")
     *models, data, out = paths
     with explained(f"what is done stays in {out}; the same command goes on"):
         from tools.evaluate.conditions import broken, parse_condition
+        from tools.evaluate.mos import KNOWN
+        from tools.evaluate.perturb import parse_perturbations
         from tools.evaluate.report import write_report
         from tools.evaluate.run import Request, evaluate
         from tools.evaluate.systems import read_evaluate_config
@@ -95,10 +118,12 @@ def main(
             models=models,
             wave_folders=[named_folder(text) for text in only_score],
             with_base=bool(models) if with_base is None else with_base,
-            draws=seeds,
+            draws=seeds or (1 if greedy else NUM_DRAWS),
             limit=limit,
             encoders=[name for name in similarity or ("resemblyzer", "ovfl") if name != "none"],
             asr=asr,
+            mos=[name for name in mos or KNOWN if name != "none"],
+            perturbations=parse_perturbations(perturb),
             language=language,
             device=chosen_device(device),
             train_data=train_data,
@@ -153,7 +178,7 @@ def show(results: dict[str, Any]) -> None:
     print_line(results["seen"])
     print_table(rows, headings=headings, width=max(100, 30 * len(headings)))
     for row in results["comparisons"]:
-        if row["second"] == "base" and "another" not in row["metric"]:
+        if (row["second"] == "base" or " +" in row["first"]) and "another" not in row["metric"]:
             print_line(comparison_in_words(row))
     for line in results["not_measured"]:
         print_line(f"skipped: {line}")

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from shards.errors import ConfigError
-from tools.evaluate.protocols import HEADLINE
+from train.evaluation.text_protocols import HEADLINE
 
 FORM = re.compile(r"\s*([a-z_]+)\s*(<=|>=|<|>)\s*(-?[0-9.]+(?:e-?[0-9]+)?)\s*(%?)\s*")
 METRICS = (
@@ -48,8 +48,9 @@ def parse_condition(text: str) -> Condition:
 
 def broken(conditions: list[Condition], results: dict[str, Any]) -> list[str]:
     """A sentence for every condition that holds for a system under test."""
-    tested = [system["name"] for system in results["systems"] if system["kind"] in ("tuned", "waves")]
-    tested = tested or [system["name"] for system in results["systems"] if system["kind"] == "base"]
+    plain = [system for system in results["systems"] if not system["perturb"]]
+    tested = [system["name"] for system in plain if system["kind"] in ("tuned", "waves")]
+    tested = tested or [system["name"] for system in plain if system["kind"] == "base"]
     sentences = []
     for condition in conditions:
         for name in tested or ["real"]:

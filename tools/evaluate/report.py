@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 
 from shards.writer import write_bytes
-from tools.evaluate.protocols import HEADLINE
 from tools.evaluate.run import Plan
 from tools.evaluate.systems import REFERENCE
 from tools.evaluate.utterances import Utterance
 from tools.evaluate.waves import read_wave
 from tools.web_page.page import arabic, cell, escaped, listed, page, player, section, table
+from train.evaluation.text_protocols import HEADLINE
 
 QUESTION = "Which of the two sounds more like the voice of the reference, speaking naturally?"
 HERE = Path(__file__).parent
@@ -102,7 +102,8 @@ def report_body(results: dict[str, Any], plan: Plan, sounds: Sounds, shown: list
 
 def verdicts(results: dict[str, Any]) -> str:
     """The differences to the base, or to the recordings where there is no base, in sentences."""
-    rows = [row for row in results["comparisons"] if row["second"] == "base"] or results["comparisons"]
+    told = [row for row in results["comparisons"] if row["second"] == "base" or " +" in row["first"]]
+    rows = told or results["comparisons"]
     lines = []
     for row in rows:
         spread = "" if row["low"] is None else f", 95 % interval {row['low']:+.4f} to {row['high']:+.4f}"
@@ -129,6 +130,8 @@ def systems_table(results: dict[str, Any]) -> str:
         "substitutions",
     ]
     headings += [f"{what} {name}" for name in encoders for what in ("similarity", "share of the way", "other clip")]
+    predictors = list(dict.fromkeys(name for s in results["scores"].values() for name in s.get("mos_difference", {})))
+    headings += [f"MOS to the recording, {name}" for name in predictors]
     headings += [
         "length / recording",
         "characters/s",
@@ -146,6 +149,7 @@ def systems_table(results: dict[str, Any]) -> str:
         for encoder in encoders:
             pair = scores["similarity"][encoder]
             cells += [pair["to_reference"], pair["share_of_the_way"], pair["to_another_clip"]]
+        cells += [scores.get("mos_difference", {}).get(name, {}).get("to_the_recording") for name in predictors]
         cells += [scores["duration_ratio"], scores["characters_per_second"], scores["leading_silence_s"]]
         cells += [
             scores["trailing_silence_s"],
@@ -157,7 +161,7 @@ def systems_table(results: dict[str, Any]) -> str:
 
 
 def players_table(results: dict[str, Any], plan: Plan, sounds: Sounds, shown: list[str]) -> str:
-    systems = [system.name for system in plan.systems if system.kind != "shuffled"]
+    systems = [system.name for system in plan.systems if system.kind != "shuffled" and not system.perturb]
     items = {item.id: item for item in plan.items.items}
     worst = {row["item"]: row for row in reversed(results["worst"])}
     rows = []
@@ -211,7 +215,7 @@ def differences_table(results: dict[str, Any]) -> str:
 
 
 def models_list(results: dict[str, Any]) -> str:
-    models = [*results["models"]["similarity"], *filter(None, [results["models"]["asr"]])]
+    models = [*results["models"]["similarity"], *results["models"]["mos"], *filter(None, [results["models"]["asr"]])]
     lines = [f"{model['name']}, version {model['version']}, sha256 {model['sha256']}" for model in models]
     lines += [f"protocol {name}, version {version}" for name, version in results["protocols"].items()]
     lines += [
@@ -226,7 +230,7 @@ def models_list(results: dict[str, Any]) -> str:
 def blind_pair(results: dict[str, Any]) -> tuple[str, str] | None:
     """The system under test and what it is held against: the base, else the recordings."""
     kinds = {
-        kind: [s["name"] for s in results["systems"] if s["kind"] == kind]
+        kind: [s["name"] for s in results["systems"] if s["kind"] == kind and not s["perturb"]]
         for kind in ("tuned", "waves", "base", "real")
     }
     tested = kinds["tuned"] + kinds["waves"] or kinds["base"]

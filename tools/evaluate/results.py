@@ -13,11 +13,11 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from tools.evaluate.edits import Edits, corpus, mean_rate
 from tools.evaluate.paired import Comparison, compare
-from tools.evaluate.protocols import HEADLINE, VERSIONS
 from tools.evaluate.systems import System
 from tools.evaluate.utterances import Utterance, of_system
+from train.evaluation.edits import Edits, corpus, mean_rate
+from train.evaluation.text_protocols import HEADLINE, VERSIONS
 
 NUM_WORST = 20
 HIGH_RATE = 0.5  # utterances above count as lost, as seed-tts-eval counts them
@@ -46,6 +46,9 @@ def system_scores(rows: list[Utterance], floor: dict[str, float], ceiling: dict[
         encoder: similarity_figures(rows, encoder, floor.get(encoder), ceiling.get(encoder))
         for encoder in (rows[0].similarity if rows else {})
     }
+    predictors = sorted({name for row in rows for name in row.mos_difference})
+    if predictors and rows[0].system != "real":
+        scores["mos_difference"] = {name: mos_figures(rows, name) for name in predictors}
     spoken = [row for row in rows if row.duration_s > 0]
     ratios = [row.duration_s / row.real_s for row in spoken if row.real_s]
     copied = [row.copied_s for row in rows if row.copied_s is not None]
@@ -91,6 +94,12 @@ def similarity_figures(
     }
 
 
+def mos_figures(rows: list[Utterance], name: str) -> dict[str, float | int]:
+    """Never a grade: how much lower or higher than the recordings of the same sentences."""
+    found = [row.mos_difference[name] for row in rows if name in row.mos_difference]
+    return {"to_the_recording": rounded(np.mean(found)), "utterances": len(found)}
+
+
 def summed_up(
     rows: list[Utterance],
     systems: list[System],
@@ -129,17 +138,30 @@ def means(by_name: dict[str, list[Utterance]], names: list[str]) -> dict[str, fl
 
 
 def comparisons(by_name: dict[str, list[Utterance]], systems: list[System]) -> list[dict[str, Any]]:
-    """Every tuned or foreign system against the base, and every one that speaks against the recordings."""
-    spoken = [system for system in systems if system.kind in ("tuned", "waves", "base")]
-    pairs = [(s, o) for s in spoken for o in systems if (o.kind == "base" and s.kind != "base") or o.kind == "real"]
+    """Every tuned or foreign system against the base, and every one that speaks against the recordings. A system with
+    perturbed references against itself without, and the tuned one against the base that had the same.
+    """
     found = []
-    for first, second in pairs:
+    for first, second in pairs_of(systems):
         for metric, values in metrics_of(by_name[first.name] + by_name[second.name]).items():
-            compared = paired(
-                by_name[first.name], by_name[second.name], values, lower_is_better="similarity" not in metric
-            )
+            more_is_better = metric.startswith(("similarity", "mos"))
+            compared = paired(by_name[first.name], by_name[second.name], values, lower_is_better=not more_is_better)
             found.append({"first": first.name, "second": second.name, "metric": metric, **figures(compared)})
     return found
+
+
+def pairs_of(systems: list[System]) -> list[tuple[System, System]]:
+    plain = [system for system in systems if not system.perturb]
+    spoken = [system for system in plain if system.kind in ("tuned", "waves", "base")]
+    pairs = [(s, o) for s in spoken for o in plain if (o.kind == "base" and s.kind != "base") or o.kind == "real"]
+    for system in (system for system in systems if system.perturb):
+        pairs += [(system, other) for other in plain if other.is_model_of(system)]
+        pairs += [
+            (system, other)
+            for other in systems
+            if other.perturb == system.perturb and other.kind == "base" and system.kind != "base"
+        ]
+    return pairs
 
 
 Values = Any  # Utterance -> (numerator, denominator), or None where the metric does not hold for it
@@ -155,6 +177,8 @@ def metrics_of(rows: list[Utterance]) -> dict[str, Values]:
     for encoder in rows[0].similarity if rows else {}:
         found[f"similarity {encoder}"] = lambda row, encoder=encoder: (row.similarity[encoder].to_reference, 1.0)
         found[f"similarity to another clip {encoder}"] = lambda row, encoder=encoder: to_other(row, encoder)
+    for name in sorted({name for row in rows for name in row.mos_difference}):
+        found[f"mos {name}"] = lambda row, name=name: mos_of(row, name)
     found["failures"] = lambda row: (float(bool(row.failure)), 1.0)
     return found
 
@@ -165,6 +189,11 @@ def edits_of(part: Edits) -> tuple[float, float]:
 
 def to_other(row: Utterance, encoder: str) -> tuple[float, float] | None:
     value = row.similarity[encoder].to_other
+    return None if value is None else (value, 1.0)
+
+
+def mos_of(row: Utterance, name: str) -> tuple[float, float] | None:
+    value = row.mos_difference.get(name)
     return None if value is None else (value, 1.0)
 
 
@@ -233,8 +262,9 @@ def badness(row: Utterance) -> tuple[float, ...]:
 
 def worst(by_name: dict[str, list[Utterance]], systems: list[System]) -> list[dict[str, Any]]:
     """The worst utterances of the systems under test: tuned and foreign ones, or the base where it is alone."""
-    tested = [system.name for system in systems if system.kind in ("tuned", "waves")]
-    tested = tested or [system.name for system in systems if system.kind == "base"]
+    plain = [system for system in systems if not system.perturb]  # what a bad reference does has rows of its own
+    tested = [system.name for system in plain if system.kind in ("tuned", "waves")]
+    tested = tested or [system.name for system in plain if system.kind == "base"]
     rows = sorted((row for name in tested for row in by_name[name]), key=badness, reverse=True)[:NUM_WORST]
     return [
         {

@@ -7,6 +7,7 @@ off is removed when the file is opened; anything else that is no row is a fault,
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -16,6 +17,7 @@ import msgspec
 from shards.errors import DataError
 
 Row = TypeVar("Row", bound=msgspec.Struct)
+SYNC_EVERY_S = 1.0
 Key = tuple[str, int, str]  # system, draw, item
 
 
@@ -38,15 +40,22 @@ class RowFile(Generic[Row]):
                 ) from None
             self.rows[key_of(row)] = row
         self._file = path.open("ab")
+        self._synced = time.monotonic()
         if whole < len(data):
             self._file.truncate(whole)
 
     def add(self, row: Row) -> None:
-        """Written through to the disk before it counts as done."""
+        """Given to the system at once, so that a killed process loses none; on the disk within SYNC_EVERY_S of work."""
         self._file.write(msgspec.json.encode(row) + b"\n")
         self._file.flush()
-        os.fsync(self._file.fileno())
+        if time.monotonic() - self._synced > SYNC_EVERY_S:
+            self._sync()
         self.rows[self._key_of(row)] = row
 
     def close(self) -> None:
+        self._sync()
         self._file.close()
+
+    def _sync(self) -> None:
+        os.fsync(self._file.fileno())
+        self._synced = time.monotonic()

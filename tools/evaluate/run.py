@@ -8,6 +8,7 @@ files of their own.
 from __future__ import annotations
 
 import gc
+import sys
 import time
 from collections.abc import Iterable, Sized
 from pathlib import Path
@@ -17,26 +18,39 @@ import msgspec
 
 from shards.errors import ConfigError, DataError
 from shards.folder_lock import hold_folder
-from shards.terminal import print_line
+from shards.terminal import print_line, progress_bar
 from shards.writer import write_bytes, write_json
 from tools.evaluate.dataset_items import dataset_items, is_dataset, training_overlap
 from tools.evaluate.items import Items, read_items
-from tools.evaluate.recognizers import load_recognizer
+from tools.evaluate.mos import load_predictor
+from tools.evaluate.perturb import Perturbation
 from tools.evaluate.results import summed_up
 from tools.evaluate.row_file import Key
-from tools.evaluate.scoring import Scores, Similarity, measured, scores_with, similarities, text_score, voice_score
-from tools.evaluate.similarity import NotInstalled, load_encoder
+from tools.evaluate.scoring import (
+    Scores,
+    Similarity,
+    measured,
+    mos_score,
+    scores_with,
+    similarities,
+    text_score,
+    voice_score,
+)
 from tools.evaluate.speaking import Spoken, point_at_waves, speak, speech_file, write_recordings
 from tools.evaluate.systems import (
     EvaluateConfig,
     System,
     base_system,
+    perturbed_system,
     run_data,
     strangers,
     tuned_system,
     waves_system,
 )
 from tools.evaluate.utterances import Utterance, utterances_of
+from train.evaluation.metric_models import NotInstalled
+from train.evaluation.recognizers import load_recognizer
+from train.evaluation.speaker_encoders import load_encoder
 
 if TYPE_CHECKING:
     from train.model.generate import Sampling
@@ -56,6 +70,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     limit: int | None = None
     encoders: list[str] = []
     asr: str = "none"
+    mos: list[str] = []
+    perturbations: list[Perturbation] = []
     language: str = "ar"
     device: str = "cpu"
     train_data: Path | None = None
@@ -90,10 +106,11 @@ def _evaluate(request: Request, config: EvaluateConfig, sampling: Sampling) -> R
     spoken = spoken_rows(request, config, plan, sampling)
     facts = last(measured(spoken, request.out), spoken, "measured")
     skipped: list[str] = []
-    identities: dict[str, Any] = {"similarity": [], "asr": None}
+    identities: dict[str, Any] = {"similarity": [], "asr": None, "mos": []}
     voices = scored_voices(request, plan, spoken, facts, identities, skipped)
     texts = recognised_texts(request, spoken, facts, identities, skipped)
-    rows = utterances_of(plan.items.items, plan.systems, plan.draws, spoken, facts, texts, voices)
+    mos = predicted_mos(request, plan, spoken, facts, identities, skipped)
+    rows = utterances_of(plan.items.items, plan.systems, plan.draws, spoken, facts, texts, voices, mos)
     about = {
         "seen": seen,
         "data": {
@@ -170,6 +187,12 @@ def chosen_systems(request: Request, config: EvaluateConfig, items: Items) -> li
     for number, path in enumerate(request.models):
         name = "tuned" if len(request.models) == 1 else f"tuned {number + 1} ({path.name})"
         systems.append(tuned_system(path, config, name))
+    systems += [
+        perturbed_system(system, perturbation)
+        for perturbation in request.perturbations
+        for system in list(systems)
+        if system.speaks
+    ]
     systems += [waves_system(name, folder) for name, folder in request.wave_folders]
     if strangers(items.items):
         systems.append(System(name="shuffled", kind="shuffled"))
@@ -190,7 +213,6 @@ def absent_parts(plan: Plan) -> list[str]:
         found.append("base model: skipped with --no-base, so nobody knows whether tuning helped")
     if "shuffled" not in kinds:
         found.append("shuffled speakers (floor): all items are of one speaker")
-    found.append("MOS predictors: not part of this version")
     return found
 
 
@@ -215,13 +237,22 @@ def spoken_rows(request: Request, config: EvaluateConfig, plan: Plan, sampling: 
         for system in plan.systems:
             if system.kind in ("waves", "shuffled"):
                 point_at_waves(system, plan.items.items, rows)
-            elif system.speaks:
-                total = range(len(plan.items.items) * plan.draws)
-                spoken = speak(system, plan.items, config, request.out, rows, sampling, plan.draws, request.device)
-                last(spoken, total, f"{system.name}: spoken")
+        for systems in of_one_model(plan.systems):
+            total = range(len(plan.items.items) * plan.draws * len(systems))
+            spoken = speak(systems, plan.items, config, request.out, rows, sampling, plan.draws, request.device)
+            last(spoken, total, f"{systems[0].name}: spoken")
     finally:
         rows.close()
     return {key: rows.rows[key] for key in sorted(rows.rows)}
+
+
+def of_one_model(systems: list[System]) -> list[list[System]]:
+    """The systems that speak, each model's together: the plain one and those with perturbed references."""
+    found: dict[tuple[str, str], list[System]] = {}
+    for system in systems:
+        if system.speaks:
+            found.setdefault((system.model, system.adapter), []).append(system)
+    return list(found.values())
 
 
 def scored_voices(
@@ -267,15 +298,52 @@ def recognised_texts(
     )
 
 
+def predicted_mos(
+    request: Request,
+    plan: Plan,
+    spoken: dict[Key, Spoken],
+    facts: Scores,
+    identities: dict[str, Any],
+    skipped: list[str],
+) -> list[Scores]:
+    """Only where there is a recording to differ from: what these models say by itself means nothing here."""
+    kinds = {system.kind for system in plan.systems}
+    if request.mos and "real" not in kinds:
+        skipped.append("MOS predictors: they are shown as a difference to the real recording, and the list names none")
+        return []
+    plain = {system.name for system in plan.systems if system.kind != "shuffled"}
+    heard = {key: row for key, row in spoken.items() if key[0] in plain}
+    found = []
+    for name in request.mos:
+        try:
+            predictor = load_predictor(name, request.device)
+        except NotInstalled as error:
+            skipped.append(f"MOS by {error}")
+            continue
+        scored = scores_with("mos", predictor.identity, mos_score(predictor), heard, facts, request.out)
+        found.append(last(scored, heard, f"{name}: heard"))
+        identities["mos"].append(msgspec.to_builtins(predictor.identity))
+        del predictor, scored
+        gc.collect()
+    if not request.mos:
+        skipped.append("MOS predictors: none was named with --mos")
+    return found
+
+
 def last(steps: Iterable[Any], total: Sized, what: str) -> Any:
-    """Run to the end with a line now and then; what the last step has yielded as its second part, or an empty dictionary."""
+    """Run to the end, with a bar on a terminal and a line now and then elsewhere.
+
+    Returns what the last step has yielded as its second part, or an empty dictionary.
+    """
     found: Any = {}
     shown, number = time.monotonic(), 0
-    for number, step in enumerate(steps, 1):
-        found = step[1] if isinstance(step, tuple) else step
-        if time.monotonic() - shown > PLAIN_LINE_EVERY_S:
-            shown = time.monotonic()
-            print_line(f"{what} {number}/{len(total)}")
+    with progress_bar(what, len(total)) as advance:
+        for number, step in enumerate(steps, 1):
+            found = step[1] if isinstance(step, tuple) else step
+            advance()
+            if time.monotonic() - shown > PLAIN_LINE_EVERY_S and not sys.stderr.isatty():
+                shown = time.monotonic()
+                print_line(f"{what} {number}/{len(total)}")
     if number:
         print_line(f"{what} {number}/{len(total)}")
     return found

@@ -17,12 +17,14 @@ import numpy as np
 
 from preprocess.audio import CODEC_RATE
 from tools.evaluate.items import Item
-from tools.evaluate.recognizers import Recognizer
+from tools.evaluate.mos import MosPredictor
 from tools.evaluate.row_file import Key, RowFile
-from tools.evaluate.similarity import SAMPLE_RATE, ModelIdentity, SpeakerEncoder
 from tools.evaluate.speaking import Spoken
 from tools.evaluate.systems import REFERENCE, other_clips
 from tools.evaluate.waves import WaveFacts, read_wave
+from train.evaluation.metric_models import SAMPLE_RATE, ModelIdentity
+from train.evaluation.recognizers import Recognizer
+from train.evaluation.speaker_encoders import SpeakerEncoder
 
 
 class Scored(msgspec.Struct, frozen=True, kw_only=True):
@@ -35,6 +37,7 @@ class Scored(msgspec.Struct, frozen=True, kw_only=True):
     facts: WaveFacts | None = None
     vector: list[float] | None = None  # a voice, by an encoder
     text: str | None = None  # what was recognised
+    values: dict[str, float] | None = None  # of a MOS predictor, by name
 
     @property
     def key(self) -> Key:
@@ -75,12 +78,16 @@ def scores_with(
         old = rows.rows.get(key)
         if not old or old.sha256 != about.sha256:
             same = by_wave.get(about.sha256)
-            found = {"vector": same.vector, "text": same.text} if same else score(at_16_khz(out / row.wave))
+            found = found_again(same) if same else score(at_16_khz(out / row.wave))
             new = Scored(system=key[0], draw=key[1], item=key[2], sha256=about.sha256, **found)
             rows.add(new)
             by_wave[about.sha256] = new
         yield row, rows.rows
     rows.close()
+
+
+def found_again(row: Scored) -> dict[str, Any]:
+    return {"vector": row.vector, "text": row.text, "values": row.values}
 
 
 def at_16_khz(path: Path) -> np.ndarray:
@@ -99,6 +106,13 @@ def voice_score(encoder: SpeakerEncoder) -> Score:
 def text_score(recognizer: Recognizer) -> Score:
     def score(wave: np.ndarray) -> dict[str, Any]:
         return {"text": recognizer.text_of(wave)}
+
+    return score
+
+
+def mos_score(predictor: MosPredictor) -> Score:
+    def score(wave: np.ndarray) -> dict[str, Any]:
+        return {"values": {name: round(value, 4) for name, value in predictor.values(wave).items()}}
 
     return score
 

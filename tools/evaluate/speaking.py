@@ -16,13 +16,15 @@ from typing import TYPE_CHECKING
 import msgspec
 import numpy as np
 
+from preprocess.segment import WHOLE
 from shards.errors import DataError, PipelineError
 from shards.printable import file_name
 from tools.evaluate.dataset_items import read_samples
 from tools.evaluate.items import Item, Items
+from tools.evaluate.perturb import parse_perturbation, perturbed
 from tools.evaluate.row_file import Key, RowFile
 from tools.evaluate.systems import REFERENCE, EvaluateConfig, System, find_wave, strangers
-from tools.evaluate.waves import RUNAWAY, longest_copy
+from tools.evaluate.waves import RUNAWAY, longest_copy, read_wave
 
 if TYPE_CHECKING:
     from shards.sample import Sample
@@ -173,7 +175,7 @@ def wave_seconds(path: Path) -> float:
 
 
 def speak(
-    system: System,
+    systems: list[System],
     items: Items,
     config: EvaluateConfig,
     out: Path,
@@ -182,25 +184,34 @@ def speak(
     draws: int,
     device: str,
 ) -> Iterator[Spoken]:
-    """Say every item that has no row yet, `draws` times; yields each row. The model is let go at the end."""
+    """Say every item that has no row yet, `draws` times; yields each row, those that
+    are there already first. The model is let go at the end.
+
+    `systems`: of one model, which is loaded once.
+    """
     from tools.speaker import load_speaker
 
     todo = [
-        (draw, item, sample)
+        (system, draw, item, sample)
+        for system in systems
         for draw in range(draws)
         for item, sample in with_samples(items)
         if not is_done(rows, (system.name, draw, item.id))
     ]
+    named = [(system.name, draw, item.id) for system in systems for draw in range(draws) for item in items.items]
+    yield from [rows.rows[key] for key in named if is_done(rows, key)]
     if not todo:
         return
-    speaker = load_speaker(Path(system.model), Path(system.adapter) if system.adapter else None, config.speak, device)
-    for draw, item, sample in todo:
+    first = systems[0]
+    speaker = load_speaker(Path(first.model), Path(first.adapter) if first.adapter else None, config.speak, device)
+    for system, draw, item, sample in todo:
         drawn = dataclasses.replace(sampling, seed=sampling.seed + draw)
         longest = round((RUNAWAY * (expected_seconds(item, out, rows.rows) or 15.0)) * 25) + SPARE_FRAMES
         name = wave_name(system.name, draw, item.id)
         row = Spoken(system=system.name, draw=draw, item=item.id, wave=name)
         try:
-            row = speak_item(speaker, item, sample, longest, drawn, row, out)
+            prompt = prompt_sample(speaker, system, item, sample, out)
+            row = speak_item(speaker, prompt, longest, drawn, row, out)
         except (PipelineError, ValueError) as error:
             row = msgspec.structs.replace(row, error=str(error) or type(error).__name__)
         rows.add(row)
@@ -213,22 +224,52 @@ def with_samples(items: Items) -> Iterable[tuple[Item, Sample | None]]:
     return read_samples(items) if items.items[0].row is not None else ((item, None) for item in items.items)
 
 
-def speak_item(
-    speaker: Speaker, item: Item, sample: Sample | None, max_frames: int, sampling: Sampling, row: Spoken, out: Path
-) -> Spoken:
-    """Say one item and write its wave. A data set's sample is prompted with its stored codes, a list's with its file."""
+def prompt_sample(speaker: Speaker, system: System, item: Item, sample: Sample | None, out: Path) -> Sample:
+    """What the model is asked: a data set's sample as it is stored, a list's from its file, with texts cleaned as in training.
+
+    A perturbed reference is made of the reference's wave in OUT, which of a data set went through the codec once already.
+    Raises DataError.
+    """
     from preprocess.audio import AudioFault, AudioLimits, decode, read_bytes
+
+    if sample is not None and not system.perturb:
+        return sample
+    name, segment, said, limits = item.reference, item.reference_segment, item.reference_text, AudioLimits()
+    if system.perturb:
+        path, said = write_perturbed(system, item, out)
+        name, segment, limits = (
+            str(path),
+            WHOLE,
+            AudioLimits(0.0, 600.0, 1.0),
+        )  # it was checked before it was made worse
+    try:
+        audio = decode(read_bytes(name), limits, segment)
+    except AudioFault as fault:
+        raise DataError(f"{name}: {fault.detail}") from None
+    return speaker.sample(speaker.reference([audio], said), item.text)
+
+
+def write_perturbed(system: System, item: Item, out: Path) -> tuple[Path, str]:
+    """The perturbed reference, a file that can be heard, and its text. Raises DataError."""
+    from preprocess.audio import CODEC_RATE
+    from shards.encoders.codec import write_wave
+
+    wave, facts = read_wave(out / wave_name(REFERENCE, 0, item.id))
+    if facts.error:
+        raise DataError(f"reference: {facts.error}")
+    seed = f"{system.perturb} {item.id}"
+    changed, said = perturbed(parse_perturbation(system.perturb), wave, CODEC_RATE, item.reference_text, seed)
+    path = out / wave_name(f"{REFERENCE} +{system.perturb}", 0, item.id)
+    write_wave(path, changed)
+    return path, said or ""
+
+
+def speak_item(speaker: Speaker, sample: Sample, max_frames: int, sampling: Sampling, row: Spoken, out: Path) -> Spoken:
+    """Say one item and write its wave."""
     from shards.encoders.codec import write_wave
     from train.model.generate import generate
 
-    said = item.text.strip()
-    if sample is None:
-        try:
-            audio = decode(read_bytes(item.reference), AudioLimits(), item.reference_segment)
-        except AudioFault as fault:
-            raise DataError(f"{item.reference}: {fault.detail}") from None
-        sample = speaker.sample(speaker.reference([audio], item.reference_text), item.text)
-        said = sample.facts.texts[sample.facts.target_text]  # cleaned as in training
+    said = sample.facts.texts[sample.facts.target_text]
     speech = generate(speaker.model, speaker.builder.prompt(sample), max_frames, sampling)
     wave = speaker.codec.decode(speech.codes)
     write_wave(out / row.wave, wave)
@@ -237,5 +278,5 @@ def speak_item(
         row,
         ended=bool(speech.stopped),
         copied_frames=longest_copy(speech.codes.astype(np.int64), sample.reference_codes.astype(np.int64)),
-        text_reached=speaker.tokenizer.decode(ids.tolist(), skip_special_tokens=False).strip() == said,
+        text_reached=speaker.tokenizer.decode(ids.tolist(), skip_special_tokens=False).strip() == said.strip(),
     )

@@ -18,6 +18,7 @@ from preprocess.text import TextSection
 from shards.config import FeaturesSection, ModelSection, SequenceSection, read_config
 from shards.errors import CheckpointError, DataError
 from tools.evaluate.items import Item
+from tools.evaluate.perturb import Perturbation
 from tools.speaker import SpeakConfig
 from train.config import TrainSection
 
@@ -47,10 +48,20 @@ class System(msgspec.Struct, frozen=True, kw_only=True):
     adapter: str = ""
     folder: str = ""  # of waves
     weights: str = ""  # sha256 name of what speaks
+    perturb: str = ""  # what its references go through
 
     @property
     def speaks(self) -> bool:
         return self.kind in ("base", "tuned")
+
+    def is_model_of(self, other: System) -> bool:
+        """Whether `other` is this model with perturbed references."""
+        return self.kind == other.kind and (self.model, self.adapter) == (other.model, other.adapter)
+
+
+def perturbed_system(system: System, perturbation: Perturbation) -> System:
+    """The same model with other references: a system of its own, held against the one it is of."""
+    return msgspec.structs.replace(system, name=f"{system.name} +{perturbation.name}", perturb=perturbation.name)
 
 
 def base_system(config: EvaluateConfig) -> System:

@@ -10,14 +10,15 @@ from collections.abc import Iterable
 
 import msgspec
 
-from tools.evaluate.edits import Edits, character_edits, failed, word_edits
 from tools.evaluate.items import Item
-from tools.evaluate.protocols import PROTOCOLS, groups_of
+from tools.evaluate.mos import LOWEST
 from tools.evaluate.row_file import Key
 from tools.evaluate.scoring import Scores, Similarity
 from tools.evaluate.speaking import Spoken
 from tools.evaluate.systems import REFERENCE, System
 from tools.evaluate.waves import WaveFacts, failure_of
+from train.evaluation.edits import Edits, character_edits, failed, word_edits
+from train.evaluation.text_protocols import PROTOCOLS, groups_of
 
 FRAMES_PER_SECOND = 25
 NO_WAVE = frozenset({"missing", "empty", "silent"})
@@ -44,6 +45,7 @@ class Utterance(msgspec.Struct, frozen=True, kw_only=True):
     characters: dict[str, Edits] = {}  # by protocol; with the failure counted
     words: dict[str, Edits] = {}
     similarity: dict[str, Similarity] = {}  # by encoder
+    mos_difference: dict[str, float] = {}  # to the real recording of the text, by predictor; empty without one
 
 
 def utterances_of(
@@ -54,6 +56,7 @@ def utterances_of(
     facts: Scores,
     texts: Scores | None,
     voices: dict[str, dict[Key, Similarity]],
+    mos: list[Scores],
 ) -> list[Utterance]:
     """Rows in the order of systems, draws and items. `texts`: None where nothing was recognised."""
     found = []
@@ -63,7 +66,7 @@ def utterances_of(
                 key = (system.name, draw, item.id)
                 if system.kind == "real" and item.real is None:
                     continue
-                found.append(_utterance(item, system, key, spoken.get(key), facts, texts, voices))
+                found.append(_utterance(item, system, key, spoken.get(key), facts, texts, voices, mos))
     return found
 
 
@@ -75,6 +78,7 @@ def _utterance(
     facts: Scores,
     texts: Scores | None,
     voices: dict[str, dict[Key, Similarity]],
+    mos: list[Scores],
 ) -> Utterance:
     about = _facts(facts, key) or WaveFacts(error="no wave was made")
     real = _facts(facts, ("real", 0, item.id))
@@ -113,12 +117,29 @@ def _utterance(
         characters=characters,
         words=words,
         similarity=similarity,
+        mos_difference=_mos_differences(key, failure, mos) if system.kind != "shuffled" and _is_heard(real) else {},
     )
 
 
 def _facts(facts: Scores, key: Key) -> WaveFacts | None:
     row = facts.get(key)
     return row.facts if row else None
+
+
+def _is_heard(real: WaveFacts | None) -> bool:
+    """Only a recording with sound in it is something to be different from."""
+    return real is not None and failure_of(real, None, None) not in NO_WAVE
+
+
+def _mos_differences(key: Key, failure: str, mos: list[Scores]) -> dict[str, float]:
+    """By predictor's value: the wave's less its recording's. A wave that is not there gets the lowest of the scale."""
+    found = {}
+    for scores in mos:
+        mine, real = (scores[k].values if k in scores else None for k in (key, ("real", 0, key[2])))
+        for name, value in (real or {}).items():
+            guess = LOWEST if failure in NO_WAVE or mine is None else mine[name]
+            found[name] = round(guess - value, 4)
+    return found
 
 
 def _by_rate(item: Item, reference: WaveFacts | None) -> float | None:

@@ -8,38 +8,28 @@ figures to publish name a folder of WavLM with an x-vector head, as transformers
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
-import importlib.util
 import warnings
 from pathlib import Path
 from typing import Any, Protocol
 
-import msgspec
 import numpy as np
 
 from shards.artifacts import weights_fingerprint
-from shards.errors import ConfigError, PipelineError
+from shards.errors import ConfigError
+from train.evaluation.metric_models import (
+    INSTALL_EXTRA,
+    SAMPLE_RATE,
+    ModelIdentity,
+    NotInstalled,
+    package_file,
+    sha256_of,
+)
 
-SAMPLE_RATE = 16000
-INSTALL = {
-    # resemblyzer declares webrtcvad, which needs a compiler and an old setuptools; the wheels of it are the same code
-    "resemblyzer": "pip install webrtcvad-wheels==2.0.14.post1 scipy librosa && pip install --no-deps resemblyzer==0.1.4",
-    "ovfl": "pip install -c constraints.txt -e '.[eval]'",
-}
+# resemblyzer declares webrtcvad, which needs a compiler and an old setuptools; the wheels of it are the same code
+INSTALL_RESEMBLYZER = (
+    "pip install webrtcvad-wheels==2.0.14.post1 scipy librosa && pip install --no-deps resemblyzer==0.1.4"
+)
 KNOWN = "resemblyzer, ovfl, wavlm:FOLDER"
-
-
-class NotInstalled(PipelineError):
-    """An optional part that is not here; the message says how to get it."""
-
-
-class ModelIdentity(msgspec.Struct, frozen=True):
-    """Which model gave a figure."""
-
-    name: str
-    version: str
-    sha256: str
 
 
 class SpeakerEncoder(Protocol):
@@ -62,23 +52,6 @@ def load_encoder(name: str) -> SpeakerEncoder:
     raise ConfigError(f"--similarity {name!r}: no such speaker encoder; known: {KNOWN}")
 
 
-def package_file(package: str, name: str, file: str) -> tuple[Path, str]:
-    """(a file that package ships, its version). Raises NotInstalled."""
-    found = importlib.util.find_spec(package)
-    if not found or not found.origin:
-        raise NotInstalled(f"{name}: not installed; {INSTALL[name]}")
-    path = Path(found.origin).parent / file
-    if not path.is_file():
-        raise NotInstalled(f"{name}: {path} is not there; {INSTALL[name]}")
-    owners = importlib.metadata.packages_distributions().get(package, [package])
-    return path, importlib.metadata.version(owners[0])
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def unit(vector: np.ndarray) -> np.ndarray:
     return (vector / max(float(np.linalg.norm(vector)), 1e-12)).astype(np.float32)
 
@@ -87,14 +60,14 @@ class Resemblyzer:
     """GE2E d-vectors (256) over 1.6 s windows, levelled to -30 dBFS. Its own cut of pauses is left out: it needs whole files."""
 
     def __init__(self) -> None:
-        path, version = package_file("resemblyzer", "resemblyzer", "pretrained.pt")
+        path, version = package_file("resemblyzer", "resemblyzer", "pretrained.pt", INSTALL_RESEMBLYZER)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # it imports scipy names of old; that is not the user's business
                 from resemblyzer import VoiceEncoder
                 from resemblyzer.audio import normalize_volume
         except ImportError as error:
-            raise NotInstalled(f"resemblyzer: lacks {error.name}; {INSTALL['resemblyzer']}") from None
+            raise NotInstalled(f"resemblyzer: lacks {error.name}; {INSTALL_RESEMBLYZER}") from None
         self._encoder: Any = VoiceEncoder("cpu", verbose=False)
         self._level: Any = normalize_volume
         self.identity = ModelIdentity("resemblyzer", version, sha256_of(path))
@@ -114,7 +87,7 @@ class VoiceFilter:
             import librosa
             import onnxruntime
         except ImportError as error:
-            raise NotInstalled(f"ovfl: lacks {error.name}; {INSTALL['ovfl']}") from None
+            raise NotInstalled(f"ovfl: lacks {error.name}; {INSTALL_EXTRA}") from None
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

@@ -16,10 +16,9 @@ import numpy as np
 
 from shards.artifacts import weights_fingerprint
 from shards.errors import ConfigError
-from tools.evaluate.similarity import SAMPLE_RATE, ModelIdentity, NotInstalled, sha256_of
+from train.evaluation.metric_models import INSTALL_EXTRA, SAMPLE_RATE, ModelIdentity, NotInstalled, sha256_of
 
 KNOWN = "faster-whisper:FOLDER, whisper:FOLDER, none"
-INSTALL_WHISPER = "pip install -c constraints.txt -e '.[eval]'"
 
 
 class Recognizer(Protocol):
@@ -56,7 +55,7 @@ class FasterWhisper:
         try:
             from faster_whisper import WhisperModel
         except ImportError as error:
-            raise NotInstalled(f"faster-whisper: lacks {error.name}; {INSTALL_WHISPER}") from None
+            raise NotInstalled(f"faster-whisper: lacks {error.name}; {INSTALL_EXTRA}") from None
         kind = "float16" if device == "cuda" else "int8"
         self._model: Any = WhisperModel(str(folder), device=device, compute_type=kind, local_files_only=True)
         self._language = language

