@@ -15,8 +15,10 @@ import numpy as np
 from preprocess.audio_containers import missing, unread
 from preprocess.audio_decoders import read_samples, without_id3
 from preprocess.audio_file import read_bytes as read_bytes
+from preprocess.audio_quality import measure_sound
 from preprocess.reasons import AudioFault
 from preprocess.segment import WHOLE, Segment
+from shards.columns import UNKNOWN, SoundMeasures
 from shards.sequence import SAMPLE_RATE
 
 CODEC_RATE = SAMPLE_RATE
@@ -30,6 +32,8 @@ SILENCE_BELOW_PEAK = 0.02  # -34 dB of the clip's peak counts as leading or trai
 LONG_SILENCE_S = 1.0
 DC_OFFSET = 0.02
 LOW_SAMPLE_RATE = 16000
+NARROW = 0.75  # of the band that rate and codec could carry: an upsampled or hard-packed file ends below
+NOISY_DB = 10.0  # from the speech down to the quietest frames; recordings that are wanted have 25 and more
 
 
 class AudioMeasures(msgspec.Struct, frozen=True):
@@ -42,6 +46,7 @@ class AudioMeasures(msgspec.Struct, frozen=True):
     leading_silence_s: float
     trailing_silence_s: float
     warnings: list[str]
+    sound: SoundMeasures = UNKNOWN
 
 
 @dataclass(frozen=True)
@@ -143,6 +148,7 @@ def _measure(
     loud = np.flatnonzero(loudness > SILENCE_BELOW_PEAK * peak)
     leading_s = float(loud[0]) / sample_rate
     trailing_s = float(len(wave) - 1 - loud[-1]) / sample_rate
+    sound = measure_sound(wave, sample_rate)
     found = {
         "low_sample_rate": sample_rate < LOW_SAMPLE_RATE,
         "quiet": peak < QUIET_PEAK,
@@ -150,7 +156,9 @@ def _measure(
         "leading_silence": leading_s > LONG_SILENCE_S,
         "trailing_silence": trailing_s > LONG_SILENCE_S,
         "channels_cancel": cancels,
+        "narrow_band": sound.bandwidth_hz < NARROW * min(sample_rate, CODEC_RATE) / 2,
+        "noisy": sound.level_db - sound.noise_db < NOISY_DB,
     }
     warnings = [code for code, holds in found.items() if holds]
     duration_s = len(wave) / sample_rate
-    return AudioMeasures(duration_s, sample_rate, num_channels, clipped_share, leading_s, trailing_s, warnings)
+    return AudioMeasures(duration_s, sample_rate, num_channels, clipped_share, leading_s, trailing_s, warnings, sound)

@@ -1,4 +1,4 @@
-"""Joins finished shards into a data set: index.npy, rejects.jsonl, and last dataset.json."""
+"""Joins finished shards into a data set: index.npy, columns.npy, rejects.jsonl, and last dataset.json."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 
 from preprocess.plan import REJECT_LIMIT, with_reject_limit
+from shards.columns import NAME, read_columns_file
 from shards.errors import DataError, ShardError
 from shards.folder_lock import hold_folder
 from shards.index import read_index
@@ -46,6 +47,14 @@ def missing_part(out: Path, shard: int) -> str | None:
         return f"{tar_path}: {num_bytes} bytes, its marker says {marker.num_bytes}"
     if num_samples != marker.num_samples:
         return f"{shard_path(out, shard, '.idx.npy')}: {num_samples} samples, its marker says {marker.num_samples}"
+    columns_path = shard_path(out, shard, ".columns.npy")
+    if marker.columns_sha256 is not msgspec.UNSET:
+        try:
+            num_rows = len(read_columns_file(columns_path))
+        except ShardError as error:
+            return str(error)
+        if num_rows != marker.num_samples:
+            return f"{columns_path}: {num_rows} samples, its marker says {marker.num_samples}"
     if marker.rejects and not shard_path(out, shard, ".rejects.jsonl").is_file():
         return f"{shard_path(out, shard, '.rejects.jsonl')}: missing"
     return None
@@ -114,6 +123,7 @@ def join_dataset(out: Path, job: Job) -> Dataset:
     indexes = [read_index(shard_path(out, shard, ".idx.npy")) for shard in range(job.num_shards)]
     index = np.concatenate(indexes)
     write_bytes(out / "index.npy", write_npy(index))
+    join_columns(out, shards)
 
     text_tokens = index["num_reference_text_tokens"].sum(dtype=np.int64) + index["num_target_text_tokens"].sum(
         dtype=np.int64
@@ -136,6 +146,14 @@ def join_dataset(out: Path, job: Job) -> Dataset:
     dataset = msgspec.structs.replace(dataset, digest=digest_of(dataset))
     write_json(out / "dataset.json", dataset)
     return dataset
+
+
+def join_columns(out: Path, shards: list[ShardDone]) -> None:
+    """columns.npy, where all shards have columns: a job that an older version began may have shards without."""
+    (out / NAME).unlink(missing_ok=True)
+    if shards and all(shard.columns_sha256 is not msgspec.UNSET for shard in shards):
+        parts = [read_columns_file(shard_path(out, shard.shard, ".columns.npy")) for shard in shards]
+        write_bytes(out / NAME, write_npy(np.concatenate(parts)))
 
 
 def remove_partial_files(out: Path) -> None:

@@ -288,7 +288,7 @@ def _remove_job(out: Path) -> None:
         (out / "job.json").replace(removed)
     if not removed.is_file():
         return
-    for name in ("dataset.json", "index.npy", "rejects.jsonl", "report.json"):
+    for name in ("dataset.json", "index.npy", "columns.npy", "rejects.jsonl", "report.json"):
         (out / name).unlink(missing_ok=True)
     for name in ("shards", "job"):
         if (out / name).exists():

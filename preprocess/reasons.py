@@ -54,6 +54,8 @@ ROLE_WARNINGS = {  # of an audio or its text; written with the role in front: ta
     "text_slow": "fewer than twice text.min_chars_per_s characters per second: is all of it in the text?",
     "text_garbled": "looks like a wrong encoding: UTF-8 read as a code page, U+FFFD, private letters, ???? for words",
     "text_presentation_forms": "letters as shapes (U+FB50-FDFF, U+FE70-FEFC); normalize presentation_forms writes plain ones",
+    "narrow_band": "the sound ends below 3/4 of what the rate could carry: brought up from 8 or 16 kHz, or packed hard",
+    "noisy": "less than 10 dB between the speech and the quietest moments: the noise is learned with the voice",
     "channels_cancel": "the channels cancel each other when mixed (one is upside down); the louder one was taken",
 }
 TEXT_WARNINGS = {

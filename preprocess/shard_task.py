@@ -26,6 +26,7 @@ from preprocess.segment import Segment
 from preprocess.sources import SourceRow
 from preprocess.workers import Skip
 from shards.artifacts import load_tokenizer
+from shards.columns import columns_of, columns_row
 from shards.config import SequenceSection
 from shards.encoders.codec import Codec, load_codec
 from shards.manifest import Job, read_record
@@ -85,19 +86,24 @@ class ShardTask:
     def run(self, task: int, skip: Skip, begins: Callable[[int], None]) -> TaskResult:
         cache = Cache(self._encoded, self._job_began_ns)
         samples: list[Sample] = []
+        columns: list[tuple] = []
         rejects: list[Reject] = []
         for position, row in enumerate(self._rows.of_shard(task)):
             try:
                 if position in skip:
                     raise RowFault("worker", "worker_died", skip[position])
                 begins(position)
-                samples.append(self._sample(sample_key(task, position), row, cache))
+                sample, row_columns = self._sample(sample_key(task, position), row, cache)
             except RowFault as fault:
                 rejects.append(reject_of(fault, row.row, row.id))
-        done = write_shard(self._out, task, samples, rejects)
+                continue
+            samples.append(sample)
+            columns.append(row_columns)
+        done = write_shard(self._out, task, samples, rejects, columns_of(columns))
         return TaskResult(done, cache.num_encoded, cache.num_reused, cache.num_adopted)
 
-    def _sample(self, key: str, row: SourceRow, cache: Cache) -> Sample:
+    def _sample(self, key: str, row: SourceRow, cache: Cache) -> tuple[Sample, tuple]:
+        """The sample and its row of `shards.columns`."""
         checked = check_row(row, self._config.text)
         row, pair = checked.row, checked.pair
         reference, reference_sha = self._codes(pair.reference_path, pair.reference_segment, cache)
@@ -145,7 +151,8 @@ class ShardTask:
         if num_tokens > MAX_TEXT_TOKENS:
             raise RowFault("text", "text_too_long", f"{num_tokens} tokens in all texts, at most {MAX_TEXT_TOKENS}")
         facts = msgspec.structs.replace(facts, num_as_written_tokens=num_tokens)
-        return dataclasses.replace(sample, facts=facts)
+        row_columns = columns_row(facts, reference.measures.sound, target.measures.sound)
+        return dataclasses.replace(sample, facts=facts), row_columns
 
     def _codes(self, path: str, segment: Segment, cache: Cache) -> tuple[EncodedCodes, str]:
         try:

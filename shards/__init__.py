@@ -3,9 +3,10 @@
     OUT/job.json                       first: configuration, fingerprints, input digest, rows per shard
     OUT/shards/000/shard-000123.tar    1024 samples; plain tar, fixed member order, mtime 0
     OUT/shards/000/shard-000123.idx.npy         one row per sample (`shards.index.INDEX_DTYPE`)
+    OUT/shards/000/shard-000123.columns.npy     one row per sample for reports (`shards.columns.COLUMNS_DTYPE`)
     OUT/shards/000/shard-000123.rejects.jsonl   rejected rows, with reasons; absent if none
     OUT/shards/000/shard-000123.done.json       last: counts and sha256; only this makes a shard count
-    OUT/index.npy, rejects.jsonl       those of all shards, concatenated
+    OUT/index.npy, columns.npy, rejects.jsonl   those of all shards, concatenated
     OUT/dataset.json                   the finished data set: totals, fingerprints, sha256 of every shard, digest
 
 Members of a sample, keyed by twelve digits:

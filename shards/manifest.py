@@ -106,6 +106,11 @@ def text_rules(dataset: Dataset) -> list[str] | None:
     return rules if isinstance(rules, list) and all(isinstance(rule, str) for rule in rules) else None
 
 
+def folder_of(dataset: Path) -> Path:
+    """The folder of a data set that is named by itself or by its dataset.json."""
+    return dataset if dataset.is_dir() else dataset.parent
+
+
 def open_dataset(folder: Path) -> tuple[Dataset, np.ndarray]:
     """dataset.json and the memory-mapped index [n]. Explains what else was given when it is not a data set."""
     path = folder / "dataset.json" if folder.is_dir() else folder

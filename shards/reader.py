@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from shards.errors import ShardError
@@ -165,6 +166,14 @@ def verify(dataset_dir: Path, done: ShardDone) -> Iterator[str]:
     """Every fault of one shard, worst first; nothing for a sound shard."""
     tar_path = shard_path(dataset_dir, done.shard, ".tar")
     index_path = shard_path(dataset_dir, done.shard, ".idx.npy")
+    columns_path = shard_path(dataset_dir, done.shard, ".columns.npy")
+    if done.columns_sha256 is not msgspec.UNSET:
+        try:
+            found = _sha256(columns_path)
+            if found != done.columns_sha256:
+                yield f"{columns_path}: sha256 {found[:16]}, the marker says {done.columns_sha256[:16]}"
+        except OSError as error:
+            yield f"{columns_path}: {error.strerror}"
     try:
         size, digest = tar_path.stat().st_size, _sha256(tar_path)
         index = read_index(index_path)

@@ -1,4 +1,4 @@
-"""Writes one shard: samples -> shard-NNNNNN.tar, its index, its rejects, and last its done marker.
+"""Writes one shard: samples -> shard-NNNNNN.tar, its index and columns, its rejects, and last its done marker.
 
 Everything is written under a temporary name, synced and renamed; only the marker makes a shard count. Nothing about
 time, host or worker enters a file, so the same input gives the same bytes whoever writes it and however often.
@@ -50,6 +50,7 @@ class ShardDone(msgspec.Struct, frozen=True, kw_only=True):
     speakers: dict[str, int]
     reference_s: float
     target_s: float
+    columns_sha256: str | msgspec.UnsetType = msgspec.UNSET  # unset: made before there were columns
 
 
 def shard_path(dataset_dir: Path, shard: int, suffix: str) -> Path:
@@ -62,8 +63,14 @@ def sample_key(shard: int, position: int) -> str:
     return f"{shard:06d}{position:06d}"
 
 
-def write_shard(dataset_dir: Path, shard: int, samples: Iterable[Sample], rejects: list[Reject]) -> ShardDone:
-    """Write a whole shard and commit it with its marker."""
+def write_shard(
+    dataset_dir: Path,
+    shard: int,
+    samples: Iterable[Sample],
+    rejects: list[Reject],
+    columns: np.ndarray | None = None,
+) -> ShardDone:
+    """Write a whole shard and commit it with its marker. columns: of `shards.columns`, a row per sample."""
     tar_path = shard_path(dataset_dir, shard, ".tar")
     tar_path.parent.mkdir(parents=True, exist_ok=True)
     with temporary(tar_path) as partial:
@@ -71,6 +78,11 @@ def write_shard(dataset_dir: Path, shard: int, samples: Iterable[Sample], reject
     index_path = shard_path(dataset_dir, shard, ".idx.npy")
     index_bytes = write_npy(index)
     write_bytes(index_path, index_bytes)
+    columns_sha256: str | msgspec.UnsetType = msgspec.UNSET
+    if columns is not None:
+        columns_bytes = write_npy(columns)
+        columns_sha256 = hashlib.sha256(columns_bytes).hexdigest()
+        write_bytes(shard_path(dataset_dir, shard, ".columns.npy"), columns_bytes)
     if rejects:
         lines = b"".join(msgspec.json.encode(reject) + b"\n" for reject in rejects)
         write_bytes(shard_path(dataset_dir, shard, ".rejects.jsonl"), lines)
@@ -80,6 +92,7 @@ def write_shard(dataset_dir: Path, shard: int, samples: Iterable[Sample], reject
         num_bytes=tar_path.stat().st_size,
         index_sha256=hashlib.sha256(index_bytes).hexdigest(),
         rejects=dict(sorted(Counter(reject.reason for reject in rejects).items())),
+        columns_sha256=columns_sha256,
         **facts,
     )
     write_json(shard_path(dataset_dir, shard, ".done.json"), done)

@@ -122,7 +122,7 @@ def test_channels_that_cancel_give_the_louder_one(right: float, offset: float):
 def test_a_voice_that_cancels_between_noises_is_kept():
     noise = np.random.default_rng(1).normal(0, 0.02, (2, 3 * RATE)).astype(np.float32)
     audio = decode(encoded((np.stack([voice(), -voice()]) + noise).T, subtype="FLOAT"), AudioLimits())
-    assert audio.measures.warnings == ["channels_cancel"]
+    assert audio.measures.warnings == ["channels_cancel", "noisy"]
 
 
 @pytest.mark.parametrize("right", [1.0, 0.5, 0.0, -0.3])

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from shards.columns import read_columns, read_columns_file
 from shards.errors import ShardError
 from shards.index import read_index
 from shards.manifest import Dataset, read_record
@@ -31,6 +32,11 @@ def dataset_faults(dataset: Path, record: Dataset, index: np.ndarray, on_shard: 
             on_shard()
     if not faults and not np.array_equal(index, joined_index(dataset, record)):
         faults.append(f"{dataset}/index.npy: differs from the indexes of the shards")
+    columns = read_columns(dataset, record.num_samples)
+    if not faults and columns is not None:
+        parts = [read_columns_file(shard_path(dataset, shard.shard, ".columns.npy")) for shard in record.shards]
+        if columns.tobytes() != np.concatenate(parts).tobytes():  # bytes: NaN is not equal to itself
+            faults.append(f"{dataset}/columns.npy: differs from the columns of the shards")
     return faults
 
 
