@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from shards.delay_pattern import NUM_CODEBOOKS
 from shards.errors import DataError
 from shards.sample import AudioFacts, Sample, SampleFacts, Turn
-from shards.sequence import FRAMES_PER_SECOND, NUM_CODEBOOKS, SAMPLE_RATE, encode_text
+from shards.sequence import FRAMES_PER_SECOND, SAMPLE_RATE, encode_text
 
 SYSTEM_TEXT = "You are a helpful assistant capable of generating speech in the voice of the provided reference audio."
 INSTRUCTION = "Please generate speech for given text in reference audio's voice: "

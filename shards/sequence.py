@@ -1,8 +1,8 @@
-"""The one sequence builder, delay pattern and label shift included: all that trains, speaks or counts lengths uses it.
+"""The one sequence builder: all that trains, speaks or counts lengths uses it.
 
 In: a `Sample` (facts). Out: a `Sequence`, what the model reads at each position and what each position must predict.
-The targets are stored already shifted (`next_token`, `next_codes`): the most expensive bug of this field is a shift
-that was forgotten later. The price is that they do not line up with `token_ids` when printed side by side.
+The targets are stored already shifted (`next_token`, `next_codes`; `label_shift`), the codes already delayed
+(`delay_pattern`). The price is that targets do not line up with `token_ids` when printed side by side.
 
 With conditioning "whisper+codes" a reference becomes [Whisper rows at 25 Hz][columns]: the rows carry the id of
 `<|AUDIO|>`, take the text path, and their embeddings come from a Whisper tower.
@@ -21,19 +21,15 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from shards.config import SequenceSection
+from shards.delay_pattern import NUM_CODEBOOKS, NUM_MARKER_COLUMNS, delay
 from shards.errors import ConfigError, ShardError
+from shards.label_shift import IGNORE, next_columns, next_tokens
 from shards.mel import num_rows, rebuild_mel
 from shards.sample import Sample
 from shards.sample_checks import check_whisper
 
 SAMPLE_RATE = 24000  # of the waves that the codec encodes
 FRAMES_PER_SECOND = 25  # of its codes: 960 samples each
-NUM_CODEBOOKS = 8
-CODEBOOK_SIZE = 1024  # codes; the model's vocabulary per codebook adds the two markers below
-STREAM_BOS = 1024
-STREAM_EOS = 1025
-NUM_MARKER_COLUMNS = NUM_CODEBOOKS + 1  # one BOS, one EOS and K - 1 of delay: A = T + 9
-IGNORE = -100
 
 BEGIN_OF_TEXT = 128000
 EOM = 128008
@@ -83,50 +79,6 @@ class Sequence:
 
     def __len__(self) -> int:
         return len(self.token_ids)
-
-
-# --- delay pattern --------------------------------------------------------------------------------------------------
-
-
-def delay(codes: np.ndarray) -> np.ndarray:
-    """Raw codes [K, T] -> delayed columns [K, T + K + 1] int16.
-
-    Codebook k is shifted right by k: k + 1 BOS, then the codes, then EOS to the end, so that one column holds frame
-    t - k of codebook k. For K = 2, T = 3: `B 1 2 3 E E` / `B B 11 12 13 E`.
-    """
-    num_codebooks, num_frames = codes.shape
-    columns = np.full((num_codebooks, num_frames + num_codebooks + 1), STREAM_EOS, dtype=np.int16)
-    for k in range(num_codebooks):
-        columns[k, : k + 1] = STREAM_BOS
-        columns[k, k + 1 : k + 1 + num_frames] = codes[k]
-    return columns
-
-
-def undelay(columns: np.ndarray) -> np.ndarray:
-    """Delayed columns [K, A] -> raw codes [K, T] uint16 of the frames that are complete in every codebook.
-
-    Markers are cut away, never clipped to 1023: a clipped EOS is audible as a click or a breath at the end.
-    """
-    num_codebooks, num_columns = columns.shape
-    rows = [columns[k, k + 1 : num_columns - (num_codebooks - 1 - k)] for k in range(num_codebooks)]
-    frames = np.stack(rows)  # [K, A - K]; a frame with a marker in any codebook is not audio
-    is_marker = (frames >= CODEBOOK_SIZE).any(axis=0)
-    end = int(np.argmax(is_marker)) if is_marker.any() else frames.shape[1]
-    return frames[:, :end].astype(np.uint16)
-
-
-def next_columns(codes: np.ndarray) -> np.ndarray:
-    """Targets [K, A] int16 of the delayed columns of `codes` [K, T]: column j must predict column j + 1.
-
-    Learned are the T codes and exactly one EOS per codebook. The BOS staircase and the EOS fill behind the first EOS
-    are forced at generation, so they are IGNORE.
-    """
-    num_codebooks, num_frames = codes.shape
-    targets = np.full((num_codebooks, num_frames + num_codebooks + 1), IGNORE, dtype=np.int16)
-    for k in range(num_codebooks):
-        targets[k, k : k + num_frames] = codes[k]
-        targets[k, k + num_frames] = STREAM_EOS
-    return targets
 
 
 # --- layouts --------------------------------------------------------------------------------------------------------
@@ -300,11 +252,10 @@ def assemble(segments: list[Segment]) -> Sequence:
         targets.append(next_columns(segment.codes) if segment.is_target else np.full_like(delayed, IGNORE))
         ids.append(np.full(delayed.shape[1], AUDIO_OUT, dtype=np.int32))
         labels.append(np.full(delayed.shape[1], IGNORE, dtype=np.int32))
-    label = np.concatenate(labels)
     return Sequence(
         token_ids=np.concatenate(ids),
         codes=np.concatenate(columns, axis=1) if columns else np.zeros((NUM_CODEBOOKS, 0), np.int16),
-        next_token=np.append(label[1:], np.int32(IGNORE)),
+        next_token=next_tokens(np.concatenate(labels)),
         next_codes=np.concatenate(targets, axis=1) if targets else np.zeros((NUM_CODEBOOKS, 0), np.int16),
         target_columns=target_columns,
         whisper_clips=tuple(whisper_clips),

@@ -24,9 +24,10 @@ from boson_inputs import as_written_row, clone_row, collate, dataset_sample, our
 from boson_multimodal.model.higgs_audio import HiggsAudioModel
 
 from shards.config import RELEASED_SYSTEM_PROMPT, FeaturesSection, SequenceSection
+from shards.delay_pattern import undelay
 from shards.encoders.whisper_tower import WhisperSizes
 from shards.mel import rebuild_mel
-from shards.sequence import AUDIO_OUT, Sequence, SequenceBuilder, WhisperClip, undelay
+from shards.sequence import AUDIO_OUT, Sequence, SequenceBuilder, WhisperClip
 from tools.checkpoints.model_folder import (
     convert_adapter,
     convert_model,

@@ -13,8 +13,9 @@ pytest.importorskip("boson_multimodal", reason="boson's environment: make test-b
 from boson_inputs import as_written_row, clone_row, collate, dataset_sample
 
 from shards.config import RELEASED_SYSTEM_PROMPT, SequenceSection
+from shards.label_shift import IGNORE
 from shards.sample import Sample, Turn
-from shards.sequence import AUDIO_OUT, IGNORE, WHISPER, Sequence, SequenceBuilder, encode_text
+from shards.sequence import AUDIO_OUT, WHISPER, Sequence, SequenceBuilder, encode_text
 
 # The user's own sample: its instruction says less than its assistant, as real lists do.
 GUIDE_TEXTS = [

@@ -9,22 +9,10 @@ import numpy as np
 import pytest
 
 from shards.config import SequenceSection
+from shards.delay_pattern import STREAM_BOS, STREAM_EOS, delay, undelay
 from shards.errors import ConfigError
-from shards.sequence import (
-    AUDIO_BOS,
-    AUDIO_EOS,
-    AUDIO_OUT,
-    AUDIO_OUT_BOS,
-    EOT,
-    IGNORE,
-    STREAM_BOS,
-    STREAM_EOS,
-    SequenceBuilder,
-    delay,
-    encode_text,
-    next_columns,
-    undelay,
-)
+from shards.label_shift import IGNORE, next_columns
+from shards.sequence import AUDIO_BOS, AUDIO_EOS, AUDIO_OUT, AUDIO_OUT_BOS, EOT, SequenceBuilder, encode_text
 
 SMALL = np.array([[1, 2, 3], [11, 12, 13]])
 

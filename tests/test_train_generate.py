@@ -11,7 +11,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shards.config import SequenceSection
-from shards.sequence import STREAM_BOS, STREAM_EOS, SequenceBuilder
+from shards.delay_pattern import STREAM_BOS, STREAM_EOS
+from shards.sequence import SequenceBuilder
 from tools.tiny.cli import tiny_config
 from train.config import LoraSection
 from train.model.batch import pack

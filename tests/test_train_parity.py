@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shards.config import SequenceSection
-from shards.sequence import IGNORE, Sequence, SequenceBuilder, undelay
+from shards.delay_pattern import undelay
+from shards.label_shift import IGNORE
+from shards.sequence import Sequence, SequenceBuilder
 from train.model.batch import pack
 from train.model.generate import generate
 from train.model.weights import load_model

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shards.delay_pattern import NUM_MARKER_COLUMNS
 from shards.errors import ConfigError
 from shards.index import INDEX_DTYPE
-from shards.sequence import NUM_MARKER_COLUMNS
 from train.data.plan import Planner, PlanSettings
 
 LENGTHS = st.lists(st.integers(20, 900), min_size=1, max_size=200)

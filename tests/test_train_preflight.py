@@ -11,8 +11,10 @@ import torch
 
 import shards.sequence as sequence_module
 from shards.config import SequenceSection
+from shards.delay_pattern import STREAM_EOS
 from shards.errors import PipelineError
-from shards.sequence import IGNORE, STREAM_EOS, SequenceBuilder
+from shards.label_shift import IGNORE
+from shards.sequence import SequenceBuilder
 from train.config import LoraSection, LossSection
 from train.model.batch import pack
 from train.model.lora import add_lora, lora_parameters

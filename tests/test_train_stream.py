@@ -17,9 +17,10 @@ import torch
 from webdataset.writer import TarWriter
 
 from shards.config import SequenceSection
+from shards.delay_pattern import NUM_MARKER_COLUMNS
 from shards.errors import ConfigError, PipelineError
 from shards.sample import pack_sample
-from shards.sequence import NUM_MARKER_COLUMNS, SequenceBuilder
+from shards.sequence import SequenceBuilder
 from train.config import TrainSection
 from train.data.feed import DamageLimits, Feed
 from train.data.loader import LoadedPack, LoaderShare

@@ -26,10 +26,11 @@ import numpy as np
 import torch
 
 from shards.config import read_config
+from shards.delay_pattern import CODEBOOK_SIZE, NUM_CODEBOOKS
 from shards.encoders.codec import Codec
 from shards.encoders.codec_stream import CodecStream
 from shards.errors import ConfigError, DataError
-from shards.sequence import CODEBOOK_SIZE, NUM_CODEBOOKS, SAMPLE_RATE
+from shards.sequence import SAMPLE_RATE
 from tools.reference import Reference, read_recordings
 from tools.speaker import SpeakConfig, Speaker, load_speaker
 from tools.speech_request import GeneratedSpeech, SpeechPart, SpeechRequest, StopReason

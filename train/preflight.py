@@ -19,8 +19,9 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
+from shards.delay_pattern import CODEBOOK_SIZE, STREAM_BOS, STREAM_EOS
 from shards.errors import PipelineError
-from shards.sequence import CODEBOOK_SIZE, IGNORE, STREAM_BOS, STREAM_EOS
+from shards.label_shift import IGNORE
 from train.config import LossSection
 from train.model.batch import PackedBatch
 from train.model.decoder import HiggsAudio

@@ -144,7 +144,7 @@ def prepare(side: str, settings: Settings, model: Any, prompt: Any) -> tuple[Cal
 def prepare_theirs(settings: Settings, model: Any, prompt: Any) -> Callable[[int], np.ndarray]:
     import torch
 
-    from shards.sequence import undelay
+    from shards.delay_pattern import undelay
 
     theirs = transformers_model(settings.size, settings.device, settings.seed)
     theirs.load_state_dict(model.state_dict())
@@ -167,7 +167,7 @@ def speaking_model(settings: Settings) -> Any:
     """Random weights; no head row lets an audio end, for either implementation."""
     import torch
 
-    from shards.sequence import STREAM_EOS
+    from shards.delay_pattern import STREAM_EOS
     from train.model.decoder import HiggsAudio
 
     with torch.device("meta"):
@@ -182,7 +182,8 @@ def speaking_model(settings: Settings) -> Any:
 
 def make_prompt(seed: int) -> Any:
     """Text, a reference, text, and the opened target, as `SequenceBuilder.prompt` ends."""
-    from shards.sequence import AUDIO_OUT_BOS, NUM_MARKER_COLUMNS, Audio, Text, assemble
+    from shards.delay_pattern import NUM_MARKER_COLUMNS
+    from shards.sequence import AUDIO_OUT_BOS, Audio, Text, assemble
 
     rng = np.random.default_rng(seed)
     num_before, num_frames, num_after = PROMPT

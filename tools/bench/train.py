@@ -123,7 +123,8 @@ def useful_operations(sequences: list[Any], settings: Settings) -> float:
 
 def make_sequences(settings: Settings) -> list[Any]:
     """Seeded samples: text, reference, learned text, target."""
-    from shards.sequence import AUDIO_EOS, EOT, NUM_MARKER_COLUMNS, Audio, Text, assemble
+    from shards.delay_pattern import NUM_MARKER_COLUMNS
+    from shards.sequence import AUDIO_EOS, EOT, Audio, Text, assemble
 
     rng = np.random.default_rng(settings.seed)
     sequences = []
@@ -217,7 +218,8 @@ def padded_batch(group: list[Any], device: str) -> dict[str, Any]:
     """Right-padded inputs and unshifted labels, as transformers' class takes them."""
     import torch
 
-    from shards.sequence import IGNORE, STREAM_EOS
+    from shards.delay_pattern import STREAM_EOS
+    from shards.label_shift import IGNORE
 
     longest, most = max(len(s) for s in group), max(s.codes.shape[1] for s in group)
     ids = np.full((len(group), longest), 128001)

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shards.sequence import IGNORE, SequenceBuilder
+from shards.label_shift import IGNORE
+from shards.sequence import SequenceBuilder
 from train.model.batch import pack
 from train.model.decoder import HiggsAudio
 from train.model.generate import GREEDY, Sampling, generate

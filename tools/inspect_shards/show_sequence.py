@@ -11,7 +11,9 @@ from collections.abc import Iterator
 import numpy as np
 from tokenizers import Tokenizer
 
-from shards.sequence import AUDIO_OUT, IGNORE, STREAM_BOS, STREAM_EOS, WHISPER, Sequence
+from shards.delay_pattern import STREAM_BOS, STREAM_EOS
+from shards.label_shift import IGNORE
+from shards.sequence import AUDIO_OUT, WHISPER, Sequence
 
 HEADER = (
     "position  path   holds                                     must say next                             weight\n"

@@ -315,7 +315,7 @@ class SpeechQueue:
 
 def warm(speaker: Speaker, engine: Any) -> None:
     """Speak a second in a made-up voice: kernels are loaded and memory is taken before the first request."""
-    from shards.sequence import CODEBOOK_SIZE, NUM_CODEBOOKS
+    from shards.delay_pattern import CODEBOOK_SIZE, NUM_CODEBOOKS
     from tools.reference import read_recordings
     from train.model.generation.request import Request
 

@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shards.sequence import NUM_CODEBOOKS, SAMPLE_RATE
+from shards.delay_pattern import NUM_CODEBOOKS
+from shards.sequence import SAMPLE_RATE
 
 RATIOS = [8, 5, 4, 2, 3]  # of the released codec: 960 samples a frame
 TINY_CONFIG: dict[str, Any] = {

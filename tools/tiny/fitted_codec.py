@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shards.delay_pattern import NUM_CODEBOOKS
 from shards.encoders.codec import HOP
-from shards.sequence import NUM_CODEBOOKS
 from tools.tiny.codec import TINY_CONFIG, joint_features, random_weights, save_codec
 
 NUM_ENTRIES = 1024

@@ -14,9 +14,11 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from shards.delay_pattern import NUM_MARKER_COLUMNS
 from shards.errors import ShardError
+from shards.label_shift import IGNORE
 from shards.reader import SampleReader
-from shards.sequence import IGNORE, NUM_MARKER_COLUMNS, Sequence, SequenceBuilder
+from shards.sequence import Sequence, SequenceBuilder
 from train.data.loader import read_pack
 from train.data.packing import PlanSettings
 from train.data.plan import CHUNK, Planner

@@ -23,12 +23,14 @@ import numpy as np
 import torch
 from webdataset.pipeline import DataPipeline
 
+from shards.delay_pattern import NUM_CODEBOOKS, STREAM_BOS
 from shards.errors import PipelineError, ShardError
 from shards.index import hash64
+from shards.label_shift import IGNORE
 from shards.printable import first_line, printable
 from shards.reader import SampleReader
 from shards.sample import unpack_sample
-from shards.sequence import AUDIO_OUT, BEGIN_OF_TEXT, IGNORE, NUM_CODEBOOKS, STREAM_BOS, Sequence, SequenceBuilder
+from shards.sequence import AUDIO_OUT, BEGIN_OF_TEXT, Sequence, SequenceBuilder
 from shards.writer import shard_path
 from train.data.loader_processes import (
     FULL_SHARED_MEMORY,

@@ -21,8 +21,8 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 
+from shards.delay_pattern import NUM_MARKER_COLUMNS
 from shards.errors import ConfigError
-from shards.sequence import NUM_MARKER_COLUMNS
 from shards.writer import write_json
 from train.data.packing import PlanSettings, best_fit
 

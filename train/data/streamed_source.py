@@ -23,9 +23,10 @@ from webdataset.filters import shuffle
 from webdataset.pipeline import DataPipeline
 
 from shards.errors import ConfigError, PipelineError, ShardError
+from shards.label_shift import IGNORE
 from shards.manifest import Fingerprints, check_fingerprints, open_dataset, text_rules
 from shards.sample import Sample, unpack_sample
-from shards.sequence import IGNORE, SequenceBuilder
+from shards.sequence import SequenceBuilder
 from train.config import TrainSection
 from train.data.feed import DamageLimits
 from train.data.heaviest_pack import PackSource, StreamedPacks

@@ -16,8 +16,8 @@ import msgspec
 import torch
 from torch import nn
 
+from shards.delay_pattern import NUM_CODEBOOKS
 from shards.errors import PipelineError
-from shards.sequence import NUM_CODEBOOKS
 from train.config import LossSection
 from train.data.feed import prefetch
 from train.data.loader import LoadedPack

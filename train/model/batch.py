@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from shards.errors import ShardError
+from shards.label_shift import IGNORE
 from shards.mel import num_positions
-from shards.sequence import AUDIO_OUT, IGNORE, WHISPER, Sequence, WhisperClip
+from shards.sequence import AUDIO_OUT, WHISPER, Sequence, WhisperClip
 from train.model.attention import Documents
 
 

@@ -5,7 +5,7 @@
           + contrastive_weight * ramp * sum(InfoNCE) / pairs of the step
 
 Logits come at learned rows only and are raised to fp32 before the softmax. Targets are already shifted
-(`shards.sequence`), so nothing is shifted here.
+(`shards.label_shift`), so nothing is shifted here.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shards.sequence import IGNORE
+from shards.label_shift import IGNORE
 from train.config import LossSection
 from train.model.batch import PackedBatch
 from train.world import ALONE, World

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from shards.sequence import CODEBOOK_SIZE
+from shards.delay_pattern import CODEBOOK_SIZE
 from train.model.attention import Documents
 from train.model.decoder import HiggsAudio
 

@@ -1,8 +1,8 @@
 """How speech begins and ends in the columns of generation: forced markers, and the column behind which nothing comes.
 
-In: drawn codes. Out: columns in the delay pattern of `shards.sequence`, and where a request has ended. The rules are those of
-transformers' `HiggsAudioV2DelayPatternLogitsProcessor`. The surprising one: any codebook's EOS begins the end, not only the
-first's; the price of a wrong EOS is cut speech, as in the references.
+In: drawn codes. Out: columns in the delay pattern of `shards.delay_pattern`, and where a request has ended. The rules are
+those of transformers' `HiggsAudioV2DelayPatternLogitsProcessor`. The surprising one: any codebook's EOS begins the end, not
+only the first's; the price of a wrong EOS is cut speech, as in the references.
 
 Letters: B slots, K codebooks.
 """
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shards.sequence import STREAM_BOS, STREAM_EOS
+from shards.delay_pattern import STREAM_BOS, STREAM_EOS
 
 NEVER = 1 << 40  # number of a column that has not come
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from shards.sequence import FRAMES_PER_SECOND, STREAM_BOS, Sequence, undelay
+from shards.delay_pattern import STREAM_BOS, undelay
+from shards.sequence import FRAMES_PER_SECOND, Sequence
 from train.model.generation.end_of_speech import until_end
 
 __all__ = ["FRAMES_PER_SECOND", "GREEDY", "Request", "Sampling", "Speech"]

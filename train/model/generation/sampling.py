@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shards.sequence import STREAM_BOS
+from shards.delay_pattern import STREAM_BOS
 from train.model.generation.request import Sampling
 
 NARROW = 64  # candidates that are sorted if every slot's top_k allows it; else all are

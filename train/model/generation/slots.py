@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from shards.sequence import STREAM_BOS
+from shards.delay_pattern import STREAM_BOS
 from train.model.generation.audio_path import Path
 from train.model.generation.end_of_speech import NEVER, delay_pattern
 from train.model.generation.key_value_cache import KeyValueCache
