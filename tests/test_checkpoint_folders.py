@@ -37,6 +37,7 @@ from train.run_folder.checkpoint_folders import (
     mark_best,
     own_checkpoints,
     read_step,
+    remove_old,
 )
 from train.run_folder.metrics import held_out_history
 from train.world import ALONE
@@ -321,3 +322,16 @@ def test_adapter_settings_of_another_kind_are_refused_by_name(run, changed):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
     with pytest.raises(CheckpointError, match=next(iter(changed))):
         read_adapter_config(path)
+
+
+def test_the_newest_by_step_and_the_best_are_kept(tmp_path):
+    for name, step in (("checkpoint-10", 10), ("checkpoint-9", 9), ("checkpoint-30", 30), ("checkpoint-100", 100)):
+        write_json(tmp_path / "checkpoints" / name / "state" / "state.json", {"format": 2, "step": step})
+        write_json(tmp_path / "checkpoints" / name / "COMPLETE", {})
+    shutil.copytree(tmp_path / "checkpoints" / "checkpoint-9", tmp_path / "checkpoints" / "mine")
+    mark_best(tmp_path, tmp_path / "checkpoints" / "checkpoint-9", {"eval/audio_loss": 1.0})
+    remove_old(tmp_path, keep=4)
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 5, "nothing is older than the newest four"
+    remove_old(tmp_path, keep=2)
+    left = {folder.name for folder in (tmp_path / "checkpoints").iterdir()}
+    assert left == {"checkpoint-9", "checkpoint-30", "checkpoint-100", "mine"}

@@ -31,13 +31,7 @@ from torch import Tensor, nn
 from shards.errors import CheckpointError
 from shards.writer import sync_folder, write_bytes, write_json
 from train.model.lora import save_adapter
-from train.run_folder.checkpoint_folders import (
-    best_checkpoint,
-    digests,
-    mark_best,
-    move_away,
-    own_checkpoints,
-)
+from train.run_folder.checkpoint_folders import digests, mark_best, move_away, remove_old
 from train.run_folder.identity import IDENTITY, Identity
 from train.run_folder.state import gather_state, write_state
 from train.world import World
@@ -133,9 +127,7 @@ class Checkpoints:
         partial.replace(folder)
         sync_folder(folder.parent)
         mark_best(self._run_dir, folder, metrics)
-        for old in own_checkpoints(self._run_dir)[: -self._keep]:
-            if old != best_checkpoint(self._run_dir):
-                shutil.rmtree(old)
+        remove_old(self._run_dir, self._keep)
 
 
 def make_empty(folder: Path) -> OSError | None:

@@ -1,4 +1,4 @@
-"""Checkpoint folders of a run: which are complete, undamaged, and the best.
+"""Checkpoint folders of a run: which are complete, undamaged, and the best; which are removed.
 
 In: RUN, or one folder of it as `checkpoint.py` writes them. Out: paths and facts. The step stands in the checkpoint, since
 people copy and rename folders. What a run does by itself (go on, remove the oldest) it does with folders named
@@ -142,6 +142,13 @@ def complete_checkpoints(run_dir: Path) -> list[Path]:
 def own_checkpoints(run_dir: Path) -> list[Path]:
     """Complete checkpoints under the name that the run gave them, lowest step first: what it may remove."""
     return [folder for folder in complete_checkpoints(run_dir) if is_own(folder, read_step(folder))]
+
+
+def remove_old(run_dir: Path, keep: int) -> None:
+    """Remove the oldest checkpoints so that the newest `keep` and the best are left; those a person renamed are left too."""
+    for old in own_checkpoints(run_dir)[:-keep]:
+        if old != best_checkpoint(run_dir):
+            shutil.rmtree(old)
 
 
 def is_own(folder: Path, step: int) -> bool:
