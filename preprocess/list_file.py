@@ -1,9 +1,9 @@
 """The list as rows: where each one begins and ends, in constant memory; nothing of what a row means.
 
 In: a path. Out: one `RawRow` per row of a JSON array or of JSON Lines, with its line; a row that cannot be read is one `BadRow`
-and the next one is found again. In an array that is where an object begins as the list's first row does, or with "messages":
-the price is that rows written in another way behind a broken one are counted with it. A list that ends before its end is an
-error, never a shorter list.
+and the next one is found again. In an array that is where an object begins as the list's first row does, or with a key of a row:
+the price is that a row that begins with a key of its own, unlike the first, is counted with a broken one before it. A list that
+ends before its end is an error, never a shorter list.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ LINES_LOOKED_AT = 8  # whether a first line that is no row is one bad row, or th
 MARK_CHARS = 256  # of a row's beginning, kept where the text is cut
 BLANKS = " \t\r\n"
 NOT_BLANK = re.compile(r"[^ \t\r\n]")
+CR_ROWS = re.compile(rb"\}[ \t]*\r[ \t\r]*\{")  # never inside a row: there a comma stands between two objects
+LINE_END = re.compile(rb"\r\n|\r|\n")
+OTHER_KEYS = "|".join(("id", "speaker", "start_index", "misc"))  # that a row of another form may begin with
 FIRST_KEY = re.compile(r'\{[ \t\r\n]*"([^"\\]{1,64})"')
 
 
@@ -154,7 +157,10 @@ class _Window:
         if self._row_begin is None:
             first = FIRST_KEY.match(self._text, self.position)
             names = "|".join(["messages", re.escape(first[1])] if first else ["messages"])
-            self._row_begin = re.compile(rf'\{{[ \t\r\n]*"(?:{names})"[ \t\r\n]*:')
+            self._row_begin = re.compile(
+                rf'(\{{[ \t\r\n]*"(?:{names})"[ \t\r\n]*:)'
+                rf'|[,\]}}][ \t\r\n]*(\{{[ \t\r\n]*"(?:{OTHER_KEYS})"[ \t\r\n]*:)'
+            )
         try:
             value = self._parsed(is_open_ended=letter not in '{["')
         except RowError as fault:
@@ -206,7 +212,7 @@ class _Window:
                 kept = self._text.rstrip(BLANKS)
                 self.position = len(kept) - kept.endswith("]")
                 return
-        self.position = found.start()
+        self.position = max(found.start(1), found.start(2))  # -1 of the one that was not found
 
     def _more(self) -> bool:
         """Drop what is used and read on, at least as much as is kept; False at the file's end."""
@@ -229,7 +235,7 @@ class _Window:
 
 
 def _line_rows(file: io.BufferedReader, path: Path) -> Iterator[RawRow | BadRow]:
-    """One row per line; blank lines are skipped. Only \\n ends a line."""
+    """One row per line; blank lines are skipped. Only \\n ends a line, but \\r as well where it ends the first row (old Mac)."""
     lines = _lines(file, path)
     begin = list(itertools.islice(lines, LINES_LOOKED_AT))
     if not _may_be_row(begin[0][1]) and 2 * sum(_is_object(text) for _, text, _ in begin[1:]) < len(begin):
@@ -252,16 +258,41 @@ def _lines(file: io.BufferedReader, path: Path) -> Iterator[tuple[int, str, bool
     """(line number, text, whether it has an end) of every line that is not blank; a longer one than any row is cut."""
     line = 0
     try:
-        while data := file.readline(MAX_LINE_BYTES):
+        for data, is_ended in _ended_lines(file):
             line += 1
-            is_ended = data.endswith(b"\n")
-            while not is_ended and (rest := file.readline(BLOCK_BYTES)):
-                is_ended = rest.endswith(b"\n")
             text = data.decode("utf-8", "surrogateescape").removeprefix("\ufeff").strip(BLANKS)
             if text:
                 yield line, text, is_ended
     except UNREADABLE as error:
         raise DataError(f"{path}: line {line + 1}: not readable any further: {error}") from None
+
+
+def _ended_lines(file: io.BufferedReader) -> Iterator[tuple[bytes, bool]]:
+    """(a line of at most MAX_LINE_BYTES, whether it has an end)."""
+    data = file.readline(MAX_LINE_BYTES)
+    if CR_ROWS.search(data):
+        yield from _ended_by_cr(file, data)
+        return
+    while data:
+        is_ended = data.endswith(b"\n")
+        while not is_ended and (rest := file.readline(BLOCK_BYTES)):
+            is_ended = rest.endswith(b"\n")
+        yield data, is_ended
+        data = file.readline(MAX_LINE_BYTES)
+
+
+def _ended_by_cr(file: io.BufferedReader, data: bytes) -> Iterator[tuple[bytes, bool]]:
+    """The same where \\r ends a line, as \\n and both together do; `data` was read already."""
+    begun = b""
+    while data:
+        first, *others = LINE_END.split(data)
+        begun = (begun + first)[:MAX_LINE_BYTES]  # beyond any row: the rest of it says nothing
+        for line in others:
+            yield begun, True
+            begun = line
+        data = file.read(BLOCK_BYTES)
+    if begun:
+        yield begun, False
 
 
 def _value_of(text: str) -> Any:

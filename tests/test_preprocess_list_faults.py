@@ -160,3 +160,35 @@ def test_the_detail_of_a_reject_is_one_line(tmp_path: Path):
     reject = next(read_rows(path))
     assert isinstance(reject, Reject)
     assert reject.detail.isprintable()
+
+
+@pytest.mark.parametrize("end", [b"\r", b"\r\r", b" \r\t", b"\r\n\r"])
+def test_lines_that_end_as_on_an_old_mac_are_rows(tmp_path: Path, end: bytes):
+    path = tmp_path / "list.jsonl"
+    rows = [GOOD, b'{"messages": [', GOOD[:-1] + b', "misc": {\r "x":\r {"y": 1}}}', GOOD, b"word", GOOD]
+    path.write_bytes(end.join([rows[0], rows[1], rows[3], rows[4], rows[5]]))
+    assert [type(row) for row in read_raw_rows(path)] == [RawRow, BadRow, RawRow, BadRow, RawRow]
+    path.write_bytes(b"\n".join(rows))  # a CR inside a row of other lists stays what it is: a blank
+    assert [type(row) for row in read_raw_rows(path)] == [RawRow, BadRow, RawRow, RawRow, BadRow, RawRow]
+
+
+def test_old_mac_lines_longer_than_a_block_are_whole(tmp_path: Path):
+    path = tmp_path / "list.jsonl"
+    long = with_field(b'"' + b"x" * 300_000 + b'"')
+    too_large = with_field(b'"' + b"y" * (5 * MAX_ROW_CHARS) + b'"')
+    path.write_bytes(b"\r".join([GOOD, long, too_large, GOOD, long]))
+    found = list(read_raw_rows(path))
+    assert [type(row) for row in found] == [RawRow, RawRow, BadRow, RawRow, RawRow]
+    assert [row.line for row in found] == [1, 2, 3, 4, 5]
+    path.write_bytes(b"\r".join([GOOD, GOOD[:-9]]))
+    with pytest.raises(DataError, match="line 2: the list ends inside a row"):
+        list(read_raw_rows(path))
+
+
+@pytest.mark.parametrize("key", ["id", "speaker", "start_index", "misc", "messages"])
+def test_rows_of_another_form_behind_a_broken_one_are_found(tmp_path: Path, key: str):
+    path = tmp_path / "list.json"
+    values = {"id": '"a"', "speaker": '"b"', "start_index": "1", "misc": "{}", "messages": "[]"}
+    other = f'{{\n "{key}" : {values[key]}, "text": [{{"type": "text"}}]}}'.encode()
+    path.write_bytes(b"[" + b" ,\n".join([GOOD, GOOD.replace(b'"s"', b"'s'"), other, b'{"own": 1}', GOOD]) + b"]")
+    assert [type(row) for row in read_raw_rows(path)] == [RawRow, BadRow, RawRow, RawRow, RawRow]
