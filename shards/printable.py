@@ -8,6 +8,7 @@ The price: a backslash is not doubled, so what is shown cannot be turned back. F
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -26,14 +27,13 @@ PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 EXCERPT_CHARS = 60  # of a text, wherever a message quotes one
 ERROR_CHARS = 200  # of the first line of a library's error
 HIDDEN = "***"
-URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s\"'<>\\]+")
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,40}://[^\s\"'<>\\]+")
 # The spellings of secrets outside of a URL's query: --set x.token=..., "password": "...", AccountKey=...;
 SECRET_NAME = (
     r"(?:token|secret|passw(?:or)?d|api[_-]?key|access[_-]?key(?:[_-]?id)?|account[_-]?key|signature|credentials?)"
 )
-ASSIGNMENT = re.compile(
-    rf"((?<![A-Za-z0-9])(?:[\w.-]*[_.-])?{SECRET_NAME}(?:=[\"']?|[\"']\s*:\s*[\"']))([^\s\"'&;,]+)", re.IGNORECASE
-)
+SECRET_WORDS = ("token", "secret", "passw", "key", "signature", "credential")  # one of them is in every SECRET_NAME
+ASSIGNMENT = re.compile(rf"((?<![A-Za-z0-9]){SECRET_NAME}(?:=[\"']?|[\"']\s*:\s*[\"']))([^\s\"'&;,]+)", re.IGNORECASE)
 BEARER = re.compile(r"(\b(?:bearer|basic)\s+)([A-Za-z0-9._~+/=-]{8,})", re.IGNORECASE)
 KNOWN_SHAPES = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{16,}|gh[pousr]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|(?:AKIA|ASIA)[A-Z0-9]{16}|sk-[\w-]{16,}"
@@ -106,8 +106,11 @@ def redact(text: str, environment: Mapping[str, str] | None = None) -> str:
         text = text.replace(value, HIDDEN)
     if "://" in text:
         text = URL.sub(lambda found: redact_url(found[0]), text)
-    text = ASSIGNMENT.sub(rf"\g<1>{HIDDEN}", text)
-    text = BEARER.sub(rf"\g<1>{HIDDEN}", text)
+    lowered = text.lower()  # nearly every text holds none of the words, and looking for them is cheap
+    if any(word in lowered for word in SECRET_WORDS):
+        text = ASSIGNMENT.sub(rf"\g<1>{HIDDEN}", text)
+    if "bearer" in lowered or "basic" in lowered:
+        text = BEARER.sub(rf"\g<1>{HIDDEN}", text)
     return KNOWN_SHAPES.sub(HIDDEN, text)
 
 
@@ -135,9 +138,11 @@ def redact_values(value: Any) -> Any:
 
 def secrets_of(environment: Mapping[str, str]) -> list[str]:
     """Values of variables like HF_TOKEN or AWS_SECRET_ACCESS_KEY, longest first; a variable may name a file of secrets."""
-    found = {
-        value
-        for name, value in environment.items()
-        if len(value) >= SHORTEST_SECRET and SECRET_VARIABLE.search(name) and not value.startswith(("/", "~", "./"))
-    }
+    values = {environment[name] for name in environment if _names_secret(name)}
+    found = [value for value in values if len(value) >= SHORTEST_SECRET and not value.startswith(("/", "~", "./"))]
     return sorted(found, key=len, reverse=True)
+
+
+@functools.lru_cache(maxsize=4096)
+def _names_secret(variable: str) -> bool:
+    return SECRET_VARIABLE.search(variable) is not None

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import random
+import signal
 import sys
 import unicodedata
 
@@ -198,3 +199,30 @@ def test_no_token_of_a_url_reaches_a_run(run_command, http_server, short_data, t
         if path.is_file():
             assert TOKEN.encode() not in path.read_bytes(), path
             assert other.encode() not in path.read_bytes(), path
+
+
+@pytest.mark.parametrize("text", ["_" * 50_000, "ص" * 50_000, "a" * 50_000 + "://", "x." * 25_000 + "token"])
+def test_hiding_secrets_takes_no_longer_than_the_text_is_long(text):
+    """The square of it would be minutes; the alarm is far beyond what a slow machine needs."""
+
+    def too_long(*_: object) -> None:
+        raise AssertionError("not linear")
+
+    old = signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(60)
+    try:
+        assert redact(text, {}) == text
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, old)
+
+
+@pytest.mark.parametrize(
+    "name", ["token", "x.token", "HF_TOKEN", "my-api_key", "--password", "étoken", "_secret", "a.b.signature"]
+)
+def test_a_secret_is_hidden_under_every_name_that_ends_in_one(name):
+    assert redact(f"run {name}=abc123 on", {}) == f"run {name}=*** on"
+
+
+def test_words_that_only_hold_a_secrets_name_stay():
+    assert redact("mytoken=abc tokens=5 num_tokens=7", {}) == "mytoken=abc tokens=5 num_tokens=7"
