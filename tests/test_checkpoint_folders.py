@@ -335,3 +335,30 @@ def test_the_newest_by_step_and_the_best_are_kept(tmp_path):
     remove_old(tmp_path, keep=2)
     left = {folder.name for folder in (tmp_path / "checkpoints").iterdir()}
     assert left == {"checkpoint-9", "checkpoint-30", "checkpoint-100", "mine"}
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_a_best_that_is_no_link_is_left_alone_and_ends_nothing(tmp_path, kind, caplog):
+    """A copy of RUN without links has a folder there; a link cannot take its place."""
+    for step, loss in ((2, 3.0), (4, 2.0)):
+        folder = tmp_path / "checkpoints" / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        write_json(folder / "metrics.json", {"eval/audio_loss": loss})
+    best = tmp_path / "best"
+    if kind == "folder":
+        shutil.copytree(tmp_path / "checkpoints" / "checkpoint-2", best)
+    else:
+        best.write_text("mine")
+    mark_best(tmp_path, tmp_path / "checkpoints" / "checkpoint-4", {"eval/audio_loss": 2.0})
+    assert not best.is_symlink()
+    assert "best: no link but somebody's own: left alone; the best checkpoint is checkpoint-4" in caplog.text
+    assert best_checkpoint(tmp_path) == (best if kind == "folder" else None)
+
+
+@pytest.mark.parametrize("target", ["best", "nowhere", "."])
+def test_a_best_that_leads_nowhere_is_replaced(tmp_path, target):
+    (tmp_path / "best").symlink_to(target)
+    folder = tmp_path / "checkpoints" / "checkpoint-2"
+    folder.mkdir(parents=True)
+    mark_best(tmp_path, folder, {"eval/audio_loss": 2.0})
+    assert best_checkpoint(tmp_path) == folder

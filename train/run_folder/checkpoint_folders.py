@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import os
 import re
 import shlex
 import shutil
@@ -219,9 +220,11 @@ def judged(metrics: dict[str, Any]) -> float | None:
 
 
 def best_checkpoint(run_dir: Path) -> Path | None:
-    """Where RUN/best points, if anywhere."""
+    """Where RUN/best points, if anywhere; the folder itself where a copy made one of the link."""
     link = run_dir / "best"
-    return run_dir / link.readlink() if link.is_symlink() else None
+    if link.is_symlink():
+        return run_dir / link.readlink()
+    return link if link.is_dir() else None
 
 
 def mark_best(run_dir: Path, folder: Path, metrics: dict[str, float]) -> None:
@@ -234,6 +237,9 @@ def mark_best(run_dir: Path, folder: Path, metrics: dict[str, float]) -> None:
         lowest = judged(read_metrics(best))
         if lowest is not None and loss >= lowest:
             return
+    if os.path.lexists(run_dir / "best") and not (run_dir / "best").is_symlink():
+        log.warning("%s/best: no link but somebody's own: left alone; the best checkpoint is %s", run_dir, folder.name)
+        return
     link = run_dir / ".best.tmp"
     link.unlink(missing_ok=True)
     link.symlink_to(folder.relative_to(run_dir))
