@@ -36,12 +36,24 @@ class JobByDefault(click.Group):
         formatter.write(self.commands["run"].get_help(ctx))
 
 
+class JobContext(click.Context):
+    """Usage and mistakes name what a user types: `preprocess`, without the word in between."""
+
+    @property
+    def command_path(self) -> str:
+        return self.parent.command_path if self.parent else super().command_path
+
+
+class Job(click.Command):
+    context_class = JobContext
+
+
 @click.group(cls=JobByDefault, add_help_option=False)
 def main() -> None:
     """Stage one."""
 
 
-@main.command("run", context_settings={"show_default": True}, options_metavar="[OPTIONS]")
+@main.command("run", cls=Job, context_settings={"show_default": True}, options_metavar="[OPTIONS]")
 @click.argument("data", type=PATH)
 @click.argument("out", type=PATH)
 @click.option("--config", "config_path", type=PATH, help="Default: ./pipeline.toml if it exists.")

@@ -6,7 +6,9 @@ import copy
 import json
 
 import pytest
+from click.testing import CliRunner
 
+from preprocess.cli import main
 from preprocess.reasons import REASONS, WRITTEN_WARNINGS
 from preprocess.text import TextSection, arabic_share, clean, text_fault
 from shards.manifest import open_dataset
@@ -109,3 +111,9 @@ def test_a_killed_validation_leaves_nothing_in_the_way(run_command, arabic_mini,
     made = run_command("preprocess", arabic_mini, out, "--limit", 3, "--config", tiny_dir / "pipeline.toml")
     assert made.returncode == 0, made.stderr
     assert open_dataset(out)[0].num_samples == 3
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["--nope"], ["a", "b", "c"]])
+def test_usage_names_what_a_user_types(arguments):
+    output = CliRunner().invoke(main, arguments, prog_name="preprocess").output
+    assert output.startswith("Usage: preprocess [OPTIONS] DATA OUT\n")
