@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from shards.manifest import Dataset
-from shards.terminal import print_line, print_table
-
-PLAIN_LINE_EVERY_S = 10.0
+from shards.terminal import PLAIN_LINE_EVERY_S, print_line, print_table
 
 
 class Progress:

@@ -16,9 +16,9 @@ import numpy as np
 
 from shards.errors import ShardError
 from shards.index import read_index
+from shards.sample import SCHEMA_VERSION
 from shards.writer import ShardDone
 
-SCHEMA_VERSION = 1
 MAX_SHARDS = 1_000_000  # keys have six digits for the shard
 
 

@@ -20,7 +20,7 @@ from shards.errors import ShardError
 from shards.printable import first_line
 from shards.sample_checks import check_sample
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 1  # of a sample and of dataset.json, which change together
 MEMBERS = ("ids.npy", "json", "ref.codes.npy", "ref.mel.npy.zst", "ref.whisper.npy.zst", "tgt.codes.npy")
 MAX_JSON_BYTES = 4 << 20  # texts of a minute and whatever else a row holds; deep JSON costs 40 times its size
 MAX_WHISPER_BYTES = 1 << 24  # unpacked; 30 s of states of Whisper large-v3 are 1.9 MB

@@ -25,6 +25,8 @@ import click
 from shards.errors import PipelineError
 from shards.printable import printable, printable_json, printable_lines, redact
 
+PLAIN_LINE_EVERY_S = 10.0  # progress where there is no terminal to draw a bar on
+
 
 def print_line(text: str, *, to_stdout: bool = False) -> None:
     """A line for a person, on stderr unless said otherwise. One that the terminal cannot encode is shown escaped."""

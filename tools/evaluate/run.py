@@ -18,7 +18,7 @@ import msgspec
 
 from shards.errors import ConfigError, DataError
 from shards.folder_lock import hold_folder
-from shards.terminal import print_line, progress_bar
+from shards.terminal import PLAIN_LINE_EVERY_S, print_line, progress_bar
 from shards.writer import write_bytes, write_json
 from tools.evaluate.dataset_items import dataset_items, is_dataset, training_overlap
 from tools.evaluate.items import Items, read_items
@@ -54,8 +54,6 @@ from train.evaluation.speaker_encoders import load_encoder
 
 if TYPE_CHECKING:
     from train.model.generate import Sampling
-
-PLAIN_LINE_EVERY_S = 10.0
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):

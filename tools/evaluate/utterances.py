@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 import msgspec
 
+from shards.sequence import FRAMES_PER_SECOND
 from tools.evaluate.items import Item
 from tools.evaluate.mos import LOWEST
 from tools.evaluate.row_file import Key
@@ -20,7 +21,6 @@ from tools.evaluate.waves import WaveFacts, failure_of
 from train.evaluation.edits import Edits, character_edits, failed, word_edits
 from train.evaluation.text_protocols import PROTOCOLS, groups_of
 
-FRAMES_PER_SECOND = 25
 NO_WAVE = frozenset({"missing", "empty", "silent"})
 
 
