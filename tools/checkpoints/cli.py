@@ -2,6 +2,8 @@
 
     list RUN            the complete checkpoints with their metrics
     validate PATH       whether a checkpoint is whole, fits its base and does something
+    compare RUN|A B     side by side, and which one to take
+    average A B OUT     the mean of their updates as one checkpoint
     merge RUN OUT       base + adapter -> one model folder, in the native or the older layout
     convert MODEL OUT   a model or adapter folder of either layout -> the other
     card RUN OUT.md     the model card
@@ -24,6 +26,7 @@ import msgspec
 
 from shards.terminal import explained, print_json, print_line
 from tools.checkpoints.card_command import card
+from tools.checkpoints.compare_command import average, compare
 from tools.checkpoints.quantize_command import quantize
 
 if TYPE_CHECKING:
@@ -41,10 +44,12 @@ LAYOUT = click.option(
 
 @click.group()
 def main() -> None:
-    """List, validate, merge, quantize and convert checkpoints."""
+    """List, validate, compare, average, merge, quantize and convert checkpoints; write their card."""
 
 
 main.add_command(quantize)
+main.add_command(compare)
+main.add_command(average)
 main.add_command(card)
 
 

@@ -20,6 +20,7 @@ from shards.artifacts import resolve
 from shards.config import read_config
 from shards.encoders.tensor_files import load_tensors
 from shards.errors import PipelineError
+from tools.checkpoints.average import REPORT as AVERAGE
 from tools.checkpoints.merge import CheckpointConfig, require_config
 from train.model.conditioning import Conditioning, decide_conditioning
 from train.model.lora import file_name, group_of, load_adapter
@@ -124,6 +125,8 @@ class _Checkpoint:
         return f"{len(weights)} tensors, the same in both"
 
     def check_moments(self) -> str:
+        if (self._folder / AVERAGE).is_file():
+            return "no: an average has no optimizer's state; it is for merge, speak and evaluate"
         state, weights = self._state(), self._weights()
         lacking = [
             f"{moment} of {name.removeprefix('model/')}"

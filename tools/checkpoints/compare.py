@@ -1,0 +1,187 @@
+"""Checkpoints side by side: losses, evaluations, how far each has moved, and which one to take.
+
+In: checkpoint folders, or runs. Out: a `Comparison`. The winner is chosen by what it sounds like where all were evaluated under
+the same conditions (character error rate), else by held-out audio loss, and only among checkpoints judged by the same held-out
+data; ties go to the earlier step. Norms and distances are of the updates scale * B * A.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from shards.errors import CheckpointError
+from tools.checkpoints.curves import read_curves
+from tools.checkpoints.evaluations import Row, evaluations_of, rows_of
+from tools.checkpoints.merge import choose_checkpoint
+from tools.checkpoints.updates import Update, read_update
+from train.run_folder.checkpoint_folders import JUDGED_BY, complete_checkpoints, damage, read_metrics, read_step
+from train.run_folder.identity import read_identity
+
+
+class Entry(msgspec.Struct, frozen=True, kw_only=True):
+    """One checkpoint."""
+
+    name: str
+    folder: str
+    step: int
+    held_out: dict[str, float]  # eval/... losses; empty where nothing was held out
+    judged_on: str  # which held-out data; losses of others are not comparable
+    evaluations: list[Row]
+    norms: dict[str, float]  # of the update, by group
+    uses_dora: bool
+
+
+class Distance(msgspec.Struct, frozen=True):
+    """Between the updates of two checkpoints."""
+
+    first: str
+    second: str
+    relative: float  # ||D1 - D2|| / mean of both norms
+    cosine: float
+
+
+class Comparison(msgspec.Struct, frozen=True, kw_only=True):
+    entries: list[Entry]
+    distances: list[Distance]
+    winner: str | None
+    criterion: str
+    curves: dict[str, list[tuple[float, float]]]  # held-out audio loss by run
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class _Read:
+    entry: Entry
+    update: Update
+
+
+def compare(paths: Sequence[Path], evaluations: Sequence[Path] = ()) -> Comparison:
+    """One run: all its checkpoints. Several paths: of a run its best, else its newest. Raises PipelineError."""
+    folders = chosen_folders(paths)
+    read = [_read(folder, name, evaluations) for name, folder in names_of(folders).items()]
+    entries = [part.entry for part in read]
+    winner, criterion = choose(entries)
+    runs = {folder.resolve().parents[1] for folder in folders}
+    curves = {run.name: read_curves(run, [JUDGED_BY])[JUDGED_BY] for run in sorted(runs)}
+    notes = []
+    if any(entry.uses_dora for entry in entries):
+        notes.append(
+            "of DoRA's checkpoints, norms and distances are of B * A alone, without the lengths that it learns too"
+        )
+    if len({entry.judged_on for entry in entries if entry.held_out}) > 1:
+        notes.append("held-out losses are of different data: they stand side by side, and nothing is judged by them")
+    distances, unlike = distances_of(read)
+    if unlike:
+        notes.append(f"no distance for {unlike} pairs, which do not change the same modules")
+    return Comparison(
+        entries=entries,
+        distances=distances,
+        winner=winner.name if winner else None,
+        criterion=criterion,
+        curves={name: points for name, points in curves.items() if points},
+        notes=notes,
+    )
+
+
+def chosen_folders(paths: Sequence[Path]) -> list[Path]:
+    if len(paths) == 1 and not (paths[0] / "COMPLETE").is_file():
+        folders = complete_checkpoints(paths[0])
+        if not folders:
+            raise CheckpointError(
+                f"{paths[0]}: no complete checkpoint here; give a RUN of `train`, or checkpoint folders"
+            )
+        return folders
+    folders = [choose_checkpoint(path)[0] for path in paths]
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise CheckpointError("the same checkpoint is named twice; give different ones")
+    if len(folders) < 2:
+        raise CheckpointError(f"{paths[0]}: one checkpoint has nothing to be compared with; give two or more, or a RUN")
+    return folders
+
+
+def names_of(folders: Sequence[Path]) -> dict[str, Path]:
+    """The shortest ends of the paths that tell them apart."""
+    length = 1
+    names = [folder.resolve().name for folder in folders]
+    while len(set(names)) < len(names):  # the paths are different, checked before
+        length += 1
+        names = ["/".join(folder.resolve().parts[-length:]) for folder in folders]
+    return dict(zip(names, folders, strict=True))
+
+
+def _read(folder: Path, name: str, named: Sequence[Path]) -> _Read:
+    if faults := damage(folder):
+        raise CheckpointError(f"{folder}: damaged: {faults[0]}; leave it out, or see `checkpoints validate`")
+    update, metrics, identity = read_update(folder), read_metrics(folder), read_identity(folder)
+    settings = identity.settings
+    held_out = {
+        name: float(value)
+        for name, value in metrics.items()
+        if name.startswith("eval/") and isinstance(value, int | float) and math.isfinite(value)
+    }
+    data = identity.validation_digest or (
+        f"{identity.dataset_digest} {settings.get('train.validation_fraction')} {settings.get('train.seed')}"
+    )
+    entry = Entry(
+        name=name,
+        folder=str(folder),
+        step=read_step(folder),
+        held_out=held_out,
+        judged_on=f"{data} {settings.get('sequence.layout')}",
+        evaluations=rows_of(folder, evaluations_of(run_of(folder), named)),
+        norms={group: squares**0.5 for group, squares in sorted(update.squares().items())},
+        uses_dora=update.uses_dora,
+    )
+    return _Read(entry, update)
+
+
+def run_of(folder: Path) -> Path | None:
+    """The run that a checkpoint lies in, if it does."""
+    parents = folder.resolve().parents
+    return parents[1] if len(parents) > 1 and (parents[1] / "metrics.jsonl").is_file() else None
+
+
+def choose(entries: Sequence[Entry]) -> tuple[Entry | None, str]:
+    """(the winner, by what). The lowest value; of equal ones the earlier step."""
+    for conditions in [row.conditions for row in entries[0].evaluations]:
+        found = {entry.name: cer_under(entry, conditions) for entry in entries}
+        if all(value is not None for value in found.values()):
+            best = min(entries, key=lambda entry: (found[entry.name], entry.step))
+            words = f"{conditions[2]} of {conditions[3]} items by {conditions[1] or 'no recognizer'}"
+            return best, f"lowest {words}; ties to the earlier step"
+    losses = {entry.name: entry.held_out.get(JUDGED_BY) for entry in entries}
+    if all(value is not None for value in losses.values()) and len({entry.judged_on for entry in entries}) == 1:
+        best = min(entries, key=lambda entry: (losses[entry.name], entry.step))
+        return best, "lowest held-out audio loss; ties to the earlier step"
+    return None, (
+        "none: not all were evaluated under the same conditions (`evaluate`, --evaluation FOLDER), nor judged by the same "
+        "held-out data"
+    )
+
+
+def cer_under(entry: Entry, conditions: Any) -> float | None:
+    return next((row.cer for row in entry.evaluations if row.conditions == conditions), None)
+
+
+def distances_of(read: Sequence[_Read]) -> tuple[list[Distance], int]:
+    """(of every pair that changes the same modules, number of the others)."""
+    found, unlike = [], 0
+    for number, first in enumerate(read):
+        for second in read[number + 1 :]:
+            product = first.update.product(second.update)
+            if product is None:
+                unlike += 1
+                continue
+            squares = [sum(value**2 for value in part.entry.norms.values()) for part in (first, second)]
+            norms = [value**0.5 for value in squares]
+            apart = max(0.0, sum(squares) - 2 * product) ** 0.5
+            mean = sum(norms) / 2
+            cosine = product / (norms[0] * norms[1]) if all(norms) else 0.0
+            found.append(Distance(first.entry.name, second.entry.name, apart / mean if mean else 0.0, cosine))
+    return found, unlike
