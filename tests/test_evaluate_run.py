@@ -289,6 +289,74 @@ def test_draws_of_greedy_speech_are_a_usage_error(waves: Path):
     assert run("a", "b", waves / "out", "--greedy", "--seeds", 2)[0] == 2
 
 
+# --- the data themselves --------------------------------------------------------------------------------------------
+
+
+def checked(waves: Path, out: Path, *more: object) -> dict[str, Any]:
+    status, output = run("--data-only", waves / "list.jsonl", out, "--similarity", "bands", "--asr", "knows", *more)
+    assert status == 0, output
+    return json.loads((out / "data.json").read_text())
+
+
+def test_sound_data_are_alike_and_say_their_texts(waves: Path):
+    found = checked(waves, waves / "out")
+    assert {name: part["cer"] for name, part in found["clips"].items()} == {"reference": 0, "target": 0}
+    assert found["agreement"]["bands"]["suspected"] == []
+    assert found["agreement"]["bands"]["mean"] > found["agreement"]["bands"]["strangers_mean"]
+    assert (found["validation"]["rows"], found["validation"]["usable"]) == (18, 18)
+    assert {name: len(rows) for name, rows in found["worst"].items()} == {"text": 1, "voice bands": 1}
+
+
+def test_wrong_speakers_texts_and_files_are_each_found(waves: Path):
+    """A reference of somebody else, a text that is not said, a file that is none, a silent one."""
+    soundfile.write(waves / "prompts" / "s4-2.wav", voice(1, 2.2, 9), 24000)
+    soundfile.write(waves / "real" / "s2-0.wav", voice(2, 3.0, 9), 24000)  # its length is no sentence the stub knows
+    (waves / "real" / "s3-1.wav").write_bytes(b"RIFF no wave")
+    soundfile.write(waves / "real" / "s5-1.wav", np.zeros(48000), 24000)
+    found = checked(waves, waves / "out")
+    assert found["agreement"]["bands"]["suspected"] == ["s3-1", "s4-1", "s5-1"]
+    assert found["clips"]["target"]["failures"] == {"missing": 2}  # stage one reads no silent file either
+    assert found["clips"]["target"]["clips"] == 18
+    rows = {row["item"]: row for row in map(json.loads, (waves / "out" / "rows.jsonl").read_text().splitlines())}
+    assert len(rows) == 18
+    assert [name for name, row in rows.items() if row["target"]["recognised"] == ""] == ["s2-0", "s3-1", "s5-1"]
+    assert found["validation"]["usable"] == 16
+    page = (waves / "out" / "data.html").read_text()
+    assert "Worst 1 %, by voice bands" in page
+
+
+def test_a_data_check_resumed_gives_the_same(waves: Path):
+    checked(waves, waves / "out")
+    files = [waves / "out" / name for name in ("data.json", "rows.jsonl", "data.html")]
+    before = [path.read_bytes() for path in files]
+    checked(waves, waves / "out")
+    assert [path.read_bytes() for path in files] == before
+    assert run("--data-only", waves / "list.jsonl", waves / "out", "--limit", 2)[0] == 1
+
+
+def test_data_without_models_say_what_was_skipped(waves: Path):
+    status, output = run("--data-only", waves / "list.jsonl", waves / "out", "--similarity", "none", "--limit", 2)
+    assert status == 0
+    assert "skipped: similarity: no encoder was named" in output
+    assert "skipped: CER and WER: no recognizer" in output
+    assert "target clips: 2, none failed, not recognised" in output
+
+
+def test_a_data_set_is_checked_through_its_codec(short_data: Path, tiny_dir: Path, tmp_path: Path):
+    arguments = ["--data-only", short_data, tmp_path / "out", "--config", tiny_dir / "pipeline.toml"]
+    status, output = run(*arguments, "--similarity", "bands", "--limit", 3)
+    assert status == 0, output
+    found = json.loads((tmp_path / "out" / "data.json").read_text())
+    assert (found["clips"]["target"]["clips"], found["agreement"]["bands"]["rows"]) == (3, 3)
+    assert found["validation"] is None
+    assert "it is made of rows that passed them" in " ".join(found["not_measured"])
+
+
+@pytest.mark.parametrize("more", [["model"], ["--only-score", "x"], ["--fail-if", "cer > 1"], ["--perturb", "phone8k"]])
+def test_a_data_check_takes_data_and_out_alone(more: list[str]):
+    assert run("--data-only", *more, "data", "out")[0] == 2
+
+
 # --- with a model ---------------------------------------------------------------------------------------------------
 
 

@@ -8,15 +8,11 @@ DATA OUT` does the same for waves that another system has made. Exit status 1 wh
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from shards.terminal import explained, print_json, print_line, print_table
-
-if TYPE_CHECKING:
-    from tools.evaluate.systems import EvaluateConfig
-
 
 NUM_DRAWS = 3  # of sampling: one draw of a model that was not changed differs from the next by a point or two
 
@@ -26,6 +22,7 @@ NUM_DRAWS = 3  # of sampling: one draw of a model that was not changed differs f
 @click.option(
     "--only-score", multiple=True, metavar="[NAME=]FOLDER", help="Score these waves too, named like the items."
 )
+@click.option("--data-only", is_flag=True, help="Score the recordings of DATA themselves, before any training.")
 @click.option(
     "--base/--no-base", "with_base", default=None, help="Evaluate model.base as well.  [default: with a MODEL]"
 )
@@ -72,6 +69,7 @@ NUM_DRAWS = 3  # of sampling: one draw of a model that was not changed differs f
 def main(
     paths: tuple[Path, ...],
     only_score: tuple[str, ...],
+    data_only: bool,
     with_base: bool | None,
     seeds: int | None,
     limit: int | None,
@@ -98,7 +96,9 @@ def main(
     """
     if greedy and seeds and seeds > 1:
         raise click.UsageError("--greedy says an item the same way each time; leave --seeds out")
-    if len(paths) < 2 or (len(paths) < 3 and not only_score and not with_base):
+    if data_only and (len(paths) != 2 or only_score or fail_if or perturb):
+        raise click.UsageError("expected --data-only DATA OUT: no model, no other waves, no --fail-if, no --perturb")
+    if len(paths) < 2 or (len(paths) < 3 and not (data_only or only_score or with_base)):
         raise click.UsageError("expected MODEL DATA OUT, or --only-score FOLDER DATA OUT")
     *models, data, out = paths
     with explained(f"what is done stays in {out}; the same command goes on"):
@@ -107,11 +107,13 @@ def main(
         from tools.evaluate.perturb import parse_perturbations
         from tools.evaluate.report import write_report
         from tools.evaluate.run import Request, evaluate
-        from tools.evaluate.systems import read_evaluate_config
+        from tools.evaluate.systems import EvaluateConfig, read_evaluate_config
         from train.model.generate import Sampling
 
         conditions = [parse_condition(text) for text in fail_if]
-        config: EvaluateConfig = read_evaluate_config(config_path, overrides, (*models, data))
+        known = EvaluateConfig.__struct_fields__
+        mine = [text for text in overrides if not data_only or text.split(".")[0] in known]  # the rest is stage one's
+        config = read_evaluate_config(config_path, tuple(mine), (*models, data))
         request = Request(
             data=data,
             out=out,
@@ -128,6 +130,14 @@ def main(
             device=chosen_device(device),
             train_data=train_data,
         )
+        if data_only:
+            from tools.evaluate import data_check
+
+            found = data_check.check_data(request, config, overrides, config_path)
+            if as_json:
+                print_json(found)
+            data_check.show(found, out)
+            return
         sampling = Sampling(temperature=0.0 if greedy else temperature, seed=seed)
         results, rows, plan = evaluate(request, config, sampling)
         pages = write_report(out, results, rows, plan, players)

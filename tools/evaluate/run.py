@@ -105,7 +105,8 @@ def _evaluate(request: Request, config: EvaluateConfig, sampling: Sampling) -> R
     facts = last(measured(spoken, request.out), spoken, "measured")
     skipped: list[str] = []
     identities: dict[str, Any] = {"similarity": [], "asr": None, "mos": []}
-    voices = scored_voices(request, plan, spoken, facts, identities, skipped)
+    scored = scored_voices(request, items, spoken, facts, identities, skipped)
+    voices = {name: alike for name, (alike, _) in scored.items()}
     texts = recognised_texts(request, spoken, facts, identities, skipped)
     mos = predicted_mos(request, plan, spoken, facts, identities, skipped)
     rows = utterances_of(plan.items.items, plan.systems, plan.draws, spoken, facts, texts, voices, mos)
@@ -162,18 +163,23 @@ def fixed_plan(request: Request, config: EvaluateConfig, items: Items, sampling:
         draws=request.draws,
         sampling=dataclasses.asdict(sampling),
     )
-    path = request.out / "evaluation.json"
+    hold_plan(request.out, plan)
+    return plan
+
+
+def hold_plan(out: Path, plan: Plan) -> None:
+    """Fix `plan` in OUT. Raises DataError when OUT holds another one."""
+    path = out / "evaluation.json"
     if not path.is_file():
         write_json(path, plan)
-        return plan
+        return
     try:
         old = msgspec.json.decode(path.read_bytes(), type=Plan)
     except msgspec.DecodeError as error:
         raise DataError(f"{path}: not readable: {error}; give a new OUT") from None
     changed = [name for name in plan.__struct_fields__ if getattr(old, name) != getattr(plan, name)]
     if changed:
-        raise DataError(f"{request.out}: holds an evaluation of other {' and '.join(changed)}; give a new OUT")
-    return plan
+        raise DataError(f"{out}: holds an evaluation of other {' and '.join(changed)}; give a new OUT")
 
 
 def chosen_systems(request: Request, config: EvaluateConfig, items: Items) -> list[System]:
@@ -255,13 +261,14 @@ def of_one_model(systems: list[System]) -> list[list[System]]:
 
 def scored_voices(
     request: Request,
-    plan: Plan,
+    items: Items,
     spoken: dict[Key, Spoken],
     facts: Scores,
     identities: dict[str, Any],
     skipped: list[str],
-) -> dict[str, dict[Key, Similarity]]:
-    found: dict[str, dict[Key, Similarity]] = {}
+) -> dict[str, tuple[dict[Key, Similarity], Scores]]:
+    """By encoder: the similarity of every wave, and its vector."""
+    found: dict[str, tuple[dict[Key, Similarity], Scores]] = {}
     for name in request.encoders:
         try:
             encoder = load_encoder(name)
@@ -269,7 +276,8 @@ def scored_voices(
             skipped.append(f"similarity by {error}")
             continue
         scored = scores_with("similarity", encoder.identity, voice_score(encoder), spoken, facts, request.out)
-        found[encoder.identity.name] = similarities(plan.items.items, spoken, last(scored, spoken, f"voices by {name}"))
+        vectors: Scores = last(scored, spoken, f"voices by {name}")
+        found[encoder.identity.name] = similarities(items.items, spoken, vectors), vectors
         identities["similarity"].append(msgspec.to_builtins(encoder.identity))
         del encoder, scored
         gc.collect()
@@ -279,8 +287,14 @@ def scored_voices(
 
 
 def recognised_texts(
-    request: Request, spoken: dict[Key, Spoken], facts: Scores, identities: dict[str, Any], skipped: list[str]
+    request: Request,
+    spoken: dict[Key, Spoken],
+    facts: Scores,
+    identities: dict[str, Any],
+    skipped: list[str],
+    references: bool = False,
 ) -> Scores | None:
+    """What is said in every wave, of references only if asked; None without a recognizer."""
     try:
         recognizer = load_recognizer(request.asr, request.language, request.device)
     except NotInstalled as error:
@@ -290,7 +304,7 @@ def recognised_texts(
         skipped.append("CER and WER: no recognizer; name a local one, --asr faster-whisper:FOLDER or whisper:FOLDER")
         return None
     identities["asr"] = msgspec.to_builtins(recognizer.identity)
-    said = {key: row for key, row in spoken.items() if key[0] != "reference"}
+    said = {key: row for key, row in spoken.items() if references or key[0] != "reference"}
     return last(
         scores_with("asr", recognizer.identity, text_score(recognizer), said, facts, request.out), said, "recognised"
     )
