@@ -205,7 +205,7 @@ def test_an_adapter_file_that_is_none_is_named(model_dir, tmp_path):
     refused(lambda: load_adapter(empty_model(model_dir, CODES), tmp_path), tmp_path / "adapter_model.safetensors")
 
 
-def test_weights_without_any_or_of_whole_numbers_are_told(tmp_path):
+def test_weights_without_any_or_of_whole_numbers_are_refused(tmp_path):
     for tensors in ({}, {"embed_tokens.weight": torch.zeros(2, 2, dtype=torch.int8)}):
         save_file(tensors, tmp_path / "model.safetensors")
         refused(lambda: stored_dtype(tmp_path), tmp_path)

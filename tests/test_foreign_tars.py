@@ -61,7 +61,7 @@ def special(name: str, kind: bytes) -> tuple[tarfile.TarInfo, bytes]:
 
 
 @pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE])
-def test_links_and_devices_are_told_not_dropped(kind: bytes, packed, builder, tmp_path):
+def test_links_and_devices_are_reported_not_dropped(kind: bytes, packed, builder, tmp_path):
     strange = [special(f"b.{suffix}", kind) for suffix in packed]
     data = tar_of([special("folder", tarfile.DIRTYPE), *members(packed, "a"), *strange, *members(packed, "c")])
     sound, reasons = read(tmp_path / "x.tar", data, builder)
@@ -70,7 +70,7 @@ def test_links_and_devices_are_told_not_dropped(kind: bytes, packed, builder, tm
     assert "sample b: member ids.npy is a link or a device" in reasons[0]
 
 
-def test_a_key_that_stands_twice_is_told_once(packed, builder, tmp_path):
+def test_a_key_that_stands_twice_is_reported_once(packed, builder, tmp_path):
     data = tar_of([*members(packed, "a"), *members(packed, "a"), *members(packed, "b")])
     sound, reasons = read(tmp_path / "x.tar", data, builder)
     assert sound == ["b"]
@@ -97,7 +97,7 @@ def test_a_damaged_header_does_not_pass_for_the_end(name, pack, packed, builder,
     assert "no tar header at byte" in reasons[0]
 
 
-def test_joined_tars_are_told(packed, builder, tmp_path):
+def test_joined_tars_are_reported(packed, builder, tmp_path):
     sound, reasons = read(tmp_path / "x.tar", tar_of(members(packed, "a")) + tar_of(members(packed, "b")), builder)
     assert sound == ["a"]
     assert "joined tars" in reasons[0]
@@ -125,7 +125,7 @@ def test_members_and_headers_beyond_a_limit_are_not_held(packed, builder, tmp_pa
     assert "a header of 6" in reasons[0]
 
 
-def test_sparse_members_are_told(packed, builder, tmp_path):
+def test_sparse_members_are_reported(packed, builder, tmp_path):
     info = tarfile.TarInfo("a.json")
     info.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.realsize": str(1 << 40)}
     sound, reasons = read(tmp_path / "x.tar", tar_of([(info, packed["json"]), *members(packed, "b")]), builder)

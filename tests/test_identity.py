@@ -176,7 +176,7 @@ def test_merge_needs_no_names_where_nothing_was_moved(place):
     assert merge_checkpoint(place / "run", place / "merged").step == 2
 
 
-def test_an_adapter_without_its_checkpoint_is_told(place, configure, caplog):
+def test_an_adapter_without_its_checkpoint_is_logged(place, configure, caplog):
     import logging
 
     logging.getLogger("train").propagate = True

@@ -41,7 +41,7 @@ def test_a_full_disk_in_a_merge_is_one_line_and_leaves_nothing(model_dir, tmp_pa
     assert list(tmp_path.iterdir()) == [], "room for the next try"
 
 
-def test_too_little_room_is_told_before_anything_is_written(tmp_path):
+def test_too_little_room_is_an_error_before_anything_is_written(tmp_path):
     with (
         pytest.raises(CheckpointError, match=r"merged: not written: .* GB are free there; 1e\+06 GB are needed there"),
         new_folder(tmp_path / "merged", 10**15),
@@ -105,7 +105,7 @@ def test_a_read_only_run_folder_is_one_line(tmp_path):
         ["preprocess", "convert", "folder", "nowhere", "FOLDER"],
     ],
 )
-def test_a_folder_where_a_file_is_written_is_told_first(arguments, tmp_path):
+def test_a_folder_where_a_file_is_written_is_refused_first(arguments, tmp_path):
     from click.testing import CliRunner
 
     from preprocess.cli import main as preprocess

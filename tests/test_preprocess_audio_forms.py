@@ -134,7 +134,7 @@ def test_channels_that_do_not_cancel_are_mixed(right: float):
 
 
 @pytest.mark.parametrize(("scale", "words"), [(32768, "divide them by 32768"), (2.0**31, "32-bit"), (1e30, "damaged")])
-def test_integers_written_as_floats_are_told(scale: float, words: str):
+def test_integers_written_as_floats_are_refused(scale: float, words: str):
     fault = fault_of(encoded((voice() * scale).astype(np.float32), subtype="FLOAT"))
     assert fault.reason == "audio_scale"
     assert words in fault.detail

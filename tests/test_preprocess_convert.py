@@ -117,7 +117,7 @@ def test_references_follow_the_seed(clips: Path):
         ("metadata", "metadata.json", "[" * 100000, "not readable as metadata.json"),
     ],
 )
-def test_what_does_not_fit_is_told(tmp_path: Path, kind, name, content, message):
+def test_what_does_not_fit_is_one_error(tmp_path: Path, kind, name, content, message):
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     path.write_text(content)

@@ -90,7 +90,7 @@ def test_a_target_with_its_text_only_behind_it_is_rejected():
     assert fault.value.reason == "text_missing"
 
 
-def test_texts_that_differ_are_told_both():
+def test_texts_that_differ_are_both_shown():
     pair = pair_of(USER, ("assistant", ("نص غير المطلوب", B)))
     assert pair.target_text == "نص غير المطلوب"
     assert pair.warnings == ["instruction_text_differs"]

@@ -83,7 +83,7 @@ def test_paths_are_no_addresses(path: str):
     assert fault_of_url(path) is None
 
 
-def test_what_is_told_of_a_row_is_cut_and_without_tokens(tmp_path: Path):
+def test_details_of_a_row_are_cut_and_hold_no_tokens(tmp_path: Path):
     long = reject(
         1, "i" * 10**6, "ingest", "row_invalid", f"{'x' * (MAX_FIELD_CHARS - 9)} {SECRET} " + "y" * 10**6, "p" * 5000
     )

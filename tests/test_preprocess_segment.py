@@ -134,6 +134,6 @@ def test_seconds_beyond_all_recordings_are_named(segment: Segment):
     assert fault.value.reason == "audio_segment"
 
 
-def test_a_segment_that_is_too_long_is_told_by_its_own_length():
+def test_a_segment_too_long_is_rejected_by_its_own_length():
     with pytest.raises(AudioFault, match=r"^40\.000 s, at most 30 s"):
         decode(encoded(np.tile(noise(3.0), 30)), AudioLimits(), Segment(10.0, 40.0))

@@ -91,7 +91,7 @@ def test_a_garbled_text_is_a_warning(text: str):
     assert "text_garbled" in text_warnings(text, 1.0, AS_WRITTEN)
 
 
-def test_shapes_of_letters_are_told_and_have_a_normaliser():
+def test_shapes_of_letters_are_reported_and_have_a_normaliser():
     shapes, letters = "ﻣﺮﺣﺒﺎ ﷺ ﻻ ﹷ﴾", "مرحبا صلى الله عليه وسلم لا َ﴾"
     assert clean(shapes, AS_WRITTEN) == (shapes, [])
     assert "text_presentation_forms" in text_warnings(shapes, 1.0, AS_WRITTEN)

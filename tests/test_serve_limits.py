@@ -248,7 +248,7 @@ def test_a_body_without_a_length_is_counted(server):
 @pytest.mark.parametrize(
     "path", ["/docs", "/openapi.json", "/v1/files", "/page.html", "/..%2f..%2fetc/passwd", "/page.css/x"]
 )
-def test_an_address_that_is_not_there_is_told_as_one(server, path):
+def test_an_address_that_is_not_there_is_answered_as_one(server, path):
     answer = server.client.get(path)
     assert answer.status_code == 404
     assert "no such address" in message_of(answer)

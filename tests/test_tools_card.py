@@ -160,7 +160,7 @@ def test_rows_belong_to_what_spoke(finished, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"systems": 1, "scores": {}, "data": {}}', "[" * 100000])
-def test_results_that_are_none_are_told(tmp_path, text):
+def test_results_that_are_none_are_refused(tmp_path, text):
     (tmp_path / "evaluations" / "broken").mkdir(parents=True)
     (tmp_path / "evaluations" / "broken" / "results.json").write_text(text)
     assert evaluations_of(tmp_path, []) == []

@@ -171,7 +171,7 @@ def test_few_bits_are_neither_trained_nor_converted(eight, short_config, short_d
         (None, "weights do not fit the model"),
     ],
 )
-def test_a_damaged_quantization_is_told(eight, tmp_path, change, text):
+def test_a_damaged_quantization_is_refused(eight, tmp_path, change, text):
     folder = shutil.copytree(eight, tmp_path / "damaged")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": change}))
@@ -179,7 +179,7 @@ def test_a_damaged_quantization_is_told(eight, tmp_path, change, text):
         load_model(folder, torch.float32)
 
 
-def test_a_tensor_of_other_bits_is_told(eight, tmp_path):
+def test_a_tensor_of_other_bits_is_refused(eight, tmp_path):
     folder = shutil.copytree(eight, tmp_path / "damaged")
     tensors = load_file(folder / "model.safetensors")
     name = next(name for name in tensors if name.endswith(".qdata"))

@@ -108,7 +108,7 @@ def test_one_group_that_learned_nothing_is_named(copied):
     assert failed(copied) == {"every group acts": "still at its start, as untrained: audio_mlp.up_proj"}
 
 
-def test_an_adapter_of_another_training_is_told_apart(copied):
+def test_an_adapter_of_another_training_is_found(copied):
     change(copied, ADAPTER, lambda tensors: next(iter(tensors.values())).add_(0.5))
     assert set(failed(copied)) == {"state equals adapter"}
 
@@ -125,7 +125,7 @@ def test_a_missing_tensor_does_not_fit_the_base(copied):
     assert "missing base_model" in failed(copied)["adapter fits the base"]
 
 
-def test_another_base_under_the_same_path_is_told(sound, copied, tmp_path):
+def test_another_base_under_the_same_path_is_found(sound, copied, tmp_path):
     base = sound.parents[2] / "base"
     kept = shutil.copytree(base, tmp_path / "kept")
     try:

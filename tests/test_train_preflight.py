@@ -256,7 +256,7 @@ def test_dora_starts_neutral(model_dir, make_batch, dtype):
 
 
 @pytest.mark.slow
-def test_the_command_checks_first_and_can_be_told_not_to(run_command, make_dataset, make_sample, tiny_dir, tmp_path):
+def test_preflight_comes_first_and_can_be_skipped(run_command, make_dataset, make_sample, tiny_dir, tmp_path):
     """The same losses with and without; on a base that is not marked random the run stops before training."""
     dataset = make_dataset(tmp_path / "shards", [make_sample(seed) for seed in range(6)])
     options = ["--config", tiny_dir / "pipeline.toml"]

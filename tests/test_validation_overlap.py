@@ -152,7 +152,7 @@ def test_a_stream_is_compared_by_the_data_set_its_shards_lie_in(dataset, samples
             StreamedSource(str(location), section(folder, **stream)).require_apart()
 
 
-def test_foreign_shards_are_told_not_to_be_compared(dataset, samples, make_dataset, tmp_path, caplog):
+def test_foreign_shards_are_logged_as_not_compared(dataset, samples, make_dataset, tmp_path, caplog):
     logging.getLogger("train").propagate = True
     caplog.set_level(logging.INFO)
     foreign = tmp_path / "foreign"
@@ -163,7 +163,7 @@ def test_foreign_shards_are_told_not_to_be_compared(dataset, samples, make_datas
     assert "not compared with the stream" in caplog.text
 
 
-def test_nothing_is_read_behind_a_url_and_that_is_told(dataset, samples, make_dataset, tmp_path, http_server, caplog):
+def test_nothing_is_read_behind_a_url_and_that_is_logged(dataset, samples, make_dataset, tmp_path, http_server, caplog):
     logging.getLogger("train").propagate = True
     address = http_server(dataset)
     held_out = make_dataset(tmp_path / "held-out", [samples[2]])
