@@ -14,7 +14,7 @@ import msgspec
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from short_run import losses
+from short_run import losses, run_with_checkpoints
 
 from shards.config import SequenceSection
 from shards.errors import CheckpointError, PipelineError
@@ -46,15 +46,8 @@ from train.world import ALONE
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, short_data, tiny_dir) -> Path:
     """A run of six steps with its checkpoints of steps 4 and 6."""
-    from shards.config import read_config
-    from train.config import TrainConfig
-
-    quick = ["batch_tokens=700", "packs_per_step=2", "max_steps=6", "save_every=2", "log_every=1", "num_workers=0"]
-    quick += ["keep_checkpoints=2", "listening_samples=0"]
-    overrides = [f"train.{word}" for word in quick] + ["lora.rank=4"]
     run = tmp_path_factory.mktemp("finished") / "run"
-    train(read_config(TrainConfig, tiny_dir / "pipeline.toml", overrides), short_data, run, RunOptions())
-    return run
+    return run_with_checkpoints(run, short_data, tiny_dir, "keep_checkpoints=2")
 
 
 @pytest.fixture

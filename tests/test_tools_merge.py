@@ -10,28 +10,22 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
+from short_run import run_with_checkpoints
 
 from shards.errors import CheckpointError
 from shards.writer import write_json
 from tools.checkpoints.cli import main
 from tools.checkpoints.merge import choose_checkpoint, merge_checkpoint
 from tools.checkpoints.merge_proof import Rounding, check_logits
-from train.loop import RunOptions, train
 from train.run_folder.checkpoint_folders import digests, mark_best
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, short_data, tiny_dir) -> Path:
     """A run of six steps at a high rate, with checkpoints of steps 2, 4 and 6, and nothing held out."""
-    from shards.config import read_config
-    from train.config import TrainConfig
-
-    quick = ["batch_tokens=700", "packs_per_step=2", "max_steps=6", "save_every=2", "log_every=1", "num_workers=0"]
-    quick += ["listening_samples=0", "keep_checkpoints=3", "learning_rate=1e-2", "warmup_steps=0"]
-    overrides = [f"train.{word}" for word in quick] + ["lora.rank=4"]
     run = tmp_path_factory.mktemp("finished") / "run"
-    train(read_config(TrainConfig, tiny_dir / "pipeline.toml", overrides), short_data, run, RunOptions())
-    return run
+    high_rate = ("learning_rate=1e-2", "warmup_steps=0")
+    return run_with_checkpoints(run, short_data, tiny_dir, "keep_checkpoints=3", *high_rate)
 
 
 @pytest.fixture
