@@ -13,17 +13,34 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
+# What takes minutes is begun first, so that two workers end together on short tests instead of one waiting for the other.
+FIRST = [
+    "test_train_ranks.py",
+    "test_train_whisper.py",
+    "test_train_listening.py",
+    "test_end_to_end.py",
+    "test_preprocess_job.py",
+    "test_train_stream.py",
+    "test_train_nodes.py",
+    "test_train_memory.py",
+    "test_preprocess_engines.py",
+    "test_run_lock.py",
+    "test_tools_bench.py",
+]
+
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """tests/test_boson_*.py carry the mark `boson`: `make test-boson` runs them whole, of the others the fast ones.
 
-    Those marked `long` are skipped unless they are asked for by their mark.
+    Those marked `long` are skipped unless they are asked for by their mark. Files of long tests come first.
     """
     for item in items:
         if item.path.name.startswith("test_boson_"):
             item.add_marker("boson")
         if item.get_closest_marker("long") and "long" not in config.option.markexpr:
             item.add_marker(pytest.mark.skip(reason="minutes of more of the same: pytest -m long"))
+    place = {name: position for position, name in enumerate(FIRST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(FIRST)))
 
 
 @pytest.fixture(scope="session")
