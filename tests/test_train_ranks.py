@@ -19,7 +19,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.torch import load_file
-from train_process import STEPS, TRAIN, Started, environment, history, run_train, same_history, train_command
+from train_process import (
+    STEPS,
+    TRAIN,
+    Started,
+    arguments_of,
+    environment,
+    history,
+    run_train,
+    same_history,
+    train_command,
+)
+from warm_start import WarmProcess
 
 from shards.config import SequenceSection
 from shards.sequence import SequenceBuilder
@@ -37,7 +48,7 @@ def dataset(tmp_path_factory, make_dataset, make_sample) -> Path:
 @pytest.fixture(scope="module")
 def command_of(dataset, tiny_dir):
     """A function (run, gpus, settings...) -> the real command as a list."""
-    return lambda run, gpus, *settings: train_command(dataset, run, tiny_dir, gpus, *settings)
+    return lambda run, gpus, *settings: [*train_command(dataset, run, tiny_dir, gpus, *settings), "--skip-preflight"]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +70,7 @@ def adapter(run: Path) -> dict:
 
 def same_adapter(found: Path, expected: Path) -> None:
     one, other = adapter(expected), adapter(found)
-    assert one.keys() == other.keys()
+    assert {name: tensor.shape for name, tensor in one.items()} == {name: t.shape for name, t in other.items()}
     for name in one:
         # AdamW divides by the root of tiny second moments; summation order shows there first.
         np.testing.assert_allclose(one[name].numpy(), other[name].numpy(), rtol=0, atol=1e-6, err_msg=name)
@@ -80,7 +91,6 @@ def alone(train_run) -> Path:
         (2, ["train.activation_checkpointing=full"]),
         (2, ["train.shard_base=true", "train.activation_checkpointing=full", "train.compile=aot_eager"]),
         (1, ["train.compile=aot_eager"]),
-        (4, ["train.compile=aot_eager"]),
     ],
     ids=[
         "two",
@@ -89,7 +99,6 @@ def alone(train_run) -> Path:
         "two-recompute",
         "two-shard-base-recompute-compiled",
         "compiled",
-        "four-compiled",
     ],
 )
 def test_ranks_accumulation_and_options_do_not_change_a_step(alone, train_run, gpus, settings):
@@ -97,6 +106,7 @@ def test_ranks_accumulation_and_options_do_not_change_a_step(alone, train_run, g
     run = train_run("run", gpus, *settings)
     same_history(run, history(alone))
     same_adapter(run, alone)
+    assert len(adapter(run)) == 2 * (4 * 10 + 1)  # ten linear layers in each of four, and the audio head
 
 
 @pytest.mark.parametrize("gpus", [1, 2])
@@ -106,7 +116,6 @@ def test_gradient_accumulation_steps_counts_packs_per_gpu(command_of, repository
         *command_of(run, gpus, "train.packs_per_step=1", "train.max_steps=1"),
         "--gradient-accumulation-steps",
         "3",
-        "--skip-preflight",
     ]
     done = run_train(command, repository)
     assert done.returncode == 0, done.stderr
@@ -144,7 +153,7 @@ def run_of_packs(equal_samples, tiny_dir, repository, tmp_path_factory):
         # nothing 3e-6 apart, by the order of summation alone.
         settings += ["train.learning_rate=1e-4"]
         command = train_command(dataset, run, tiny_dir, ranks, *settings)
-        assert run_train(command, repository).returncode == 0
+        assert run_train([*command, "--skip-preflight"], repository).returncode == 0
         plan = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
         assert plan["metrics/filler_packs"] == 0, "a pack without samples would say nothing about accumulation"
         return run
@@ -158,22 +167,12 @@ def one_pack(run_of_packs) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "packs"), [(1, 2), (1, 4), (2, 1), (2, 4), (4, 2)])
+@pytest.mark.parametrize(("ranks", "packs"), [(1, 4), (2, 1), (2, 4), (4, 2)])
 def test_a_step_is_the_same_however_its_samples_are_accumulated(one_pack, run_of_packs, ranks, packs):
     """Sixteen samples as one pack, and as up to eight packs on one, two and four ranks."""
     run = run_of_packs(ranks, packs)
     same_history(run, history(one_pack))
     same_adapter(run, one_pack)
-
-
-@pytest.mark.slow
-def test_the_adapter_has_two_tensors_per_target_on_any_ranks(alone, train_run):
-    run = train_run("shapes", 2, "train.max_steps=1", "train.shard_base=true")
-    saved = load_file(run / "checkpoints" / "checkpoint-1" / "adapter" / "adapter_model.safetensors")
-    assert len(saved) == 2 * (4 * 10 + 1)  # ten linear layers in each of four, and the audio head
-    assert {name: tensor.shape for name, tensor in saved.items()} == {
-        name: tensor.shape for name, tensor in adapter(alone).items()
-    }
 
 
 @pytest.mark.slow
@@ -192,7 +191,7 @@ def test_a_mistake_that_all_ranks_see_is_printed_once(command_of, repository, tm
 def test_a_loss_not_finite_ends_all_ranks_keeps_the_checkpoint(command_of, repository, tmp_path):
     run = tmp_path / "run"
     harmful = ["train.learning_rate=1e30", "train.warmup_steps=0", "train.save_every=1"]
-    process = Started([*command_of(run, 2, *harmful), "--skip-preflight"], repository)
+    process = Started(command_of(run, 2, *harmful), repository)
     status, messages = process.end(limit_s=120)
     assert status == 1
     assert "error: step 2: loss nan, gradient norm nan: not finite, stopped before the update; samples 0" in messages
@@ -204,7 +203,7 @@ def test_a_loss_not_finite_ends_all_ranks_keeps_the_checkpoint(command_of, repos
 @pytest.mark.slow
 def test_a_file_named_train_in_this_folder_is_not_run_instead(command_of, repository, tmp_path):
     (tmp_path / "train.py").write_text("raise SystemExit('the wrong train')")
-    command = command_of(tmp_path / "run", 2, "train.max_steps=1")
+    command = [*command_of(tmp_path / "run", 2), "--dry-run"]
     command[2] = f"import sys; sys.path[:] = [p for p in sys.path if p not in ('', {str(tmp_path)!r})]; {command[2]}"
     done = subprocess.run(
         command,
@@ -237,7 +236,7 @@ def test_tasks_of_a_slurm_step_join_each_other(alone, command_of, repository, tm
         command = [part for part in command_of(tmp_path / "run", 0) if part not in ("--gpus", "0")]
         task = {**SLURM, "SLURM_PROCID": rank, "SLURM_LOCALID": rank, "MASTER_PORT": port}
         env = {**environment(repository), **task}
-        processes.append(subprocess.Popen(command, cwd=repository, env=env, stderr=subprocess.PIPE, text=True))
+        processes.append(WarmProcess("train", arguments_of(command), env))
     ended = [(process.communicate(timeout=240)[1], process.returncode) for process in processes]
     assert [status for _, status in ended] == [0, 0], ended
     assert "2 ranks on cpu" in ended[0][0]
@@ -276,7 +275,8 @@ def test_the_allocator_grows_its_blocks_unless_the_user_says(repository):
 
 # --- interruptions --------------------------------------------------------------------------------------------------
 
-LONG = ["train.max_steps=14", "train.save_every=2"]
+LAST = 10
+LONG = [f"train.max_steps={LAST}", "train.save_every=2"]
 
 
 @pytest.fixture(scope="module")
@@ -302,9 +302,9 @@ def start(command_of, repository):
 def test_killed_and_continued_with_other_numbers_of_ranks(start, train_run, uninterrupted, tmp_path):
     """kill -9 of everything at 2 ranks, then at 1, then to the end with 4."""
     run = tmp_path / "run"
-    for gpus, step in ((2, random.randint(3, 6)), (1, random.randint(7, 11))):
+    for gpus, step in ((2, random.randint(3, 4)), (1, random.randint(5, 7))):
         process = start(run, gpus, *LONG)
-        process.wait_for(f"step {step}/14")
+        process.wait_for(f"step {step}/{LAST}")
         process.kill_all()
     train_run("again", 4, *LONG, run=run)
     same_history(run, uninterrupted)
@@ -314,7 +314,7 @@ def test_killed_and_continued_with_other_numbers_of_ranks(start, train_run, unin
 def test_one_rank_killed_ends_the_others_and_the_run_continues(start, train_run, uninterrupted, tmp_path):
     run = tmp_path / "run"
     process = start(run, 2, *LONG)
-    process.wait_for(f"step {random.randint(2, 10)}/14")
+    process.wait_for(f"step {random.randint(2, 6)}/{LAST}")
     ranks = process.workers()
     assert len(ranks) == 2
     os.kill(ranks[1], signal.SIGKILL)
@@ -336,7 +336,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(start, train_run, uninterru
     sends it to the ranks and their loader processes."""
     run, workers = tmp_path / "run", "train.num_workers=2"
     process = start(run, gpus, *LONG, workers)
-    process.wait_for(f"step {random.randint(2, 8)}/14")
+    process.wait_for(f"step {random.randint(2, 6)}/{LAST}")
     if gpus == 1:
         os.killpg(process.process.pid, number)
     else:
@@ -356,7 +356,7 @@ def test_a_launcher_stopped_before_its_ranks_could_save_says_so(command_of, repo
     """The last checkpoint meets a full disk: a script that starts the run again must not read a clean stop."""
     run = tmp_path / "run"
     process = Started(command_of(run, 2, *LONG, "train.save_every=99"), repository)
-    process.wait_for("step 3/14")
+    process.wait_for(f"step 3/{LAST}")
     for rank in process.workers():
         resource.prlimit(rank, resource.RLIMIT_FSIZE, (20_000, 20_000))
     process.process.send_signal(signal.SIGTERM)
@@ -367,7 +367,7 @@ def test_a_launcher_stopped_before_its_ranks_could_save_says_so(command_of, repo
 
 
 @pytest.mark.slow
-def test_a_damaged_newest_checkpoint_is_passed_over(train_run, command_of, uninterrupted, tmp_path, repository):
+def test_a_damaged_newest_checkpoint_is_skipped(train_run, command_of, uninterrupted, tmp_path, repository):
     run = train_run("run", 1, *LONG, "train.max_steps=6")
     newest = run / "checkpoints" / "checkpoint-6"
     state = newest / "state" / "tensors.safetensors"
