@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -113,25 +110,19 @@ def test_training_is_the_same_with_and_without(run, dataset, settings, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shard_base", ["false", "true"])
-def test_two_ranks_speak_what_one_speaks(run, dataset, tiny_dir, repository, tmp_path, shard_base):
+@pytest.mark.parametrize(("shard_base", "compiler"), [("false", "off"), ("true", "aot_eager")])
+def test_two_ranks_speak_what_one_speaks(run, dataset, tiny_dir, run_command, tmp_path, shard_base, compiler):
     """Compiled blocks too: speech runs beside them without being compiled for every length."""
-    run = tmp_path / "run"
+    ranks = tmp_path / "ranks"
     given = ["train.listening_samples=2", "train.validation_fraction=0.3", f"train.shard_base={shard_base}"]
-    options = [part for setting in [*QUICK, *given, "train.compile=aot_eager"] for part in ("--set", setting)]
-    code = "import sys; sys.argv[0] = 'train'; from train.cli import main; main()"
-    command = [sys.executable, "-c", code, dataset, run, "--config", tiny_dir / "pipeline.toml", "--gpus", 2, *options]
-    done = subprocess.run(
-        [str(part) for part in command],
-        cwd=repository,
-        env={**os.environ, "PYTHONPATH": str(repository), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
+    options = [part for setting in [*QUICK, *given, f"train.compile={compiler}"] for part in ("--set", setting)]
+    done = run_command(
+        "train", dataset, ranks, "--config", tiny_dir / "pipeline.toml", "--gpus", 2, "--skip-preflight", *options
     )
     assert done.returncode == 0, done.stderr
     for folder in (run / "listening").iterdir():
         for path in folder.iterdir():
-            assert path.read_bytes() == (run / "listening" / folder.name / path.name).read_bytes(), path.name
+            assert path.read_bytes() == (ranks / "listening" / folder.name / path.name).read_bytes(), path.name
 
 
 def test_without_held_out_data_it_speaks_training_samples(dataset, settings, tmp_path, monkeypatch):
