@@ -4,6 +4,7 @@ summary DATASET         what is in it, as a table a person understands
 list DATASET            one line per sample, of all or of those asked for
 show DATASET KEY        one sample: texts, turns, audio, codes; KEY is its twelve digits or the id of your list;
                         --sequence prints what the model reads and learns, position by position
+report DATASET OUT      one page with figures, rejected rows, and samples to listen to
 decode DATASET KEY OUT  the sound that its codes hold, which is what the model learns to say
 verify DATASET          every byte against the markers; exit status 1 names the shard and the sample
 """
@@ -18,14 +19,15 @@ from typing import Any
 import click
 import msgspec
 
-from shards.manifest import open_dataset
+from shards.manifest import folder_of, open_dataset
 from shards.printable import printable
-from shards.terminal import FileToWrite, explained, print_json, print_line, print_table, progress_bar
+from shards.terminal import FileToWrite, explained, print_json, print_line, progress_bar
 
 PATH = click.Path(path_type=Path)
 DATASET = click.argument("dataset", type=PATH)
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print data as JSON on stdout.")
 CONFIG = click.option("--config", "config_path", type=PATH, help="Default: ./pipeline.toml if it exists.")
+RUN = click.option("--run", type=PATH, help="A RUN of `train` on this machine: its measured rate tells the hours.")
 OVERRIDES = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="E.g. sequence.layout=as_written."
 )
@@ -38,18 +40,26 @@ def main() -> None:
 
 @main.command()
 @DATASET
+@RUN
 @AS_JSON
-def summary(dataset: Path, as_json: bool) -> None:
-    """What is in DATASET."""
-    from tools.inspect_shards.summary import summary_facts
+@CONFIG
+@OVERRIDES
+def summary(
+    dataset: Path, run: Path | None, as_json: bool, config_path: Path | None, overrides: tuple[str, ...]
+) -> None:
+    """What is in DATASET, and whether it is enough to train on."""
+    from tools.inspect_shards.figures import dataset_columns
+    from tools.inspect_shards.summary import all_facts, summary_lines, train_section
 
     with explained():
+        section = train_section(config_path, overrides)
         record, index = open_dataset(dataset)
-        facts = summary_facts(record, index)
+        facts = all_facts(dataset, record, index, dataset_columns(dataset, record, index), section, run)
     if as_json:
-        print_json(facts, indent=1)
+        print_json({**facts.pop("summary"), **facts}, indent=1)
         return
-    print_table([(name.replace("_", " "), _readable(value)) for name, value in facts.items()], to_stdout=True)
+    for line in summary_lines(facts):
+        print_line(printable(line), to_stdout=True)
 
 
 @main.command("list")
@@ -136,6 +146,45 @@ def decode(
     print_line(f"{out}: {duration_s:.2f} s, the {'reference' if reference else 'target'} of {sample.key}")
 
 
+@main.command()
+@DATASET
+@click.argument("out", type=FileToWrite())
+@click.option("--players", default=20, show_default=True, type=click.IntRange(min=0), help="Samples with sound.")
+@RUN
+@AS_JSON
+@CONFIG
+@OVERRIDES
+def report(
+    dataset: Path,
+    out: Path,
+    players: int,
+    run: Path | None,
+    as_json: bool,
+    config_path: Path | None,
+    overrides: tuple[str, ...],
+) -> None:
+    """Write OUT, one HTML page: figures, rejected rows, and samples with sound decoded from their codes."""
+    from tools.inspect_shards.figures import dataset_columns
+    from tools.inspect_shards.players import Players
+    from tools.inspect_shards.rejects import rejects_by_reason
+    from tools.inspect_shards.report import write_report
+    from tools.inspect_shards.summary import all_facts, train_section
+
+    with explained():
+        record, index = open_dataset(dataset)
+        columns = dataset_columns(dataset, record, index)
+        facts = all_facts(dataset, record, index, columns, train_section(config_path, overrides), run)
+        facts["rejected"] = rejects_by_reason(folder_of(dataset))
+        sound = Players(record, config_path, overrides, players)
+        if sound.fault:
+            print_line(f"nothing is decoded from the codes: {sound.fault}")
+        with progress_bar("samples with sound", min(players, len(index))) as on_sample:
+            write_report(dataset, record, index, columns, facts, sound, players, out, on_sample)
+    if as_json:
+        print_json({"report": str(out), **facts}, indent=1)
+    print_line(f"{out}: {out.stat().st_size / 1e6:.1f} MB; open it in any browser")
+
+
 @main.command("verify")
 @DATASET
 @AS_JSON
@@ -154,12 +203,6 @@ def verify_command(dataset: Path, as_json: bool) -> None:
     found = f"{len(faults)} faults" if faults else "sound"
     print_line(f"{len(record.shards)} shards, {len(index)} samples: {found}")
     sys.exit(1 if faults else 0)
-
-
-def _readable(value: object) -> str:
-    if isinstance(value, dict):
-        return "  ".join(f"{name}: {count}" for name, count in value.items())
-    return str(value)
 
 
 if __name__ == "__main__":

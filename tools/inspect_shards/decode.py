@@ -20,9 +20,18 @@ def decode_sample(
     record: Dataset, sample: Sample, reference: bool, out: Path, config_path: Path | None, overrides: tuple[str, ...]
 ) -> float:
     """Write OUT, 24 kHz wav; returns its seconds. Raises ShardError where model.codec is not the data set's codec."""
-    from shards.artifacts import codec_fingerprint, resolve
     from shards.encoders.codec import load_codec, write_wave
     from shards.sequence import SAMPLE_RATE
+
+    codec_dir = codec_of(record, config_path, overrides)
+    wave = load_codec(codec_dir).decode(sample.reference_codes if reference else sample.target_codes)
+    write_wave(out, wave)
+    return len(wave) / SAMPLE_RATE
+
+
+def codec_of(record: Dataset, config_path: Path | None, overrides: tuple[str, ...]) -> Path:
+    """The folder of the codec that made the codes. Raises ShardError where model.codec is another one."""
+    from shards.artifacts import codec_fingerprint, resolve
 
     config = read_config(DecodeConfig, config_path, overrides)
     codec_dir = resolve(config.model.codec, config.model.codec_revision, "model.codec")
@@ -32,6 +41,4 @@ def decode_sample(
             f"the codes were made with codec {record.fingerprints.codec[:16]}, model.codec = {config.model.codec!r} is "
             f"{found[:16]}, which would make another sound of them; name the data set's codec with --config or --set"
         )
-    wave = load_codec(codec_dir).decode(sample.reference_codes if reference else sample.target_codes)
-    write_wave(out, wave)
-    return len(wave) / SAMPLE_RATE
+    return codec_dir

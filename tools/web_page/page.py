@@ -43,11 +43,18 @@ def listed(lines: Iterable[str]) -> str:
     return f"<ul>{content}</ul>" if content else ""
 
 
-def table(headings: list[str], rows: list[list[str]]) -> str:
-    """rows: `<td>` elements; a click on a heading sorts."""
+def table(headings: list[str], rows: list[list[str]], name: str = "") -> str:
+    """rows: `<td>` elements; a click on a heading sorts. With a name a search field stands above it."""
     head = "".join(f"<th data-sort>{escaped(heading)}</th>" for heading in headings)
     body = "\n".join(f"<tr>{''.join(row)}</tr>" for row in rows)
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
+    search, mark = "", ""
+    if name:
+        search = f'<input type="search" data-filter="{name}" placeholder="words that a row must hold"> '
+        search += f'<small id="{name}-count"></small>'
+        mark = f' id="{name}"'
+    return (
+        f'{search}<div class="wide"><table{mark}><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
+    )
 
 
 def cell(value: Any) -> str:

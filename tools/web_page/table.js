@@ -31,3 +31,20 @@ for (const player of document.querySelectorAll("audio")) {
   const show = () => { player.nextElementSibling.textContent = `${player.duration.toFixed(2)} s`; };
   if (player.readyState > 0) show(); else player.addEventListener("loadedmetadata", show);
 }
+// A search field shows only the rows of the next table that hold all its words.
+for (const field of document.querySelectorAll("input[data-filter]")) {
+  const table = document.getElementById(field.dataset.filter);
+  const count = document.getElementById(`${field.dataset.filter}-count`);
+  const show = () => {
+    const words = field.value.toLowerCase().split(/\s+/).filter(Boolean);
+    let shown = 0;
+    for (const row of table.tBodies[0].rows) {
+      const text = row.textContent.toLowerCase();
+      row.hidden = !words.every((word) => text.includes(word));
+      shown += row.hidden ? 0 : 1;
+    }
+    count.textContent = `${shown} of ${table.tBodies[0].rows.length}`;
+  };
+  field.addEventListener("input", show);
+  show();
+}
