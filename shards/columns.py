@@ -141,3 +141,18 @@ def read_columns_file(path: Path) -> np.ndarray:
     if columns.dtype != COLUMNS_DTYPE or columns.ndim != 1:
         raise ShardError(f"{path}: other columns than this version writes; run `preprocess` again")
     return columns
+
+
+def common_rows(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+    """Rows [m] of `ours` whose hash stands in `theirs`; unknown ones are like nothing."""
+    return np.flatnonzero((ours != 0) & np.isin(ours, theirs))
+
+
+def shared_audio(trained: np.ndarray, held_out: np.ndarray) -> np.ndarray:
+    """Rows [m] of `held_out` with an audio that `trained` has too, and that is learned (a target) on one of both sides."""
+    everywhere = np.concatenate([trained["target_audio"], trained["reference_audio"]])
+    rows = [
+        common_rows(held_out["target_audio"], everywhere),
+        common_rows(held_out["reference_audio"], trained["target_audio"]),
+    ]
+    return np.unique(np.concatenate(rows))

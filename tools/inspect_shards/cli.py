@@ -6,6 +6,7 @@ show DATASET KEY        one sample: texts, turns, audio, codes; KEY is its twelv
                         --sequence prints what the model reads and learns, position by position
 report DATASET OUT      one page with figures, rejected rows, and samples to listen to
 decode DATASET KEY OUT  the sound that its codes hold, which is what the model learns to say
+compare A B             two data sets: counts, distributions, and what of B is in A already
 verify DATASET          every byte against the markers; exit status 1 names the shard and the sample
 """
 
@@ -21,7 +22,7 @@ import msgspec
 
 from shards.manifest import folder_of, open_dataset
 from shards.printable import printable
-from shards.terminal import FileToWrite, explained, print_json, print_line, progress_bar
+from shards.terminal import FileToWrite, explained, print_json, print_line, print_table, progress_bar
 
 PATH = click.Path(path_type=Path)
 DATASET = click.argument("dataset", type=PATH)
@@ -183,6 +184,34 @@ def report(
     if as_json:
         print_json({"report": str(out), **facts}, indent=1)
     print_line(f"{out}: {out.stat().st_size / 1e6:.1f} MB; open it in any browser")
+
+
+@main.command("compare")
+@click.argument("a", type=PATH)
+@click.argument("b", type=PATH)
+@AS_JSON
+def compare_command(a: Path, b: Path, as_json: bool) -> None:
+    """Hold data set B (held out) against A (trained on). Exit status 1: an audio of one is learned in the other."""
+    from tools.inspect_shards.compare import compare, open_side
+    from tools.inspect_shards.summary import readable
+
+    with explained():
+        found = compare(open_side(a), open_side(b))
+    if as_json:
+        print_json(found, indent=1)
+        sys.exit(1 if found["common"]["audio"] else 0)
+    ours, theirs = found["counts"]["a"], found["counts"]["b"]
+    names = list(dict.fromkeys([*ours, *theirs]))
+    rows = [(name.replace("_", " "), readable(ours.get(name, "-")), readable(theirs.get(name, "-"))) for name in names]
+    rows += [
+        (f"{name}, median (apart by {part['distance']:.2f})", str(part["median_a"]), str(part["median_b"]))
+        for name, part in found["distributions"].items()
+    ]
+    rows += [(name, *(readable(found[name][side]) or "none" for side in "ab")) for name in ("rejects", "warnings")]
+    print_table(rows, headings=("", "A", "B"), to_stdout=True)
+    for name, value in {**found["fingerprints"], **{f"common {k}": v for k, v in found["common"].items()}}.items():
+        print_line(f"{name.replace('_', ' ')}: {printable(readable(value))}", to_stdout=True)
+    sys.exit(1 if found["common"]["audio"] else 0)
 
 
 @main.command("verify")
