@@ -2,8 +2,8 @@
 
 In: both data sets. Out: an error where one audio is trained on and held out, a warning where only voices are common. The index
 holds no hash of an audio, so samples are compared in two steps: lengths, text tokens and speaker of every index row, which
-takes no reading, then the codes of up to 512 pairs that agree in them. The price: an audio that has another speaker and
-another partner in the other set is not found, and neither is any behind a URL, where nothing is read for it.
+takes no reading, then the codes of up to 512 pairs that agree in them. Where both sets have columns.npy, its hashes also find
+an audio under another speaker, and texts that both have, which is a warning. The price: behind a URL nothing is read for it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from shards.columns import common_rows, read_columns, shared_audio
 from shards.errors import ConfigError, ShardError
 from shards.manifest import Dataset, open_dataset
 from shards.reader import SampleReader
@@ -69,7 +70,41 @@ def require_apart(trained: OpenData, held_out: OpenData) -> None:
             what,
             len(rows),
         )
+    compare_columns(what, trained, held_out)
     warn_of_speakers(what, trained.dataset, held_out.dataset)
+
+
+def compare_columns(what: str, trained: OpenData, held_out: OpenData) -> None:
+    """Where both sets have columns: the same audio under any speaker, and the same texts, of all samples."""
+    tables = [
+        read_columns(Path(data.name), len(data.index)) if data.reader and Path(data.name).is_dir() else None
+        for data in (trained, held_out)
+    ]
+    if tables[0] is None or tables[1] is None:
+        log.debug("%s: texts are not compared: one of both data sets has no columns.npy here", what)
+        return
+    audio = shared_audio(tables[0], tables[1])
+    if len(audio):
+        raise ConfigError(
+            f"{what}: {len(audio)} of its {len(tables[1])} samples have audio of training ({_named(held_out, audio)}): leave "
+            "them out of one of both lists and run preprocess again, or hold out speakers with train.validation_fraction"
+        )
+    texts = common_rows(tables[1]["target_text"], tables[0]["target_text"])
+    if len(texts):
+        log.warning(
+            "%s: %d of its %d texts are trained on as well (%s); their losses say less about new sentences; "
+            "`inspect-shards compare` tells more",
+            what,
+            len(texts),
+            len(tables[1]),
+            _named(held_out, texts),
+        )
+
+
+def _named(data: OpenData, rows: np.ndarray) -> str:
+    clips = (clips_of(data, row) for row in rows[:MAX_NAMED].tolist())
+    shown = "; ".join(found[-1][0] for found in clips if found)
+    return shown + ("; ..." if len(rows) > MAX_NAMED else "")
 
 
 def _judge(what: str, common: list[Common]) -> None:
