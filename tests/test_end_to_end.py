@@ -238,3 +238,37 @@ def test_mistakes_in_merge_give_one_clear_line(demo: Path, run_command, tmp_path
         assert result.returncode == 1
         assert message in result.stderr
         assert "Traceback" not in result.stderr
+
+
+@pytest.mark.slow
+def test_in_8_bits_it_says_the_same_and_stops(demo: Path, run_command):
+    """Held against the whole model by the command's own figures, and spoken by `speak`."""
+    pytest.importorskip("torchao", reason="pip install -c constraints.txt -e '.[quantize]'")
+    arguments = ("--int8", "--data", demo / "shards", "--config", demo / "pipeline.toml")
+    result = run_command("checkpoints", "quantize", demo / "merged", demo / "few", *arguments)
+    assert result.returncode == 0, result.stderr
+    report = json.loads((demo / "few" / "quantize.json").read_text())
+    effect = report["effect"]
+    assert effect["samples"] == NUM_SAMPLES
+    assert report["linears_bytes_before"] / report["linears_bytes_after"] > 3.8
+    assert abs(effect["audio_loss_difference"]) < 0.02
+    assert effect["same_likeliest_code"] > 0.98
+    assert effect["whole"]["greedy_not_ended"] == effect["quantized"]["greedy_not_ended"] == 0
+    _, index = open_dataset(demo / "shards")
+    facts = SampleReader(demo / "shards").read(index[0]).facts
+    result = run_command(
+        "speak",
+        demo / "few",
+        *("--reference", facts.reference.path, "--reference-text", facts.texts[facts.reference_text]),
+        *("--text", facts.texts[facts.target_text], "--greedy", "--max-seconds", 12, "--json"),
+        *("--out", demo / "few.wav", "--config", demo / "pipeline.toml"),
+    )
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["stopped"], "speech must end by itself"
+    adapter = next((demo / "run" / "checkpoints").iterdir()) / "adapter"
+    refused = run_command(
+        "speak", demo / "few", "--adapter", adapter, "--text", "نص", "--config", demo / "pipeline.toml",
+        *("--reference", facts.reference.path, "--out", demo / "never.wav"),
+    )  # fmt: skip
+    assert refused.returncode == 1
+    assert "its weights are quantized, so no adapter fits them" in refused.stderr
