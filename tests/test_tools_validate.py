@@ -20,7 +20,7 @@ from train.run_folder.checkpoint_folders import digests
 
 ADAPTER, STATE = "adapter/adapter_model.safetensors", "state/tensors.safetensors"
 CHECKS = ("files", "step", "base", "adapter fits the base", "finite", "state equals adapter", "resumable")
-CHECKS += ("every group acts", "adapter changes logits")
+CHECKS += ("every group acts", "adapter changes logits", "its own vote on labels")
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_an_untrained_adapter_does_nothing(copied):
     change(copied, ADAPTER, reset)
     change(copied, STATE, reset)
     found = failed(copied)
-    assert set(found) == {"every group acts", "adapter changes logits"}
+    assert set(found) == {"every group acts", "adapter changes logits", "its own vote on labels"}
     assert "it does nothing" in found["adapter changes logits"]
 
 
@@ -147,8 +147,8 @@ def test_a_lost_base_leaves_the_other_checks(sound, copied, tmp_path):
         found = failed(copied)
     finally:
         (tmp_path / "elsewhere").rename(base)
-    assert set(found) == {"base", "adapter fits the base", "adapter changes logits"}
-    assert all("not checked: model.base" in detail for detail in found.values())
+    assert set(found) == {"base", "adapter fits the base", "adapter changes logits", "its own vote on labels"}
+    assert all("not checked: " in detail for detail in found.values())
 
 
 def test_the_command_says_so_by_its_status(sound, copied):
@@ -166,3 +166,111 @@ def test_the_command_says_so_by_its_status(sound, copied):
     nothing = CliRunner().invoke(main, ["validate", str(copied / "adapter")])
     assert nothing.exit_code == 1
     assert "no complete checkpoint here" in nothing.stderr
+
+
+# --- the vote --------------------------------------------------------------------------------------------------------
+
+
+def test_the_trained_model_votes_on_labels(sound, short_data, make_dataset, make_sample, tmp_path, monkeypatch):
+    """A random base guesses everywhere, so it has no vote; shards of another codec are no ground for one."""
+    vote = {finding.check: finding for finding in validate_checkpoint(sound, short_data)}["its own vote on labels"]
+    assert vote.passed
+    assert vote.detail.startswith("6 samples: mean loss of labels moved by columns -2: ")
+    assert "no vote in 8 codebooks, in which it guesses" in vote.detail
+    other = shutil.copytree(short_data, tmp_path / "other")
+    facts = json.loads((other / "dataset.json").read_text())
+    facts["fingerprints"]["codec"] = "0" * 64
+    (other / "dataset.json").write_text(json.dumps(facts))
+    failed = {finding.check: finding for finding in validate_checkpoint(sound, other)}["its own vote on labels"]
+    assert not failed.passed
+    assert "not checked" in failed.detail
+
+
+def test_labels_that_fit_better_elsewhere_are_told(sound, short_data, monkeypatch):
+    import train.preflight as preflight
+
+    def losses(model, batch, labels):
+        return torch.full((8,), 1.0 if labels is wanted[-1] else 3.0)
+
+    wanted: dict[int, torch.Tensor] = {}
+    moved = preflight.moved_labels
+    monkeypatch.setattr(preflight, "moved_labels", lambda batch: wanted.update(moved(batch)) or wanted)
+    monkeypatch.setattr(preflight, "codebook_losses", losses)
+    found = {finding.check: finding for finding in validate_checkpoint(sound, short_data)}
+    assert "better elsewhere: codebook 0 by -1" in found["its own vote on labels"].detail
+    assert not found["its own vote on labels"].passed
+
+
+# --- a merged folder -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def merged(sound, tmp_path_factory) -> Path:
+    from tools.checkpoints.merge import merge_checkpoint
+
+    out = tmp_path_factory.mktemp("merged") / "merged"
+    proof = merge_checkpoint(sound, out)
+    assert proof.greedy_frames_equal == proof.greedy_frames > 0
+    return out
+
+
+def failed_of_model(folder: Path) -> dict[str, str]:
+    from tools.checkpoints.validate_model import validate_model
+
+    return {finding.check: finding.detail for finding in validate_model(folder) if not finding.passed}
+
+
+def test_a_merged_folder_is_validated_too(merged, sound):
+    good = CliRunner().invoke(main, ["validate", str(merged), "--json"])
+    assert good.exit_code == 0, good.output
+    assert len(json.loads(good.stdout)["checks"]) == 6
+    assert failed_of_model(sound.parents[2] / "base") == {}
+
+
+def test_damage_of_a_merged_folder_is_told(merged, sound, tmp_path):
+    def copy(name: str) -> Path:
+        return shutil.copytree(merged, tmp_path / name)
+
+    def edit(folder: Path, change) -> Path:
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+
+    name = "model.layers.0.self_attn.q_proj.weight"
+    found = failed_of_model(edit(copy("nan"), lambda tensors: tensors[name].fill_(float("nan"))))
+    assert name in found["finite"]
+    found = failed_of_model(edit(copy("lost"), lambda tensors: tensors.pop(name)))
+    assert f"missing {name}" in found["weights fit the settings"]
+    torn = copy("torn")
+    (torn / "model.safetensors").write_bytes((torn / "model.safetensors").read_bytes()[:-100])
+    assert {"weights fit the settings", "finite"} <= set(failed_of_model(torn))
+    untouched = copy("untouched")
+    shutil.copy(sound.parents[2] / "base" / "model.safetensors", untouched)
+    assert "merging did nothing" in failed_of_model(untouched)["differs from its base"]
+    lost = copy("no-tokenizer")
+    (lost / "tokenizer.json").unlink()
+    assert set(failed_of_model(lost)) == {"tokenizer"}
+    other = copy("other-codec")
+    voice = json.loads((other / "higgs_voice.json").read_text())
+    write_json(other / "higgs_voice.json", {**voice, "codec_fingerprint": "0" * 64})
+    assert "trained with 0000000000000000" in failed_of_model(other)["codec"]
+    bad = CliRunner().invoke(main, ["validate", str(other)])
+    assert bad.exit_code == 1
+    assert "1 of 6 checks failed" in bad.stderr
+
+
+def test_list_says_which_is_whole_and_best(sound, tmp_path):
+    run = shutil.copytree(sound.parents[1], tmp_path / "run", symlinks=True)
+    good = CliRunner().invoke(main, ["list", str(run)])
+    assert good.exit_code == 0, good.output
+    assert "checkpoint-2  step 2  " in good.stdout
+    assert " MB  complete" in good.stdout
+    (run / "best").symlink_to("checkpoints/checkpoint-2")
+    (run / "checkpoints" / "checkpoint-2" / "adapter" / "adapter_model.safetensors").write_bytes(b"torn")
+    bad = CliRunner().invoke(main, ["list", str(run), "--json"])
+    assert bad.exit_code == 1
+    (row,) = json.loads(bad.stdout).values()
+    assert (row["step"], row["is_best"], len(row["faults"])) == (2, True, 1)
+    assert row["num_bytes"] > 1000
+    assert CliRunner().invoke(main, ["list", str(tmp_path)]).exit_code == 1

@@ -57,35 +57,49 @@ main.add_command(card)
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print data as JSON on stdout.")
 def list_command(run: Path, as_json: bool) -> None:
-    """The complete checkpoints of RUN, oldest first."""
-    with explained():
-        from shards.errors import CheckpointError
-        from train.run_folder.checkpoint_folders import complete_checkpoints, read_metrics, read_step
+    """The checkpoints of RUN, oldest first: step, size, held-out losses, evaluations, whether whole and best.
 
-        folders = complete_checkpoints(run)
-        if not folders:
-            raise CheckpointError(f"{run}: no complete checkpoint here; give the RUN folder of `train`")
-        metrics = {str(folder): read_metrics(folder) for folder in folders}
-        if as_json:
-            print_json(metrics, indent=1)
-            return
-        for folder, values in metrics.items():
-            numbers = {name: value for name, value in sorted(values.items()) if isinstance(value, int | float)}
-            losses = "  ".join(f"{name.split('/')[-1]} {numbers[name]:.4f}" for name in numbers if "_loss" in name)
-            print_line(f"{folder}  step {read_step(Path(folder))}  {losses}", to_stdout=True)
+    Exit status 1 where one is damaged.
+    """
+    with explained():
+        from tools.checkpoints.listing import listed
+
+        found = listed(run)
+    if as_json:
+        print_json({row.folder: msgspec.to_builtins(row) for row in found}, indent=1)
+    else:
+        for row in found:
+            print_line(row.in_words(), to_stdout=True)
+    damaged = [row for row in found if row.faults]
+    for row in damaged:
+        print_line(f"error: {row.folder}: damaged: {row.faults[0]}; leave it out, or go on from an older one")
+    if damaged:
+        sys.exit(1)
 
 
 @main.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option(
+    "--data", type=click.Path(path_type=Path), help="Samples for the model's vote on labels; default: the RUN's."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print data as JSON on stdout.")
-def validate(checkpoint: Path, as_json: bool) -> None:
-    """Check CHECKPOINT (a checkpoint folder, RUN/best, or RUN: its newest) in every way; exit status 1 if a check fails."""
+def validate(path: Path, data: Path | None, as_json: bool) -> None:
+    """Check PATH in every way: a checkpoint folder, RUN/best, RUN (its newest), or a merged or quantized model's folder.
+
+    Exit status 1 if a check fails.
+    """
     with explained():
         from tools.checkpoints.merge import find_checkpoint
-        from tools.checkpoints.validate import validate_checkpoint
 
-        folder = find_checkpoint(checkpoint)
-        findings = validate_checkpoint(folder)
+        if (path / "config.json").is_file() and not (path / "COMPLETE").is_file():
+            from tools.checkpoints.validate_model import validate_model
+
+            folder, findings = path, validate_model(path)
+        else:
+            from tools.checkpoints.validate import validate_checkpoint
+
+            folder = find_checkpoint(path)
+            findings = validate_checkpoint(folder, data)
     if as_json:
         print_json(
             {"checkpoint": str(folder), "checks": [msgspec.to_builtins(finding) for finding in findings]}, indent=1
@@ -117,6 +131,7 @@ def validate(checkpoint: Path, as_json: bool) -> None:
     show_default=True,
     help="Of the merged weights; float32 keeps what rounding would lose, in twice the size.",
 )
+@click.option("--json", "as_json", is_flag=True, help="Print the proof as JSON on stdout.")
 def merge(
     run: Path,
     out: Path,
@@ -126,6 +141,7 @@ def merge(
     whisper: str | None,
     which: str,
     dtype: str,
+    as_json: bool,
 ) -> None:
     """Merge a checkpoint of RUN (or a checkpoint folder) into its base model and write OUT; OUT/merge.json has the proof."""
     with explained():
@@ -133,10 +149,13 @@ def merge(
         from tools.checkpoints.merge_proof import ENOUGH_KEPT
 
         proof = merge_checkpoint(run, out, layout, MovedTo(base, codec, whisper), which, dtype)
+    if as_json:
+        print_json(msgspec.to_builtins(proof), indent=1)
     group, kept = proof.least_kept
     print_line(
         f"merged as {proof.dtype}: the adapter changes logits by {proof.adapter_changes_logits:.2%}, merging differs by "
-        f"{proof.merged_differs:.2%} of that; rounding kept {kept:.1%} of the update or more (least: {group})"
+        f"{proof.merged_differs:.2%} of that; {proof.greedy_frames_equal} of {proof.greedy_frames} greedy frames are equal; "
+        f"rounding kept {kept:.1%} of the update or more (least: {group})"
     )
     if kept < ENOUGH_KEPT:
         print_line(
@@ -151,7 +170,8 @@ def merge(
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @LAYOUT
-def convert(model: Path, out: Path, layout: Layout) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON on stdout.")
+def convert(model: Path, out: Path, layout: Layout, as_json: bool) -> None:
     """Write the model (or adapter) folder MODEL, of either layout, as another layout into OUT. Every weight is kept."""
     with explained():
         from shards.errors import CheckpointError
@@ -166,6 +186,8 @@ def convert(model: Path, out: Path, layout: Layout) -> None:
             raise CheckpointError(
                 f"{model}: neither config.json nor adapter_config.json; give a model or adapter folder"
             )
+    if as_json:
+        print_json({"out": str(out), "layout": layout, "tensors": num_tensors})
     print_line(f"{out}: {num_tensors} tensors in the {layout} layout")
 
 

@@ -71,8 +71,9 @@ def merge_checkpoint(
     from shards.artifacts import codec_fingerprint, resolve
     from shards.config import read_config
     from shards.errors import CheckpointError
-    from tools.checkpoints.merge_proof import MergeProof, Rounding, check_logits
+    from tools.checkpoints.merge_proof import MergeProof, Rounding, check_logits, greedy_codes
     from tools.checkpoints.model_folder import Voice, check_empty, merged_state, write_model_folder
+    from tools.checkpoints.quantize_effect import same_frames
     from train.model.conditioning import decide_conditioning
     from train.model.lora import load_adapter
     from train.model.probe import probe_logits
@@ -100,11 +101,14 @@ def merge_checkpoint(
     model = load_model(base_dir, wanted, conditioning=conditioning).eval()
     base_logits = probe_logits(model)
     load_adapter(model, folder / "adapter")
-    adapted_logits = probe_logits(model)
+    adapted_logits, adapted_codes = probe_logits(model), greedy_codes(model, base_dir)
     rounding = Rounding()
     state = merged_state(model, rounding)
     changes, differs = check_logits(base_logits, adapted_logits, probe_logits(model), wanted)
-    proof = MergeProof(step, chosen, str(wanted).removeprefix("torch."), changes, differs, rounding.groups())
+    equal, said = same_frames(adapted_codes, greedy_codes(model, base_dir))
+    proof = MergeProof(
+        step, chosen, str(wanted).removeprefix("torch."), changes, differs, rounding.groups(), said, equal
+    )
 
     # 3. A folder of its own, complete or not there.
     voice = Voice(

@@ -9,13 +9,23 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import msgspec
+import numpy as np
 import torch
 from torch import Tensor
 
+from shards.artifacts import load_tokenizer
+from shards.cloning import cloning_sample
+from shards.config import SequenceSection
+from shards.delay_pattern import CODEBOOK_SIZE
 from shards.errors import CheckpointError
+from shards.sequence import NUM_CODEBOOKS, SequenceBuilder
+from train.model.decoder import HiggsAudio
+from train.model.generate import generate
 
+PROBE_FRAMES = 50
 ENOUGH_KEPT = 0.9  # of an update's norm; below it a merge in fp32 is advised
 # Logits of the merged model against base + adapter, in parts of what the adapter changes. In fp32 only the order of sums differs.
 MOST_FP32_ERROR = 0.02
@@ -38,6 +48,8 @@ class MergeProof(msgspec.Struct, frozen=True):
     adapter_changes_logits: float  # ||base + adapter - base|| / ||base||, on one seeded input
     merged_differs: float  # ||merged - (base + adapter)|| / ||base + adapter - base||
     groups: dict[str, GroupKept]
+    greedy_frames: int  # said by base + adapter to a seeded prompt, PROBE_FRAMES at most
+    greedy_frames_equal: int  # of them, said by the merged model too
 
     @property
     def least_kept(self) -> tuple[str, float]:
@@ -86,3 +98,13 @@ def check_logits(base: Tensor, adapted: Tensor, merged: Tensor, dtype: torch.dty
             "adapter changes; nothing was written; this is a fault of the program or of peft's version, please report it"
         )
     return effect / float(base.norm()), error / effect if effect else 0.0
+
+
+def greedy_codes(model: HiggsAudio, tokenizer_dir: Path) -> np.ndarray:
+    """[K, T] uint16, T at most PROBE_FRAMES: what the model says to a seeded prompt, the likeliest code each time."""
+    draw = np.random.default_rng(0)
+    heard = draw.integers(0, CODEBOOK_SIZE, (NUM_CODEBOOKS, PROBE_FRAMES)).astype(np.uint16)
+    tokenizer = load_tokenizer(tokenizer_dir)
+    sample = cloning_sample(tokenizer, "مرحبا", heard, "صباح الخير")
+    prompt = SequenceBuilder(tokenizer, SequenceSection(conditioning="codes")).prompt(sample)
+    return generate(model, prompt, PROBE_FRAMES).codes

@@ -8,6 +8,7 @@ minute and 6 GB for the released model.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -16,37 +17,37 @@ import msgspec
 import torch
 from torch import Tensor
 
-from shards.artifacts import resolve
+from shards.artifacts import load_tokenizer, resolve
 from shards.config import read_config
 from shards.encoders.tensor_files import load_tensors
 from shards.errors import PipelineError
+from shards.manifest import Fingerprints, check_fingerprints, open_dataset
+from shards.reader import SampleReader
+from shards.sequence import SequenceBuilder
 from tools.checkpoints.average import REPORT as AVERAGE
+from tools.checkpoints.findings import Failed, Finding, checked, some
 from tools.checkpoints.merge import CheckpointConfig, require_config
+from tools.evaluate.systems import run_data
+from train.model.batch import PackedBatch, pack
 from train.model.conditioning import Conditioning, decide_conditioning
+from train.model.decoder import HiggsAudio
 from train.model.lora import file_name, group_of, load_adapter
 from train.model.probe import probe_logits
 from train.model.weights import empty_model, load_model, stored_dtype
+from train.preflight import NUM_SAMPLES, check_vote
 from train.run_folder.checkpoint_folders import damage, read_step
 from train.run_folder.identity import find_model_files, model_differences, read_identity
 from train.run_folder.state import TENSORS
 
-MAX_NAMED = 4  # tensors or groups named in one finding
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # of AdamW
 
 
-class Finding(msgspec.Struct, frozen=True):
-    check: str
-    passed: bool
-    detail: str
+def validate_checkpoint(folder: Path, data: Path | None = None) -> list[Finding]:
+    """Every check of the checkpoint in `folder`; passed means all of them have.
 
-
-class Failed(Exception):
-    """A check's reason."""
-
-
-def validate_checkpoint(folder: Path) -> list[Finding]:
-    """Every check of the checkpoint in `folder`; passed means all of them have."""
-    found = _Checkpoint(folder)
+    `data`: whose labels the trained model votes on; by default the data set of its run, where that is here.
+    """
+    found = _Checkpoint(folder, data)
     checks: list[tuple[str, Callable[[], str]]] = [
         ("files", found.check_files),
         ("step", found.check_step),
@@ -57,30 +58,24 @@ def validate_checkpoint(folder: Path) -> list[Finding]:
         ("resumable", found.check_moments),
         ("every group acts", found.check_groups),
         ("adapter changes logits", found.check_logits),
+        ("its own vote on labels", found.check_vote),
     ]
-    return [_run(name, check) for name, check in checks]
-
-
-def _run(name: str, check: Callable[[], str]) -> Finding:
-    try:
-        return Finding(name, True, check())
-    except Failed as fault:
-        return Finding(name, False, str(fault))
-    except (PipelineError, OSError) as error:
-        return Finding(name, False, f"not checked: {str(error).splitlines()[0]}")
+    return [checked(name, check) for name, check in checks]
 
 
 class _Checkpoint:
     """What the checks read, each file once."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, data: Path | None) -> None:
         self._folder = folder
+        self._data = data
+        self._trained: HiggsAudio | None = None
         self._files: dict[str, dict[str, Tensor]] = {}
 
     def check_files(self) -> str:
         faults = damage(self._folder)
         if faults:
-            raise Failed(_some(faults))
+            raise Failed(some(faults))
         count = sum(path.is_file() for path in self._folder.rglob("*"))
         return f"{count} files, every byte as written"
 
@@ -99,7 +94,7 @@ class _Checkpoint:
             for what, key, was, now in model_differences(trained_on, found)
         ]
         if differing:
-            raise Failed(f"{base}: {_some(differing)}")
+            raise Failed(f"{base}: {some(differing)}")
         return f"{base}, fingerprint {found.base[:16]}"
 
     def check_shapes(self) -> str:
@@ -111,7 +106,7 @@ class _Checkpoint:
         tensors = {**self._adapter(), **self._state()}
         broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor.float()).all()]
         if broken:
-            raise Failed(f"not finite: {_some(broken)}; go back to an older checkpoint")
+            raise Failed(f"not finite: {some(broken)}; go back to an older checkpoint")
         return f"{len(tensors)} tensors"
 
     def check_state(self) -> str:
@@ -121,7 +116,7 @@ class _Checkpoint:
         differing = list(weights.keys() ^ adapter.keys())
         differing += [name for name in weights.keys() & adapter.keys() if not torch.equal(weights[name], adapter[name])]
         if differing:
-            raise Failed(f"adapter/ and state/ hold other values of {_some(sorted(differing))}")
+            raise Failed(f"adapter/ and state/ hold other values of {some(sorted(differing))}")
         return f"{len(weights)} tensors, the same in both"
 
     def check_moments(self) -> str:
@@ -135,7 +130,7 @@ class _Checkpoint:
             if not _fits(state.get(f"optimizer/{name.removeprefix('model/')}/{moment}"), tensor, moment)
         ]
         if lacking:
-            raise Failed(f"the optimizer's state lacks {_some(lacking)}; `train --resume` would refuse it")
+            raise Failed(f"the optimizer's state lacks {some(lacking)}; `train --resume` would refuse it")
         return f"moments of {len(weights)} tensors"
 
     def check_groups(self) -> str:
@@ -147,7 +142,7 @@ class _Checkpoint:
                 largest[group] = max(largest[group], float(tensor.abs().max()))
         idle = [group for group, value in largest.items() if value == 0.0]
         if idle or not largest:
-            raise Failed(f"still at its start, as untrained: {_some(sorted(idle)) or 'there is no LoRA weight'}")
+            raise Failed(f"still at its start, as untrained: {some(sorted(idle)) or 'there is no LoRA weight'}")
         return ", ".join(sorted(largest))
 
     @torch.no_grad()
@@ -162,7 +157,31 @@ class _Checkpoint:
         change = float((after - before).norm() / before.norm())
         if change == 0.0:
             raise Failed("logits with and without the adapter are the same on a seeded input: it does nothing")
+        self._trained = model
         return f"by {change:.2%} on a seeded input"
+
+    @torch.no_grad()
+    def check_vote(self) -> str:
+        """As preflight asks the base before training: labels moved by a column or two must fit the trained model worse."""
+        if self._trained is None:
+            raise Failed("not checked: the adapter could not be loaded, or does nothing")
+        data = self._data or self._own_data()
+        if data is None:
+            return "not asked: its data set is not here; name one with --data"
+        batch = labelled_batch(data, self._folder, self._base()[1].name)
+        model = self._trained
+        model.config = dataclasses.replace(model.config, is_random=False)  # it has been trained
+        verdict = check_vote(model, batch)
+        if not verdict.ok:
+            raise Failed(verdict.found)
+        return f"{len(batch.keys)} samples: {verdict.found}"
+
+    def _own_data(self) -> Path | None:
+        run = self._folder.resolve().parents[1]
+        try:
+            return run_data(run) if (run / "environment.json").is_file() else None
+        except (PipelineError, msgspec.DecodeError):
+            return None
 
     def _base(self) -> tuple[Path, Conditioning]:
         config = read_config(CheckpointConfig, require_config(self._folder / "config.toml"))
@@ -184,9 +203,21 @@ class _Checkpoint:
         return self._files[name]
 
 
+def labelled_batch(data: Path, checkpoint: Path, conditioning: str) -> PackedBatch:
+    """A pack of the first samples of a data set, laid out as the checkpoint was trained. Raises PipelineError."""
+    config = read_config(CheckpointConfig, require_config(checkpoint / "config.toml"))
+    base = resolve(config.model.base, config.model.revision, "model.base")
+    dataset, index = open_dataset(data)
+    trained_on = read_identity(checkpoint).model
+    check_fingerprints(dataset, Fingerprints(trained_on.codec, trained_on.tokenizer, None))
+    section = msgspec.structs.replace(config.sequence, conditioning=conditioning)
+    builder = SequenceBuilder(load_tokenizer(base), section)
+    reader = SampleReader(data)
+    samples = [reader.read(row) for row in index[:NUM_SAMPLES]]
+    return pack(
+        [builder.training(sample) for sample in samples], [0] * len(samples), [sample.key for sample in samples]
+    )
+
+
 def _fits(moment: Tensor | None, weight: Tensor, name: str) -> bool:
     return moment is not None and (name == "step" or moment.shape == weight.shape)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:MAX_NAMED]) + (f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else "")
