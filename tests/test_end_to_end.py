@@ -40,6 +40,7 @@ learning_rate = 3e-3
 save_every = 1000
 log_every = 10
 num_workers = 1
+listening_samples = 0
 """
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
-from train_process import Started, environment, train_command
+from train_process import Started, run_train, train_command
 
 LONG = ["train.max_steps=100000", "train.save_every=100000", "train.packs_per_step=2"]
 LIMIT_S = 400
@@ -23,9 +22,7 @@ def test_a_second_train_is_refused_unless_the_first_was_killed(
     locks = list(run.glob(".lock.*"))
     assert len(locks) == 1, "a launch of several ranks locks once"
     command = train_command(short_data, run, tiny_dir, gpus, *LONG)
-    second = subprocess.run(
-        command, env=environment(repository), cwd=repository, capture_output=True, text=True, timeout=LIMIT_S
-    )
+    second = run_train(command, repository)
     assert second.returncode == 1
     (refusal,) = [
         line for line in second.stderr.splitlines() if line.startswith("error: ") and "another process" in line

@@ -111,6 +111,9 @@ def dataset(tmp_path_factory, make_dataset, make_sample) -> Path:
     return make_dataset(tmp_path_factory.mktemp("dataset"), samples)
 
 
+WITHOUT_PREFLIGHT = RunOptions(skip_preflight=True)
+
+
 @pytest.fixture(scope="module")
 def settings(tiny_dir: Path):
     def make(*overrides: str) -> TrainConfig:
@@ -139,7 +142,7 @@ def test_auto_takes_what_fits_and_a_resumed_run_keeps_it(dataset, settings, smal
     small_room(700)
     run = tmp_path / "run"
     auto = ("train.batch_tokens=auto", "train.activation_checkpointing=off")
-    train(settings(*auto, "train.max_steps=1"), dataset, run, RunOptions())
+    train(settings(*auto, "train.max_steps=1"), dataset, run, WITHOUT_PREFLIGHT)
     found = re.search(
         r"train\.batch_tokens = (\d+) was found: a step of the heaviest pack takes (\S+) GB of", said(run)
     )
@@ -151,13 +154,13 @@ def test_auto_takes_what_fits_and_a_resumed_run_keeps_it(dataset, settings, smal
     assert f"packs of up to {budget} tokens" in said(run)
 
     small_room(2000)  # a larger device does not change what a step of this run is
-    train(settings(*auto), dataset, run, RunOptions())
+    train(settings(*auto), dataset, run, WITHOUT_PREFLIGHT)
     assert "resumed from" in said(run)
     assert read_identity(complete_checkpoints(run)[-1]).batch_tokens == budget
 
     small_room(700)
     with pytest.raises(ConfigError) as refused:
-        train(settings(f"train.batch_tokens={2 * budget}", auto[1]), dataset, tmp_path / "other", RunOptions())
+        train(settings(f"train.batch_tokens={2 * budget}", auto[1]), dataset, tmp_path / "other", WITHOUT_PREFLIGHT)
     largest = re.search(
         r"the largest that fits is (\d+): set it, and train\.packs_per_step to about", str(refused.value)
     )
@@ -201,7 +204,7 @@ def test_layers_are_recomputed_only_if_packs_do_not_fit(dataset, settings, tmp_p
         meter = KeptForBackward(limit)
         monkeypatch.setattr("train.memory.meter_of", lambda device: meter)
         config = settings("train.batch_tokens=6000", "train.max_steps=1", *options)
-        train(config, dataset, tmp_path / name, RunOptions(skip_preflight=True))
+        train(config, dataset, tmp_path / name, WITHOUT_PREFLIGHT)
         return meter.last
 
     def recomputes(name: str) -> str:
@@ -228,13 +231,13 @@ def test_layers_are_recomputed_only_if_packs_do_not_fit(dataset, settings, tmp_p
 def test_not_even_one_sample_fits(dataset, settings, small_room, tmp_path):
     small_room(1)
     with pytest.raises(ConfigError, match=r"not even \d+ fits, which takes .* GB: the data's longest samples must fit"):
-        train(settings("train.batch_tokens=auto"), dataset, tmp_path / "run", RunOptions())
+        train(settings("train.batch_tokens=auto"), dataset, tmp_path / "run", WITHOUT_PREFLIGHT)
 
 
 def test_a_stream_is_measured_too(dataset, settings, small_room, tmp_path):
     small_room(700)
     streamed = ("train.loader=stream", "train.shuffle_buffer=4", "train.batch_tokens=auto")
-    train(settings(*streamed, "train.activation_checkpointing=off"), dataset, tmp_path / "run", RunOptions())
+    train(settings(*streamed, "train.activation_checkpointing=off"), dataset, tmp_path / "run", WITHOUT_PREFLIGHT)
     assert "was found" in said(tmp_path / "run")
 
 
@@ -247,10 +250,10 @@ def test_probing_leaves_training_as_it_was(dataset, settings, tmp_path, monkeypa
         if name == "not measured":
             monkeypatch.setattr("train.memory.meter_of", lambda device: None)
         run = tmp_path / name
-        train(settings("lora.dropout=0.1", "train.batch_tokens=3000"), dataset, run, RunOptions())
+        train(settings("lora.dropout=0.1", "train.batch_tokens=3000"), dataset, run, WITHOUT_PREFLIGHT)
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         losses.append([(line["loss/total_loss"], line["metrics/grad_norm"]) for line in lines])
     assert losses[0] == losses[1]
     auto = settings("train.batch_tokens=auto")
     with pytest.raises(ConfigError, match="needs a CUDA device or Linux to measure memory; give a number"):
-        train(msgspec.structs.replace(auto), dataset, tmp_path / "unknown", RunOptions())
+        train(msgspec.structs.replace(auto), dataset, tmp_path / "unknown", WITHOUT_PREFLIGHT)

@@ -246,6 +246,7 @@ def test_the_command_trains_on_foreign_shards(foreign, run_command, tiny_dir, tm
         "num_workers=1",
     ]
     overrides += [f"validation_data={held_out}", "eval_every=4", "shuffle_buffer=8", "save_every=4"]
+    overrides += ["listening_samples=0"]
     options = [word for override in overrides for word in ("--set", f"train.{override}")]
     run = tmp_path / "run"
     arguments = ("train", f"{foreign}/part-{{0..2}}.tar", run, "--config", tiny_dir / "pipeline.toml", *options)

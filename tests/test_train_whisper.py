@@ -251,6 +251,7 @@ packs_per_step = 1
 max_steps = 6
 learning_rate = 3e-3
 log_every = 1
+listening_samples = 0
 """
     )
     losses = {}
