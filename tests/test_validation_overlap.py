@@ -13,11 +13,14 @@ import pytest
 
 from shards.errors import ConfigError
 from shards.sample import Sample
+from tools.evaluate.dataset_items import unseen_rows
 from train.config import TrainSection
 from train.data.planned_source import PlannedSource
 from train.data.streamed_source import StreamedSource
 from train.data.validation_overlap import look_alikes
+from train.data.validation_split import choose_speakers, of_speakers
 from train.loop import RunOptions, train
+from train.world import ALONE
 
 
 @pytest.fixture(scope="module")
@@ -182,3 +185,51 @@ def test_look_alikes_beyond_one_chunk_are_found(monkeypatch, dataset):
     assert whole.tolist() == chunked.tolist()
     assert {9, 10} <= set(whole[:2].tolist())
     assert look_alikes(index, index[:0])[0].tolist() == []
+
+
+def test_audio_with_another_speaker_and_partner_is_found(compare, samples, make_sample):
+    """One target of the training set, under another name and behind another reference."""
+    with pytest.raises(ConfigError, match="at least 1 clips of it are trained on"):
+        compare([with_target_of(make_sample(80, speaker="new"), samples[6])])
+
+
+def with_target_of(sample: Sample, other: Sample) -> Sample:
+    facts, theirs = sample.facts, other.facts
+    texts, counts = [*facts.texts[:3], theirs.texts[3]], [*facts.text_token_counts[:3], theirs.text_token_counts[3]]
+    ids = np.concatenate([*(sample.text_item_ids(item) for item in range(3)), other.text_item_ids(3)])
+    facts = msgspec.structs.replace(facts, texts=texts, text_token_counts=counts, target=theirs.target)
+    return dataclasses.replace(sample, facts=facts, text_ids=ids, target_codes=other.target_codes)
+
+
+def held_out_of(folder: Path) -> tuple[int, int]:
+    """(rows that are evaluated with, rows of held-out speakers)."""
+    source = PlannedSource(str(folder), TrainSection(batch_tokens=700, packs_per_step=1))
+    speakers = choose_speakers(source.index, 0, 0.3)
+    trained, held_out = (of_speakers(speakers, inside=inside) for inside in (False, True))
+    kept = source._without_trained(trained, held_out, ALONE)
+    rows = unseen_rows(source.reader, source.index, 0.3, 0)
+    assert np.flatnonzero(kept(source.index)).tolist() == rows.tolist(), "evaluate speaks the same"
+    return int(kept(source.index).sum()), int(held_out(source.index).sum())
+
+
+def test_held_out_samples_whose_audio_is_trained_on_are_left_out(make_dataset, samples, tmp_path, caplog):
+    """By speakers: a clip that lies in the list under two names would be on both sides."""
+    logging.getLogger("train").propagate = True
+    caplog.set_level(logging.INFO)
+    kept, held_out = held_out_of(make_dataset(tmp_path / "sound", samples))
+    assert kept == held_out > 0
+    assert caplog.text == ""
+    everything = [*samples]
+    source = PlannedSource(str(tmp_path / "sound"), TrainSection(batch_tokens=700, packs_per_step=1))
+    inside = of_speakers(choose_speakers(source.index, 0, 0.3), inside=True)(source.index)
+    first, trained = np.flatnonzero(inside)[0], np.flatnonzero(~inside)[0]
+    everything[first] = with_target_of(samples[first], samples[trained])
+    kept, held_out = held_out_of(make_dataset(tmp_path / "shared", everything))
+    assert kept == held_out - 1
+    assert "1 samples of held-out speakers have audio that is trained on under another name (trained" in caplog.text
+    assert "they are not evaluated with" in caplog.text
+    for place in np.flatnonzero(inside):
+        everything[place] = with_target_of(samples[place], samples[trained])
+    kept, held_out = held_out_of(make_dataset(tmp_path / "all", everything))
+    assert kept == held_out
+    assert "nothing else is held out, so held-out losses say little" in caplog.text

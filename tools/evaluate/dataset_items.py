@@ -16,6 +16,7 @@ import numpy as np
 from tools.evaluate.items import Item, Items, dialect_of, with_distinct_ids
 
 if TYPE_CHECKING:
+    from shards.reader import SampleReader
     from shards.sample import Sample
 
 
@@ -31,8 +32,8 @@ def dataset_items(data: Path, fraction: float, seed: int, limit: int | None = No
 
     folder = data.parent if data.name == "dataset.json" else data
     _, index = open_dataset(folder)
-    rows = held_out_rows(index, fraction, seed) if fraction else np.arange(len(index))
     reader = SampleReader(folder)
+    rows = unseen_rows(reader, index, fraction, seed) if fraction else np.arange(len(index))
     items: list[Item] = []
     skipped: list[str] = []
     for row in rows.tolist():
@@ -49,10 +50,23 @@ def dataset_items(data: Path, fraction: float, seed: int, limit: int | None = No
 
 
 def held_out_rows(index: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """Rows [n] int64 of the index that training with these settings never sees."""
+    """Rows [n] int64 of the index that training with these settings leaves out."""
     from train.data.validation_split import choose_speakers, of_speakers
 
     return np.flatnonzero(of_speakers(choose_speakers(index, seed, fraction), inside=True)(index))
+
+
+def unseen_rows(reader: SampleReader, index: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Of these, those whose audio is not trained on under another name either, as `train` evaluates; all where none is left."""
+    from train.data.same_audio import without_places
+    from train.data.validation_overlap import learned_places
+    from train.data.validation_split import choose_speakers, of_speakers
+
+    speakers = choose_speakers(index, seed, fraction)
+    trained, held_out = (of_speakers(speakers, inside=inside) for inside in (False, True))
+    places, _ = learned_places("the data set", reader, index, trained, held_out)
+    left = np.flatnonzero(without_places(held_out, places)(index))
+    return left if len(left) else np.flatnonzero(held_out(index))
 
 
 def item_of(sample: Sample, row: int) -> Item:

@@ -24,10 +24,11 @@ from train.config import TrainSection
 from train.data.feed import DamageLimits
 from train.data.heaviest_pack import FIRST_REMOTE_SAMPLES, FIRST_SAMPLES, PackSource, PlannedPacks
 from train.data.loader import LoadedPack, LoaderShare, load_planned_packs, read_pack
-from train.data.plan import Keep, Planner, PlanSettings
+from train.data.plan import CHUNK, Keep, Planner, PlanSettings
 from train.data.remote import CachedReader, RemoteShards, is_remote
+from train.data.same_audio import without_places
 from train.data.source import HeldOut
-from train.data.validation_overlap import OpenData, require_apart
+from train.data.validation_overlap import OpenData, learned_places, require_apart
 from train.data.validation_split import choose_samples, choose_speakers, of_speakers
 from train.model.batch import PackedBatch
 from train.model.conditioning import Conditioning, fit_to_shards
@@ -55,7 +56,7 @@ class PlannedSource:
         self.text_rules = text_rules(self.dataset)
         self._validation = validation_source(section)
         self.validation_digest = self._validation.digest if self._validation else ""
-        self._held_out: np.ndarray | None = None  # speakers
+        self._held_out: Keep | None = None  # of validation_fraction
 
     def check(self, expected: Fingerprints, conditioning: Conditioning) -> Conditioning:
         """Refuse shards that were not made for this model; settle what the reference enters as."""
@@ -92,8 +93,9 @@ class PlannedSource:
             self._section = msgspec.structs.replace(self._section, batch_tokens=batch_tokens)
         fraction, keep = self._section.validation_fraction, None
         if fraction:
-            self._held_out = choose_speakers(self.index, self._section.seed, fraction)
-            keep = of_speakers(self._held_out, inside=False)
+            speakers = choose_speakers(self.index, self._section.seed, fraction)
+            keep = of_speakers(speakers, inside=False)
+            self._held_out = self._without_trained(keep, of_speakers(speakers, inside=True), world)
         self.planner = Planner(self.index, builder.lengths, plan_settings(self._section), keep)
         self._require_room(self.planner)
         if counts_path and world.is_first:
@@ -104,6 +106,32 @@ class PlannedSource:
         if counts_path and world.is_first:
             counts_path.parent.mkdir(parents=True, exist_ok=True)
             self.planner.save_counts(counts_path)
+
+    def _without_trained(self, trained: Keep, held_out: Keep, world: World) -> Keep:
+        """Of held-out speakers' rows those whose audio no other speaker's row has as well; the others are logged.
+
+        Every rank must call this. The rows trained on stay what they are. Where nothing would be left all stay, with a warning.
+        """
+        places: list[int] = []
+        names: list[str] = []
+        if world.is_first and not self._remote:
+            places, names = learned_places(self._location, self.reader, self.index, trained, held_out)
+        places, names = world.gather((places, names))[0]
+        if not places:
+            return held_out
+        keep = without_places(held_out, places)
+        is_any_left = any(keep(self.index[start : start + CHUNK]).any() for start in range(0, len(self.index), CHUNK))
+        log.warning(
+            "train.validation_fraction: %d samples of held-out speakers have audio that is trained on under another name "
+            "(%s); %s",
+            len(places),
+            "; ".join(names),
+            "they are not evaluated with"
+            if is_any_left
+            else "nothing else is held out, so held-out losses say little: name the speakers in the list, or give another "
+            "data set in train.validation_data",
+        )
+        return keep if is_any_left else held_out
 
     def _count_packs(self, world: World) -> None:
         """To count an epoch's packs is to plan it, so the first rank does it for all. Every rank must call this."""
@@ -117,7 +145,7 @@ class PlannedSource:
         if self._validation:
             return self._validation.held_out_packs(self._builder, world, None, budget)
         if self._held_out is not None:
-            return self.held_out_packs(self._builder, world, of_speakers(self._held_out, inside=True), budget)
+            return self.held_out_packs(self._builder, world, self._held_out, budget)
         return None
 
     def held_out_packs(self, builder: SequenceBuilder, world: World, keep: Keep | None, batch_tokens: int) -> HeldOut:
@@ -151,8 +179,7 @@ class PlannedSource:
         """Samples for the listening set, of held-out speakers where there are any."""
         if self._validation:
             return self._validation.first_samples(num_samples, self._builder)
-        keep = None if self._held_out is None else of_speakers(self._held_out, inside=True)
-        return choose_samples(self.reader, self.index, keep, num_samples, self._builder)
+        return choose_samples(self.reader, self.index, self._held_out, num_samples, self._builder)
 
     def first_samples(self, num_samples: int, builder: SequenceBuilder) -> list[Sample]:
         """The same of a data set that is only validated with."""

@@ -3,7 +3,8 @@
 In: both data sets. Out: an error where one audio is trained on and held out, a warning where only voices are common. The index
 holds no hash of an audio, so samples are compared in two steps: lengths, text tokens and speaker of every index row, which
 takes no reading, then the codes of up to 512 pairs that agree in them. Where both sets have columns.npy, its hashes also find
-an audio under another speaker, and texts that both have, which is a warning. The price: behind a URL nothing is read for it.
+an audio under another speaker, and texts that both have, which is a warning; where not, same_audio.py looks for the audio. The
+price: behind a URL nothing is read for it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -22,7 +22,8 @@ from shards.errors import ConfigError, ShardError
 from shards.manifest import Dataset, open_dataset
 from shards.reader import SampleReader
 from shards.sample import AudioFacts, Sample
-from train.data.plan import CHUNK
+from train.data.plan import CHUNK, Keep
+from train.data.same_audio import Common, Rows, place_of, same_audio
 from train.data.validation_split import scramble
 
 log = logging.getLogger("train")
@@ -43,14 +44,6 @@ class OpenData:
     reader: SampleReader | None
 
 
-class Common(NamedTuple):
-    """One clip in both sets, as their samples name it."""
-
-    trained: str
-    held_out: str
-    is_learned: bool  # a target on one of both sides
-
-
 def require_apart(trained: OpenData, held_out: OpenData) -> None:
     """Raises ConfigError where `held_out` is trained on; warns of common speakers and references."""
     what = f"{KEY} = {held_out.name!r}"
@@ -61,8 +54,14 @@ def require_apart(trained: OpenData, held_out: OpenData) -> None:
             "speakers of this one with train.validation_fraction"
         )
     rows, keys = look_alikes(trained.index, held_out.index)
-    if len(rows) and trained.reader and held_out.reader:
-        _judge(what, find_common(trained, held_out, rows, keys))
+    if trained.reader and held_out.reader:
+        _judge(what, list(find_common(trained, held_out, rows, keys).values()))
+        if not compare_columns(what, trained, held_out):
+            sides = (
+                Rows(trained.name, trained.reader, trained.index),
+                Rows(held_out.name, held_out.reader, held_out.index),
+            )
+            _judge(what, [pair for pair, _ in same_audio(*sides, read_clips).values() if pair.is_learned])
     elif len(rows):
         log.warning(
             "%s: %d training samples have speaker and lengths of held-out ones; whether their audio is the same is not "
@@ -70,19 +69,18 @@ def require_apart(trained: OpenData, held_out: OpenData) -> None:
             what,
             len(rows),
         )
-    compare_columns(what, trained, held_out)
     warn_of_speakers(what, trained.dataset, held_out.dataset)
 
 
-def compare_columns(what: str, trained: OpenData, held_out: OpenData) -> None:
-    """Where both sets have columns: the same audio under any speaker, and the same texts, of all samples."""
+def compare_columns(what: str, trained: OpenData, held_out: OpenData) -> bool:
+    """Where both sets have columns: the same audio under any speaker, and the same texts, of all samples. False without."""
     tables = [
         read_columns(Path(data.name), len(data.index)) if data.reader and Path(data.name).is_dir() else None
         for data in (trained, held_out)
     ]
     if tables[0] is None or tables[1] is None:
         log.debug("%s: texts are not compared: one of both data sets has no columns.npy here", what)
-        return
+        return False
     audio = shared_audio(tables[0], tables[1])
     if len(audio):
         raise ConfigError(
@@ -99,12 +97,24 @@ def compare_columns(what: str, trained: OpenData, held_out: OpenData) -> None:
             len(tables[1]),
             _named(held_out, texts),
         )
+    return True
 
 
 def _named(data: OpenData, rows: np.ndarray) -> str:
     clips = (clips_of(data, row) for row in rows[:MAX_NAMED].tolist())
     shown = "; ".join(found[-1][0] for found in clips if found)
     return shown + ("; ..." if len(rows) > MAX_NAMED else "")
+
+
+def learned_places(
+    name: str, reader: SampleReader, index: np.ndarray, trained: Keep, held_out: Keep
+) -> tuple[list[int], list[str]]:
+    """(places of held-out rows whose audio is a target on one of both sides of one data set, how the first are named)."""
+    sides = Rows(name, reader, index, trained), Rows(name, reader, index, held_out)
+    learned = [(pair, rows) for pair, rows in same_audio(*sides, read_clips).values() if pair.is_learned]
+    rows = sorted(set[int]().union(*(rows for _, rows in learned)))
+    names = [f"trained {pair.trained}, held out {pair.held_out}" for pair, _ in learned[:MAX_NAMED]]
+    return place_of(index[rows]).tolist(), names
 
 
 def _judge(what: str, common: list[Common]) -> None:
@@ -166,8 +176,11 @@ def chunks(index: np.ndarray) -> Iterable[np.ndarray]:
     return (index[start : start + CHUNK] for start in range(0, len(index), CHUNK))
 
 
-def find_common(trained: OpenData, held_out: OpenData, rows: np.ndarray, known: np.ndarray) -> list[Common]:
-    """Clips that both sets hold, of the first look-alike `rows`. Samples that cannot be read are left to whoever trains them."""
+def find_common(trained: OpenData, held_out: OpenData, rows: np.ndarray, known: np.ndarray) -> dict[str, Common]:
+    """Clips by what they are that both sets hold, of the first look-alike `rows`.
+
+    Samples that cannot be read are left to whoever trains them.
+    """
     partners = partners_of(held_out.index, known, trained.index[rows[:MAX_READ]])
     held_out_clips: dict[int, list[tuple[str, str, bool]]] = {}
     common: dict[str, Common] = {}
@@ -183,7 +196,7 @@ def find_common(trained: OpenData, held_out: OpenData, rows: np.ndarray, known: 
                     pair = Common(name, other_name, is_target or other_is_target)
                     if audio not in common or pair.is_learned > common[audio].is_learned:
                         common[audio] = pair
-    return list(common.values())
+    return common
 
 
 def partners_of(held_out: np.ndarray, known: np.ndarray, rows: np.ndarray) -> list[list[int]]:
@@ -203,10 +216,15 @@ def partners_of(held_out: np.ndarray, known: np.ndarray, rows: np.ndarray) -> li
 def clips_of(data: OpenData, row: int) -> list[tuple[str, str, bool]]:
     """(how it is named, what it is, whether it is a target) of both clips of a sample; none where it cannot be read."""
     assert data.reader
+    return read_clips(data.reader, data.index[row])
+
+
+def read_clips(reader: SampleReader, row: np.ndarray) -> list[tuple[str, str, bool]]:
+    """The same of an index row."""
     try:
-        sample = data.reader.read(data.index[row])
+        sample = reader.read(row)
     except ShardError as error:
-        log.debug("%s: not compared: %s", data.name, error)
+        log.debug("not compared: %s", error)
         return []
     return [
         (clip_name(sample, sample.facts.reference), clip_digest(sample.reference_codes), False),
