@@ -87,7 +87,7 @@ def test_open_webui_lists_voices_without_a_key_and_speaks(server):
     assert duration_s(spoken.content) >= 0.48
 
 
-def test_names_of_openai_get_the_default_voice_and_are_told(server):
+def test_names_of_openai_get_the_default_voice_and_a_header(server):
     """Open WebUI sends alloy where it could not read the list."""
     spoken = server.client.post("/v1/audio/speech", json={"input": "نعم", "voice": "alloy", "model": "tts-1"})
     assert spoken.status_code == 200
@@ -193,7 +193,7 @@ def test_other_sites_and_names_are_refused(tiny_speaker, tmp_path):
         assert server.client.options("/v1/audio/speech", headers=wanted).status_code == 204
 
 
-def test_unknown_names_can_be_errors_and_no_voice_is_told(tiny_speaker, tmp_path):
+def test_unknown_names_can_be_errors_and_no_voice_is_a_404(tiny_speaker, tmp_path):
     with SpeechServer(tiny_speaker, tmp_path / "voices", has_voice=False, unknown_voice="error") as server:
         server.wait(lambda: server.queue.state == "ready")
         assert server.speak(voice="alloy").status_code == 404

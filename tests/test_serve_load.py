@@ -33,7 +33,7 @@ def all_slots_are_free_again(server):
     assert server.queue._engine.num_free_slots == server.queue.num_slots or not server.queue._engine.has_work
 
 
-def test_fifty_at_once_are_spoken_or_told_to_come_again(server):
+def test_fifty_at_once_are_spoken_or_refused_with_429(server):
     alone = server.speak(response_format="pcm", seed=1).content
 
     def ask(_: int) -> httpx.Response:
@@ -90,24 +90,26 @@ def test_a_full_queue_of_one_refuses_the_third(tiny_speaker, tmp_path):
         server.wait(lambda: server.queue.is_idle)
 
 
-@pytest.mark.slow
-def test_memory_is_flat_over_500_requests(server):
-    """Whole and streamed, every format, voices stored and deleted; the first hundred fill caches."""
+@pytest.mark.parametrize(
+    ("first", "more"), [(40, 80), pytest.param(100, 400, marks=pytest.mark.long)], ids=["120", "500"]
+)
+def test_memory_is_flat_over_hundreds_of_requests(server, first, more):
+    """Whole and streamed, every format, voices stored and deleted; the first requests fill caches."""
     formats = ("mp3", "wav", "flac", "opus", "pcm")
 
     def ask(number: int) -> int:
-        more = {"stream": True} if number % 2 else {}
-        fields = asked(max_new_tokens=2, response_format=formats[number % 5], **more)
+        stream = {"stream": True} if number % 2 else {}
+        fields = asked(max_new_tokens=2, response_format=formats[number % 5], **stream)
         if number % 10 == 0:
-            server.upload(f"voice {number}")
-            server.client.delete(f"/v1/audio/voices/voice {number}")
+            assert server.upload(f"voice {number}").status_code == 200
+            assert server.client.delete(f"/v1/audio/voices/voice {number}").status_code == 200
         return server.client.post("/v1/audio/speech", json=fields).status_code
 
     with ThreadPoolExecutor(4) as pool:
-        first = list(pool.map(ask, range(100)))
+        begun = list(pool.map(ask, range(first)))
         settled = server.service.metrics.value("resident_memory_bytes")
-        rest = list(pool.map(ask, range(100, 500)))
-    assert Counter(first + rest) == {200: 500}
+        rest = list(pool.map(ask, range(first, first + more)))
+    assert Counter(begun + rest) == {200: first + more}
     assert server.service.metrics.value("resident_memory_bytes") - settled < 48e6
 
 
@@ -127,7 +129,7 @@ def test_health_says_503_until_the_model_is_warm(tiny_speaker, tmp_path):
         server.wait(lambda: server.client.get("/health").status_code == 200)
 
 
-def test_a_fault_of_the_model_is_told_and_does_not_spread(server, monkeypatch):
+def test_a_fault_of_the_model_is_reported_and_not_spread(server, monkeypatch):
     real = server.queue._engine.advance
     faults = iter([RuntimeError("out of memory at 0x7f"), None])
 
@@ -246,3 +248,15 @@ def test_mistakes_in_the_command_are_one_line(tiny_dir, tmp_path, monkeypatch, o
         result = CliRunner().invoke(cli.main, [str(tiny_dir / "model"), *given])
     assert result.exit_code == status, result.output
     assert message in result.stderr
+
+
+def test_bench_serve_stores_every_figure(tiny_speaker, tmp_path, capsys):
+    from tools.bench.serve import Settings, bench
+
+    figures = bench(tiny_speaker, Settings(str(CLIP), CLIP_TEXT, [1, 2], 2, 0.2, 2), tmp_path / "figures.json")
+    assert [one["concurrency"] for one in figures["serve"]] == [1, 2]
+    for one in figures["serve"]:
+        assert 0 < one["first_sound_p50_s"] <= one["p95_s"]
+        assert one["audio_s_per_s"] == pytest.approx(0.2 * one["requests_per_s"])
+    assert "speak in a loop" in capsys.readouterr().err
+    assert (tmp_path / "figures.json").is_file()

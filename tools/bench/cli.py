@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -102,6 +103,29 @@ def data_command(out: Path, samples: int, batch_tokens: int, rounds: int, quick:
     settings = Settings([4_000, 10_000], 60, 4096, 1) if quick else Settings(rows, samples, batch_tokens, rounds)
     with explained():
         bench(settings, out)
+
+
+@main.command("serve", context_settings={"show_default": True})
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--reference", default="tests/data/arabic-mini/spk_00_36.flac", help="A recording of the voice.")
+@click.option("--reference-text", default="الجسر الجديد يربط ضفتي النهر.", help="What is said in it.")
+@click.option("--out", default="out/bench-serve.json", type=FileToWrite(), help="The JSON file.")
+@click.option("--config", "config_path", type=click.Path(path_type=Path), help="Default: ./pipeline.toml if it exists.")
+@click.option("--concurrency", multiple=True, type=click.IntRange(1), default=[1, 4, 16], help="May be given often.")
+@click.option("--requests", default=32, type=click.IntRange(1), help="At every concurrency.")
+@click.option("--seconds", default=4.0, type=click.FloatRange(0.04, 600), help="Of every speech, which is cut there.")
+@click.option("--slots", default=4, type=click.IntRange(1), help="Of the server.")
+@click.option("--device", default="auto", type=click.Choice(["auto", "cpu", "cuda"]))
+def serve_command(model: Path, out: Path, config_path: Path | None, device: str, **given: Any) -> None:
+    """The speech server: requests/s, first sound, p50 and p95 against concurrency, beside speak in a loop."""
+    with explained():
+        from shards.config import read_config
+        from tools.bench.serve import Settings, bench
+        from tools.inference import known_device
+        from tools.speaker import SpeakConfig, load_speaker
+
+        speaker = load_speaker(model, None, read_config(SpeakConfig, config_path, ()), known_device(device))
+        bench(speaker, Settings(**{**given, "concurrency": list(given["concurrency"])}), out)
 
 
 if __name__ == "__main__":
