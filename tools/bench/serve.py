@@ -177,5 +177,7 @@ def print_figures(figures: dict[str, Any], out: Path) -> None:
     rows = [row("speak in a loop", figures["speak"])]
     rows += [row(f"serve, {one['concurrency']} at once", one) for one in figures["serve"]]
     headings = ("", "requests/s", "audio s/s", "first p50 s", "first p95 s", "p50 s", "p95 s")
-    print_table(rows, headings=headings, title=f"on {figures['device']}, {figures['settings']['slots']} slots")
+    print_table(
+        rows, headings=headings, width=100, title=f"on {figures['device']}, {figures['settings']['slots']} slots"
+    )
     print_line(f"written to {out}")
