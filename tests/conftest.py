@@ -231,7 +231,7 @@ def short_data(tmp_path_factory: pytest.TempPathFactory, make_dataset, make_samp
     return make_dataset(tmp_path_factory.mktemp("short-data"), samples)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def short_config(tiny_dir: Path):
     """A function (overrides) -> TrainConfig of six steps on `short_data`, a second or two in all."""
     from shards.config import read_config

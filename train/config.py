@@ -55,6 +55,7 @@ class TrainSection(msgspec.Struct, frozen=True, kw_only=True):
     validation_data: str = ""  # another data set instead
     eval_every: Positive = 500
     listening_samples: NonNegative = 4  # spoken at every evaluation; 0: none
+    best_by: Literal["audio_loss", "similarity", "cer"] = "audio_loss"  # what RUN/best follows
     patience: NonNegative = 0  # evaluations without a lower held-out audio loss; 0: never stop early
 
     # Checkpoints and logs
@@ -82,6 +83,13 @@ class TrainSection(msgspec.Struct, frozen=True, kw_only=True):
     compile: Literal["auto", "on", "off", "aot_eager"] = "auto"  # on CUDA; "aot_eager": graphs without generated code
 
 
+class EvalSection(msgspec.Struct, frozen=True, kw_only=True):
+    score: bool = False  # score the listening set at every evaluation
+    similarity: str = "ovfl"  # speaker encoder: ovfl, resemblyzer, wavlm:FOLDER or none
+    asr: str = "none"  # recognizer: faster-whisper:FOLDER, whisper:FOLDER or none
+    language: str = "ar"  # of the texts, for the recognizer
+
+
 class WandbSection(msgspec.Struct, frozen=True, kw_only=True):
     mode: Literal["off", "online", "offline"] = "off"
     project: str = "higgs-audio-arabic"
@@ -94,4 +102,5 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True):
     lora: LoraSection
     loss: LossSection
     train: TrainSection
+    eval: EvalSection
     wandb: WandbSection

@@ -87,7 +87,7 @@ def take_steps(run: Run) -> Path | None:
         garbage_collection_paused(),
     ):  # however the steps end, a checkpoint being written is written to its end
         if step == 0:
-            evaluate(run, 0)  # the base model, to compare with
+            log_base(evaluate(run, 0))  # the base model, to compare with
             clock.restart()
         model.train()
         while step < total_steps and not (stopped := run.interrupted()) and not monitor.should_stop_early:
@@ -155,6 +155,12 @@ def end_run(run: Run, step: int, last: Path | None, stopped: bool, stopped_early
         raise Stopped(f"stopped by a signal after step {step}; {kept}")
 
 
+def log_base(values: dict[str, float]) -> None:
+    """What the listening set says of the model that training begins with; curves begin behind it."""
+    if scores := [f"{name} {values[f'eval/{name}']:.3f}" for name in ("similarity", "cer") if f"eval/{name}" in values]:
+        log.info("step 0, the base model: %s", ", ".join(scores))
+
+
 def evaluate(run: Run, step: int) -> dict[str, float]:
     """Held-out losses (not of the base model at step 0) and the listening set; returns metrics. Every rank must call this.
 
@@ -164,7 +170,7 @@ def evaluate(run: Run, step: int) -> dict[str, float]:
     if run.evaluation and step > 0:
         values |= run.evaluation.losses(run.model, run.config.loss, run.interrupted)
     if run.listening:
-        values |= run.listening.speak(step, run.model, run.interrupted)
+        values |= run.listening.speak(step, run.model, run.interrupted, run.scores.of_step if run.scores else None)
     if run.interrupted():
         log.info("step %d: evaluation interrupted by a signal", step)
     if run.listening and run.metrics:

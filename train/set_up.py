@@ -29,6 +29,7 @@ from train.data.source import Source
 from train.data.streamed_source import StreamedSource
 from train.evaluation.held_out import Evaluation
 from train.evaluation.listening import Listening, open_listening
+from train.evaluation.listening_scores import ListeningScores, open_scores
 from train.memory import Budget, find_budget
 from train.model.batch import PackedBatch
 from train.model.build import build_model
@@ -73,6 +74,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     evaluation: Evaluation | None
     listening: Listening | None
+    scores: ListeningScores | None  # of the first rank, where eval.score asks for them
     metrics: Metrics | None  # of the first rank
     saver: checkpoint.Checkpoints
     first_step: int  # finished steps at the start
@@ -173,6 +175,8 @@ def set_up(
     num_listened = config.train.listening_samples if world.is_first else 0
     with waiting():
         listened = source.listening_samples(num_listened) if num_listened else []
+    listening = open_listening(listened, builder, codec_dir, run_dir, world)
+    scores = open_scores(config.eval, config.train.best_by, listening, world)  # refuses before the run is begun
     ready = Run(
         config=config,
         run_dir=run_dir,
@@ -182,9 +186,16 @@ def set_up(
         optimizer=optimizer,
         evaluation=Evaluation(held_out, world) if held_out else None,
         metrics=begin_run(config, source.text_rules, run_dir, step, world, wandb_run) if world.is_first else None,
-        listening=open_listening(listened, builder, codec_dir, run_dir, world),
+        listening=listening,
+        scores=scores,
         saver=checkpoint.Checkpoints(
-            run_dir, world, lora_config, identity, config_text(config, source.text_rules), config.train.keep_checkpoints
+            run_dir,
+            world,
+            lora_config,
+            identity,
+            config_text(config, source.text_rules),
+            config.train.keep_checkpoints,
+            config.train.best_by,
         ),
         first_step=step,
         start_from=start_from,

@@ -151,7 +151,7 @@ def choose_checkpoint(run: Path, which: str = AUTO) -> tuple[Path, str]:
     auto: the best where held-out data have judged one, else the newest. Raises CheckpointError.
     """
     from shards.errors import CheckpointError
-    from train.run_folder.checkpoint_folders import best_checkpoint, judged, own_checkpoints, read_metrics, read_step
+    from train.run_folder.checkpoint_folders import best_checkpoint, own_checkpoints, read_step, why_best
 
     if (run / "COMPLETE").is_file():
         if which != AUTO:
@@ -164,7 +164,7 @@ def choose_checkpoint(run: Path, which: str = AUTO) -> tuple[Path, str]:
                 f"{run}: no best checkpoint: nothing was held out (train.validation_fraction, train.validation_data); "
                 "give --which newest or a step"
             )
-        return best, f"best of the run: held-out audio loss {judged(read_metrics(best)):.4f}"
+        return best, f"best of the run: {why_best(best)}"
     if which in (AUTO, "newest"):
         return find_checkpoint(run), "newest of the run"
     steps = {str(read_step(folder)): folder for folder in own_checkpoints(run)}

@@ -55,8 +55,17 @@ class Listening:
             for number, name in enumerate(names)
         ]
 
-    def speak(self, step: int, model: HiggsAudio, interrupted: Callable[[], bool]) -> dict[str, float]:
-        """Write step-N.wav for every sample; returns metrics, none if it was interrupted. Every rank must call this."""
+    def speak(
+        self,
+        step: int,
+        model: HiggsAudio,
+        interrupted: Callable[[], bool],
+        score: Callable[[int, list[bool]], dict[str, float]] | None = None,
+    ) -> dict[str, float]:
+        """Write step-N.wav for every sample; returns metrics, none if it was interrupted. Every rank must call this.
+
+        `score`: given the step and which samples ended by themselves, more metrics; on the first rank only.
+        """
         lengths, ended = [], []
         with untouched(model, self.world.device), torch.compiler.set_stance("force_eager"):
             for sample, folder in zip(self.samples, self.folders, strict=True):
@@ -68,7 +77,8 @@ class Listening:
                 self._write(folder / f"step-{step:06d}.wav", speech.codes)
                 lengths.append(speech.codes.shape[1] / max(1, target_frames))
                 ended.append(speech.stopped)
-        return {"eval/speech_ended": float(np.mean(ended)), "eval/speech_length_ratio": float(np.mean(lengths))}
+        found = {"eval/speech_ended": float(np.mean(ended)), "eval/speech_length_ratio": float(np.mean(lengths))}
+        return found | (score(step, ended) if score else {})
 
     def begin(self) -> None:
         """The recordings and texts beside which the model's speech will stand."""

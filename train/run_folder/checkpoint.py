@@ -8,7 +8,7 @@
         config.toml     the resolved configuration
         COMPLETE        last: sha256 of every file above; a folder without it is not a checkpoint
 
-RUN/best points at the one with the lowest held-out audio loss; it is kept beside the newest.
+RUN/best points at the one that `train.best_by` calls best, by default by held-out audio loss; it is kept beside the newest.
 
 Rank 0 gathers the parts of all on the CPU and training goes on; a thread of it writes under a temporary name and renames.
 The price is one more copy of LoRA and optimizer state. The position is a step number, nothing else: plan and dropout are
@@ -44,7 +44,14 @@ class Checkpoints:
     """Writes a run's checkpoints, one at a time."""
 
     def __init__(
-        self, run_dir: Path, world: World, lora_config: LoraConfig, identity: Identity, config_toml: str, keep: int
+        self,
+        run_dir: Path,
+        world: World,
+        lora_config: LoraConfig,
+        identity: Identity,
+        config_toml: str,
+        keep: int,
+        best_by: str,
     ) -> None:
         self._run_dir = run_dir
         self._world = world
@@ -52,6 +59,7 @@ class Checkpoints:
         self._identity = identity
         self._config_toml = config_toml
         self._keep = keep
+        self._best_by = best_by
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: tuple[Path, Future[None]] | None = None
 
@@ -126,7 +134,7 @@ class Checkpoints:
         shutil.rmtree(folder, ignore_errors=True)  # the rest of one whose removal was interrupted
         partial.replace(folder)
         sync_folder(folder.parent)
-        mark_best(self._run_dir, folder, metrics)
+        mark_best(self._run_dir, folder, metrics, self._best_by)
         remove_old(self._run_dir, self._keep)
 
 

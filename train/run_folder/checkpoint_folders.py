@@ -11,10 +11,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-import os
 import re
 import shlex
 import shutil
+import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,7 +28,13 @@ if TYPE_CHECKING:
 log = logging.getLogger("train")
 STATE_FORMAT = 2  # 1 was torch's distributed format, with a pickle in it
 STATE = "state/state.json"
-JUDGED_BY = "eval/audio_loss"
+AUDIO_LOSS = "audio_loss"
+IN_WORDS = {
+    AUDIO_LOSS: "held-out audio loss",
+    "similarity": "similarity of the listening set",
+    "cer": "character error rate of the listening set",
+}  # by train.best_by, whose metric is eval/ and that
+MORE_IS_BETTER = frozenset({"similarity"})
 OWN_NAME = re.compile(r"checkpoint-[0-9]+")
 HIDDEN = (".", "aside-")  # being written, or moved away by a run
 
@@ -180,7 +186,7 @@ def move_away(folder: Path) -> Path:
     return aside
 
 
-def set_aside(run_dir: Path, step: int) -> None:
+def set_aside(run_dir: Path, step: int, best_by: str = AUDIO_LOSS) -> None:
     """Rename checkpoints of later steps than the one a run goes on from: damaged ones, or those it was told to leave.
 
     Under their own name they would count as the newest, and the ones this run writes would be removed as old.
@@ -193,7 +199,7 @@ def set_aside(run_dir: Path, step: int) -> None:
     if best_checkpoint(run_dir) in later:
         (run_dir / "best").unlink()
         for folder in complete_checkpoints(run_dir):
-            mark_best(run_dir, folder, read_metrics(folder))
+            mark_best(run_dir, folder, read_metrics(folder), best_by)
 
 
 def is_later(folder: Path, step: int) -> bool:
@@ -213,10 +219,27 @@ def read_metrics(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def judged(metrics: dict[str, Any]) -> float | None:
-    """The held-out audio loss; None where there is none, or no finite one (null in JSON)."""
-    value = metrics.get(JUDGED_BY)
+def judged(metrics: dict[str, Any], best_by: str = AUDIO_LOSS) -> float | None:
+    """What checkpoints are judged by, the held-out audio loss if nothing else; None where there is no finite one."""
+    value = metrics.get(f"eval/{best_by}")
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def judged_by(folder: Path) -> str:
+    """train.best_by of the run that wrote a checkpoint; the audio loss where its configuration does not say."""
+    try:
+        config = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
+        found = config["train"]["best_by"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return AUDIO_LOSS
+    return found if found in IN_WORDS else AUDIO_LOSS
+
+
+def why_best(folder: Path) -> str:
+    """What makes the best checkpoint the best, in words."""
+    best_by = judged_by(folder)
+    value = judged(read_metrics(folder), best_by)
+    return f"{IN_WORDS[best_by]} {'unknown' if value is None else format(value, '.4f')}"
 
 
 def best_checkpoint(run_dir: Path) -> Path | None:
@@ -227,20 +250,29 @@ def best_checkpoint(run_dir: Path) -> Path | None:
     return link if link.is_dir() else None
 
 
-def mark_best(run_dir: Path, folder: Path, metrics: dict[str, float]) -> None:
-    """Let RUN/best point at `folder` if its held-out audio loss is the lowest of all checkpoints that had one."""
+def mark_best(run_dir: Path, folder: Path, metrics: dict[str, float], best_by: str = AUDIO_LOSS) -> None:
+    """Let RUN/best point at `folder` if it is judged better than the checkpoint that is best now."""
     best = best_checkpoint(run_dir)
-    loss = judged(metrics)
-    if loss is None:
+    value = judged(metrics, best_by)
+    if value is None:
         return
     if best is not None and best.is_dir():
-        lowest = judged(read_metrics(best))
-        if lowest is not None and loss >= lowest:
+        before = judged(read_metrics(best), best_by)
+        if before is not None and (value <= before if best_by in MORE_IS_BETTER else value >= before):
             return
-    if os.path.lexists(run_dir / "best") and not (run_dir / "best").is_symlink():
-        log.warning("%s/best: no link but somebody's own: left alone; the best checkpoint is %s", run_dir, folder.name)
-        return
     link = run_dir / ".best.tmp"
     link.unlink(missing_ok=True)
     link.symlink_to(folder.relative_to(run_dir))
     link.replace(run_dir / "best")
+
+
+def judge_again(run_dir: Path, best_by: str) -> None:
+    """RUN/best among the checkpoints that are there, where a run goes on with another train.best_by than its best had.
+
+    Where none has been judged by it, the old best stays until one is.
+    """
+    best = best_checkpoint(run_dir)
+    if best is None or judged_by(best) == best_by:
+        return
+    for folder in complete_checkpoints(run_dir):
+        mark_best(run_dir, folder, read_metrics(folder), best_by)

@@ -59,6 +59,7 @@ MAY_CHANGE = frozenset(
         "train.patience", "train.save_every", "train.keep_checkpoints", "train.log_every", "train.shuffle_buffer",
         "train.num_workers", "train.max_bad_fraction", "train.device", "train.precision", "train.shard_base",
         "train.activation_checkpointing", "train.attention", "train.compile",
+        "train.best_by", "eval.score", "eval.similarity", "eval.asr", "eval.language",
     }
 )  # fmt: skip
 # Of stage one, or of where copies and curves go: no number of the run depends on them.

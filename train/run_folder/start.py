@@ -112,7 +112,9 @@ def begin_run(
     config: TrainConfig, text_rules: list[str] | None, run_dir: Path, step: int, world: World, wandb_run: Any
 ) -> Metrics:
     """What the first rank leaves in the run directory before it trains."""
-    checkpoint_folders.set_aside(run_dir, step)
+    checkpoint_folders.set_aside(run_dir, step, config.train.best_by)
+    if step > 0:
+        checkpoint_folders.judge_again(run_dir, config.train.best_by)
     write_bytes(run_dir / "config.toml", config_text(config, text_rules).encode())
     write_json(run_dir / "environment.json", environment(world))
     if wandb_run:
