@@ -55,7 +55,7 @@ def start_nodes(dataset, tiny_dir, repository):
             port = free.getsockname()[1]
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", str(ranks)]
         torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}", *options]
-        command = [*torchrun, "-m", "train", *train_arguments(dataset, run, tiny_dir, *LONG)]
+        command = [*torchrun, "-m", "train", *train_arguments(dataset, run, tiny_dir, *LONG), "--skip-preflight"]
         for folder in folders or (repository, repository):
             started.append(Started(command, repository, folder))
             wait_for_listener(port)  # the first launcher is the one that they meet at
