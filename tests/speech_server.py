@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import socket
 import threading
@@ -21,6 +22,7 @@ class SpeechServer:
     """Use it in a `with`. Settings are those of Service, Rules and Limits by name."""
 
     def __init__(self, speaker: Any, voices: Path, *, num_slots: int = 4, has_voice: bool = True, **given: Any) -> None:
+        from tools.serve import speech_fields
         from tools.serve.app import make_app
         from tools.serve.guard import Rules
         from tools.serve.limits import Limits
@@ -29,6 +31,8 @@ class SpeechServer:
         from tools.serve.speech_queue import SpeechQueue
         from tools.serve.voice_store import VoiceStore
 
+        # The random model draws an end before its first sound for one seed in 500.
+        speech_fields.drawn_seed = itertools.cycle([1, 3]).__next__
         limits = Limits(**{name: given.pop(name) for name in list(given) if name in Limits.__dataclass_fields__})
         given_rules = {name: given.pop(name) for name in ("cors_origins", "hosts") if name in given}
         rules = Rules(given.get("api_key", ""), **given_rules, limits=limits)
@@ -82,7 +86,7 @@ class SpeechServer:
 
 def asked(**fields: Any) -> dict[str, Any]:
     """A body; half a second of speech, unless it says otherwise."""
-    return {"model": "tts-1", "input": "هل تعرف الطريق؟", "voice": "salma", "max_new_tokens": 12, **fields}
+    return {"model": "tts-1", "input": "هل تعرف الطريق؟", "voice": "salma", "max_new_tokens": 12, "seed": 1, **fields}
 
 
 def message_of(answer: httpx.Response) -> str:

@@ -91,7 +91,7 @@ def test_a_full_queue_of_one_refuses_the_third(tiny_speaker, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("first", "more"), [(40, 80), pytest.param(100, 400, marks=pytest.mark.long)], ids=["120", "500"]
+    ("first", "more"), [(20, 40), pytest.param(100, 400, marks=pytest.mark.long)], ids=["60", "500"]
 )
 def test_memory_is_flat_over_hundreds_of_requests(server, first, more):
     """Whole and streamed, every format, voices stored and deleted; the first requests fill caches."""

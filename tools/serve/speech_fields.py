@@ -37,6 +37,11 @@ class SpeechFields:
     ignored: tuple[str, ...]
 
 
+def drawn_seed() -> int:
+    """Of a request that names none."""
+    return secrets.randbits(31)
+
+
 def from_json(body: bytes) -> dict[str, Any]:
     """Raises ApiError."""
     try:
@@ -56,7 +61,7 @@ def speech_fields(given: dict[str, Any], limits: Limits) -> SpeechFields:
     if text is None or not text.strip():
         raise ApiError(400, "input is missing: the text to be said", param="input")
     settings = {name: given[name] for name in SAMPLER if given.get(name) is not None}
-    settings.setdefault("seed", secrets.randbits(31))
+    settings.setdefault("seed", drawn_seed())
     try:
         request = SpeechRequest(
             reference_audio=None, target_text=text, max_seconds=max_seconds(given, limits), **settings
