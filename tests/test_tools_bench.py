@@ -91,3 +91,11 @@ def test_bench_speak_refuses_where_codes_differ(monkeypatch, tmp_path):
     with pytest.raises(RuntimeError, match="greedy codes differ"):
         speak.bench(["small"], speak.Settings("", 24, 2, 1, 1, "cpu"), tmp_path / "figures.json")
     assert not (tmp_path / "figures.json").exists()
+
+
+def test_bench_summary_stores_every_figure(tmp_path):
+    from tools.bench.summary import bench
+
+    figures = bench(3000, 1, tmp_path / "figures.json")
+    assert json.loads((tmp_path / "figures.json").read_text()) == figures
+    assert (figures["rows"], len(figures["seconds"]), len(figures["cpu_seconds"])) == (3000, 1, 1)

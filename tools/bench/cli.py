@@ -128,5 +128,17 @@ def serve_command(model: Path, out: Path, config_path: Path | None, device: str,
         bench(speaker, Settings(**{**given, "concurrency": list(given["concurrency"])}), out)
 
 
+@main.command("summary", context_settings={"show_default": True})
+@click.option("--out", default="out/bench-summary.json", type=FileToWrite(), help="The JSON file.")
+@click.option("--rows", default=1_000_000, type=click.IntRange(min=1), help="Samples of the generated data set.")
+@click.option("--rounds", default=3, type=click.IntRange(min=1), help="How often it is run.")
+def summary_command(out: Path, rows: int, rounds: int) -> None:
+    """How long `inspect-shards summary` takes, process start included."""
+    from tools.bench.summary import bench
+
+    with explained():
+        bench(rows, rounds, out)
+
+
 if __name__ == "__main__":
     main()
