@@ -104,8 +104,9 @@ def test_decode_writes_what_the_codes_hold(varied, tiny_dir, tmp_path):
     config = ("--config", tiny_dir / "pipeline.toml")
     for flags, codes in (([], sample.target_codes), (["--reference"], sample.reference_codes)):
         out = tmp_path / f"{len(flags)}.wav"
-        done = run("decode", varied, sample.key, out, *flags, *config)
+        done = run("decode", varied, sample.key, out, *flags, *config, "--json")
         assert done.exit_code == 0, done.output
+        assert json.loads(done.stdout)["duration_s"] == codes.shape[1] / 25
         wave, rate = soundfile.read(out, dtype="float32")
         assert (rate, len(wave)) == (24000, 960 * codes.shape[1])
         expected = np.clip(load_codec(tiny_dir / "codec").decode(codes), -1, 1)

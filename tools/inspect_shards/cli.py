@@ -131,10 +131,17 @@ def show(
 @click.argument("key")
 @click.argument("out", type=FileToWrite())
 @click.option("--reference", is_flag=True, help="The reference's codes; default: the target's.")
+@AS_JSON
 @CONFIG
 @OVERRIDES
 def decode(
-    dataset: Path, key: str, out: Path, reference: bool, config_path: Path | None, overrides: tuple[str, ...]
+    dataset: Path,
+    key: str,
+    out: Path,
+    reference: bool,
+    as_json: bool,
+    config_path: Path | None,
+    overrides: tuple[str, ...],
 ) -> None:
     """Write the sound of the codes of sample KEY as the wav file OUT, with the codec they were made with."""
     from tools.inspect_shards.decode import decode_sample
@@ -144,6 +151,9 @@ def decode(
         record, index = open_dataset(dataset)
         sample = find_sample(dataset, index, key)
         duration_s = decode_sample(record, sample, reference, out, config_path, overrides)
+    if as_json:
+        part = "reference" if reference else "target"
+        print_json({"key": sample.key, "part": part, "out": str(out), "duration_s": duration_s})
     print_line(f"{out}: {duration_s:.2f} s, the {'reference' if reference else 'target'} of {sample.key}")
 
 
