@@ -8,6 +8,7 @@ cause. The price: a relative path that begins like an address ("http:/x.wav") ca
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 from urllib.parse import unquote
 
@@ -21,6 +22,10 @@ SCHEME = re.compile(
     r"(data|file|https?|s3a?|gs|gcs|hdfs|ftps?|sftp|blob|hf|azure|abfss?|wasbs?|pipe|fd|concat)\s*:", re.I
 )
 INLINE_KEYS = frozenset({"rawaudio", "audiobytes", "audiodata", "inputaudio", "audiobase64", "base64"})
+# Other spellings of a part of the file: read without them, the whole file would stand beside the part's text.
+PART_KEYS = frozenset(
+    {"offset", "duration", "start", "end", "starttime", "endtime", "startsec", "endsec", "starts", "ends"}
+)
 HINTS = {
     "data": "the audio itself stands in the list: write it to a file",
     "file": "write the plain path, without file://",
@@ -30,13 +35,24 @@ HINTS = {
 
 def not_a_file(row: Any) -> str | None:
     """Why an audio item of a row (a decoded JSON value) is no path of a file; None for what may be one."""
+    return next(filter(None, map(_fault_of_item, _items(row))), None)
+
+
+def part_in_other_words(row: Any) -> str | None:
+    """Why a part of a file that an audio item of a row names would not be taken; None where it names none, or as it must."""
+    for item in _items(row):
+        for key, value in item.items() if "audio_url" in item else ():
+            plain = key.lower().replace("_", "").replace("-", "")
+            if plain in PART_KEYS and key not in ("offset", "duration") and type(value) in (int, float):
+                return f"{key[:20]} of an audio item; a part of a file is named by offset and duration, in seconds"
+    return None
+
+
+def _items(row: Any) -> Iterator[dict[str, Any]]:
     messages = row.get("messages") if isinstance(row, dict) else None
     for message in messages if isinstance(messages, list) else []:
         content = message.get("content") if isinstance(message, dict) else None
-        for item in content if isinstance(content, list) else []:
-            if isinstance(item, dict) and (fault := _fault_of_item(item)):
-                return fault
-    return None
+        yield from (item for item in (content if isinstance(content, list) else []) if isinstance(item, dict))
 
 
 def _fault_of_item(item: dict[str, Any]) -> str | None:

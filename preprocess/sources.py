@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import msgspec
 
-from preprocess.audio_url import not_a_file
+from preprocess.audio_url import not_a_file, part_in_other_words
 from preprocess.list_file import BadRow, RawRow, read_raw_rows
 from preprocess.reasons import RowFault, reject
 from preprocess.segment import WHOLE, Segment
@@ -60,11 +60,9 @@ def _row_invalid(raw: RawRow | BadRow, name: str, detail: str) -> Reject:
 def _typed(raw: RawRow) -> SourceRow | Reject:
     value = raw.value
     name = str(value["id"]) if isinstance(value, dict) and has_own_id(value) else f"row-{raw.number}"
-    elsewhere = not_a_file(value)
-    if elsewhere:
-        return reject(
-            raw.number, name, "ingest", "audio_not_a_file", f"row {raw.number} (line {raw.line}): {elsewhere}"
-        )
+    for reason, fault in (("audio_not_a_file", not_a_file(value)), ("audio_segment", part_in_other_words(value))):
+        if fault:
+            return reject(raw.number, name, "ingest", reason, f"row {raw.number} (line {raw.line}): {fault}")
     try:
         chat = msgspec.convert(value, ChatRow)
     except msgspec.ValidationError as error:

@@ -137,3 +137,38 @@ def test_seconds_beyond_all_recordings_are_named(segment: Segment):
 def test_a_segment_too_long_is_rejected_by_its_own_length():
     with pytest.raises(AudioFault, match=r"^40\.000 s, at most 30 s"):
         decode(encoded(np.tile(noise(3.0), 30)), AudioLimits(), Segment(10.0, 40.0))
+
+
+@pytest.mark.parametrize("key", ["start", "end", "start_time", "endTime", "Offset", "DURATION", "start-sec"])
+def test_a_part_named_in_other_words_is_no_whole_file(key):
+    """The whole file beside the text of a part would be trained on; words of other kinds are no part."""
+    from preprocess.audio_url import part_in_other_words
+
+    def row(value: object) -> dict[str, object]:
+        return {"messages": [{"role": "user", "content": [{"type": "audio", "audio_url": "a.wav", key: value}]}]}
+
+    for value in (1.5, 0, 3):
+        told = part_in_other_words(row(value))
+        assert told
+        assert "offset and duration" in told
+    for value in (None, "0:03", True):
+        assert part_in_other_words(row(value)) is None
+    assert (
+        part_in_other_words(
+            {"messages": [{"content": [{"audio_url": "a.wav", "offset": 1.0, "duration": 2, "end_note": 1}]}]}
+        )
+        is None
+    )
+
+
+def test_a_row_with_a_part_in_other_words_is_a_reject(tmp_path):
+    from preprocess.sources import read_rows
+    from shards.writer import Reject
+
+    path = tmp_path / "list.jsonl"
+    path.write_text(
+        '{"messages": [{"role": "user", "content": [{"type": "audio", "audio_url": "a.wav", "start": 1.0}]}]}\n'
+    )
+    [found] = read_rows(path)
+    assert isinstance(found, Reject)
+    assert (found.reason, found.row) == ("audio_segment", 0)
