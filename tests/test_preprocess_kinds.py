@@ -56,6 +56,7 @@ BETWEEN = {  # begin of the kind's line -> rows that are tried between two sound
         row(audio={"raw_audio": "UklGR"}),
         *(row(audio={"audio_url": url}) for url in ("DATA:,x", "file:///a", "HTTP://h/a", "s3://b/a", "x+y:/a")),
     ],
+    "`start`, `end_time`": [row(audio={key: value}) for key, value in (("start", 1.0), ("end_time", 2), ("Offset", 0))],
     "no speaker": [row(speaker=speaker) for speaker in (None, "", "unknown", "None")],
     "U+061C": [row(f"نص{mark} الهدف") for mark in "\u061c\u200f\u202e\u2067\u200b\u2060\u200d\ufeff\u00ad\ufe0f"],
     "U+2028": [row(f"نص{mark}الهدف") for mark in "\u2028\u2029\x0b\x0c\r"],
