@@ -78,6 +78,9 @@ def test_the_proof_stands_in_the_folder(run, tmp_path):
     assert proof["merged_differs"] < 1e-3
     assert {"self_attn.q_proj", "audio_mlp.up_proj", "audio_lm_head"} <= set(proof["groups"])
     assert all(abs(group["kept"] - 1) < 1e-3 for group in proof["groups"].values())
+    assert proof["greedy_frames"] == proof["greedy_frames_equal"] > 0
+    assert "audio_tokenizer_id" in json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert (tmp_path / "merged" / "tokenizer.json").is_file()
     assert "merged step 4 (named by its step)" in done.stderr
     assert "warning" not in done.stderr
 

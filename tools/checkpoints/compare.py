@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 
 from shards.errors import CheckpointError
+from shards.terminal import progress_bar
 from tools.checkpoints.curves import read_curves
 from tools.checkpoints.evaluations import Row, evaluations_of, rows_of
 from tools.checkpoints.merge import choose_checkpoint
@@ -64,7 +65,11 @@ class _Read:
 def compare(paths: Sequence[Path], evaluations: Sequence[Path] = ()) -> Comparison:
     """One run: all its checkpoints. Several paths: of a run its best, else its newest. Raises PipelineError."""
     folders = chosen_folders(paths)
-    read = [_read(folder, name, evaluations) for name, folder in names_of(folders).items()]
+    read = []
+    with progress_bar("reading", len(folders)) as done:
+        for name, folder in names_of(folders).items():
+            read.append(_read(folder, name, evaluations))
+            done()
     entries = [part.entry for part in read]
     winner, criterion = choose(entries)
     runs = {folder.resolve().parents[1] for folder in folders}

@@ -8,6 +8,7 @@ import msgspec
 from safetensors import SafetensorError
 
 from shards.errors import PipelineError
+from shards.terminal import progress_bar
 
 MAX_NAMED = 4  # tensors or groups named in one finding
 
@@ -20,6 +21,16 @@ class Finding(msgspec.Struct, frozen=True):
 
 class Failed(Exception):
     """A check's reason."""
+
+
+def all_checked(checks: list[tuple[str, Callable[[], str]]]) -> list[Finding]:
+    """The finding of each check, with a bar on a terminal: a model of 3B takes a minute."""
+    found = []
+    with progress_bar("checking", len(checks)) as done:
+        for name, check in checks:
+            found.append(checked(name, check))
+            done()
+    return found
 
 
 def checked(name: str, check: Callable[[], str]) -> Finding:

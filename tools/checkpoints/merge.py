@@ -71,6 +71,7 @@ def merge_checkpoint(
     from shards.artifacts import codec_fingerprint, resolve
     from shards.config import read_config
     from shards.errors import CheckpointError
+    from shards.terminal import print_line
     from tools.checkpoints.merge_proof import MergeProof, Rounding, check_logits, greedy_codes
     from tools.checkpoints.model_folder import Voice, check_empty, merged_state, write_model_folder
     from tools.checkpoints.quantize_effect import same_frames
@@ -95,6 +96,8 @@ def merge_checkpoint(
     check_model_files(
         folder, find_model_files(base_dir, codec_dir, conditioning), config.model, config.features, NAME_THEM
     )
+
+    print_line(f"merging step {step} ({chosen}): loading, merging and proving it takes a minute for a model of 3B")
 
     # 2. Base + adapter, in the dtype asked for; the merged model must say what both together say.
     wanted = stored_dtype(base_dir) if dtype == BASE_DTYPE else getattr(torch, dtype)

@@ -25,7 +25,7 @@ from shards.manifest import Fingerprints, check_fingerprints, open_dataset
 from shards.reader import SampleReader
 from shards.sequence import SequenceBuilder
 from tools.checkpoints.average import REPORT as AVERAGE
-from tools.checkpoints.findings import Failed, Finding, checked, some
+from tools.checkpoints.findings import Failed, Finding, all_checked, some
 from tools.checkpoints.merge import CheckpointConfig, require_config
 from tools.evaluate.systems import run_data
 from train.model.batch import PackedBatch, pack
@@ -60,7 +60,7 @@ def validate_checkpoint(folder: Path, data: Path | None = None) -> list[Finding]
         ("adapter changes logits", found.check_logits),
         ("its own vote on labels", found.check_vote),
     ]
-    return [checked(name, check) for name, check in checks]
+    return all_checked(checks)
 
 
 class _Checkpoint:

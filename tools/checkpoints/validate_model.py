@@ -14,7 +14,7 @@ import torch
 from shards.artifacts import codec_fingerprint, load_tokenizer, resolve
 from shards.sequence import check_special_tokens
 from tools.checkpoints.evaluations import folder_here
-from tools.checkpoints.findings import Failed, Finding, checked, some
+from tools.checkpoints.findings import Failed, Finding, all_checked, some
 from tools.checkpoints.model_folder import own_conditioning
 from tools.speaker import read_voice
 from train.model.config import read_model_config
@@ -34,7 +34,7 @@ def validate_model(folder: Path) -> list[Finding]:
         ("codec", found.check_codec),
         ("differs from its base", found.check_base),
     ]
-    return [checked(name, check) for name, check in checks]
+    return all_checked(checks)
 
 
 class _Model:
