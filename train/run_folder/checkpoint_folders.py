@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import os
 import re
 import shlex
 import shutil
@@ -260,6 +261,9 @@ def mark_best(run_dir: Path, folder: Path, metrics: dict[str, float], best_by: s
         before = judged(read_metrics(best), best_by)
         if before is not None and (value <= before if best_by in MORE_IS_BETTER else value >= before):
             return
+    if os.path.lexists(run_dir / "best") and not (run_dir / "best").is_symlink():
+        log.warning("%s/best: no link but somebody's own: left alone; the best checkpoint is %s", run_dir, folder.name)
+        return
     link = run_dir / ".best.tmp"
     link.unlink(missing_ok=True)
     link.symlink_to(folder.relative_to(run_dir))
