@@ -32,7 +32,7 @@ class SpeechServer:
         from tools.serve.voice_store import VoiceStore
 
         # The random model draws an end before its first sound for one seed in 500.
-        speech_fields.drawn_seed = itertools.cycle([1, 3]).__next__
+        speech_fields.drawn_seed = itertools.cycle([3, 5]).__next__
         limits = Limits(**{name: given.pop(name) for name in list(given) if name in Limits.__dataclass_fields__})
         given_rules = {name: given.pop(name) for name in ("cors_origins", "hosts") if name in given}
         rules = Rules(given.get("api_key", ""), **given_rules, limits=limits)
@@ -86,7 +86,7 @@ class SpeechServer:
 
 def asked(**fields: Any) -> dict[str, Any]:
     """A body; half a second of speech, unless it says otherwise."""
-    return {"model": "tts-1", "input": "هل تعرف الطريق؟", "voice": "salma", "max_new_tokens": 12, "seed": 1, **fields}
+    return {"model": "tts-1", "input": "هل تعرف الطريق؟", "voice": "salma", "max_new_tokens": 12, "seed": 3, **fields}
 
 
 def message_of(answer: httpx.Response) -> str:
