@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from preprocess.workers import Prepare, run_tasks
+from preprocess.workers import MALLOC_VARIABLES, Prepare, run_tasks
 from shards.errors import ConfigError, PipelineError
 
 MAX_RETRIES = 3
@@ -29,7 +29,7 @@ def run_tasks_on_ray(tasks: list[int], prepare: Prepare, setup: Any, address: st
     started_here = not ray.is_initialized()
     if started_here:
         paths = os.pathsep.join([str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")])
-        environment = {"env_vars": {"PYTHONPATH": paths.strip(os.pathsep), "OMP_NUM_THREADS": "1"}}
+        environment = {"env_vars": {"PYTHONPATH": paths.strip(os.pathsep), "OMP_NUM_THREADS": "1", **MALLOC_VARIABLES}}
         try:
             ray.init(address=address, include_dashboard=False, log_to_driver=False, runtime_env=environment)
         except (ConnectionError, ValueError, RuntimeError) as error:

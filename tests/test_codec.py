@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,9 @@ from boson_layout import boson_state
 from preprocess.audio import AudioLimits, decode
 from preprocess.features import stored_mel
 from shards.artifacts import WHISPER_FEATURES
-from shards.encoders.codec import load_codec
+from shards.encoders import codec_on_cpu
+from shards.encoders.codec import Codec, codec_model, fill, load_codec
+from shards.encoders.codec_on_cpu import TiledBlock, is_strided_block, quicken
 from shards.errors import CheckpointError
 from shards.mel import rebuild_mel
 
@@ -142,3 +145,66 @@ def test_mel_is_rebuilt_bit_for_bit(num_samples):
     halved, _ = rebuild_mel(frames.astype(np.float16), floor, num_samples)
     kept = frames.shape[1]
     np.testing.assert_array_equal(halved[:, :kept], expected["input_features"][0].astype(np.float16)[:, :kept])
+
+
+# --- the faster encoder on a CPU ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_dir: Path):
+    """The codec as its implementation computes it."""
+    return Codec(unchanged(tiny_dir / "codec"), "cpu")
+
+
+def unchanged(folder: Path):
+    from safetensors.torch import load_file
+
+    model = codec_model(json.loads((folder / "config.json").read_text()))
+    fill(model, load_file(folder / "model.safetensors"), folder)
+    return model.eval()
+
+
+def quickened(folder: Path, tile_bytes: int, with_linears: bool):
+    model = unchanged(folder)
+    quicken(model, tile_bytes, with_linears)
+    return model
+
+
+@pytest.mark.parametrize(("with_linears", "every"), [(True, 6), (False, 18)])
+def test_the_faster_encoder_gives_the_same_codes(tiny_dir, plain, repository, with_linears, every):
+    """Sample clips, and lengths from one frame on that end within, at and behind a tile."""
+    other = Codec(quickened(tiny_dir / "codec", 1 << 15, with_linears), "cpu")
+    paths = sorted((repository / "tests/data/arabic-mini").glob("*.flac"))
+    assert len(paths) == 72
+    waves = [decode(path.read_bytes(), AudioLimits()).wave for path in paths[::every]]
+    rng = np.random.default_rng(0)
+    waves += [(0.1 * rng.standard_normal(n)).astype(np.float32) for n in (1, 959, 960, 961, 5000, 12 * 24000)]
+    for wave in waves:
+        np.testing.assert_array_equal(other.encode(wave), plain.encode(wave))
+
+
+@pytest.mark.parametrize("num_samples", [960, 8 * 960, 8 * 960 + 40, 100 * 960])
+def test_a_tile_sees_all_that_its_outputs_depend_on(tiny_dir, num_samples):
+    """Tiles of a few outputs each: an edge cut too near would show in every one of them."""
+    model: Any = unchanged(tiny_dir / "codec")
+    block = next(block for block in model.acoustic_encoder.block if is_strided_block(block))
+    channels = next(part.in_channels for part in block.modules() if isinstance(part, torch.nn.Conv1d))
+    x = torch.randn(1, channels, num_samples, generator=torch.Generator().manual_seed(0))
+    tiled = TiledBlock(block, tile_bytes=4 * channels * 8 * 5)
+    assert tiled.halo == 39, "3 * (1 + 3 + 9)"
+    with torch.inference_mode():
+        torch.testing.assert_close(tiled(x), block(x), rtol=0, atol=1e-5)  # other lengths may sum in another order
+
+
+def test_a_machine_that_encodes_otherwise_keeps_the_plain_encoder(tiny_dir, plain, wave, monkeypatch, caplog):
+    def inexact(model) -> None:
+        setattr(model, "fc" if hasattr(model, "fc") else "fc_prior", torch.nn.Identity())
+
+    monkeypatch.setattr(codec_on_cpu, "quicken", inexact)
+    codec = load_codec(tiny_dir / "codec")
+    assert "gives other codes for noise; the plain one is used" in caplog.text
+    np.testing.assert_array_equal(codec.encode(wave), plain.encode(wave))
+
+
+def test_the_loaded_codec_is_the_faster_one(codec):
+    assert sum(isinstance(part, TiledBlock) for part in codec._model.modules()) == codec_on_cpu.NUM_TILED
