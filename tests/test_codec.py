@@ -196,7 +196,7 @@ def test_a_tile_sees_all_that_its_outputs_depend_on(tiny_dir, num_samples):
         torch.testing.assert_close(tiled(x), block(x), rtol=0, atol=1e-5)  # other lengths may sum in another order
 
 
-def test_a_machine_that_encodes_otherwise_keeps_the_plain_encoder(tiny_dir, plain, wave, monkeypatch, caplog):
+def test_where_codes_would_differ_the_plain_encoder_is_kept(tiny_dir, plain, wave, monkeypatch, caplog):
     def inexact(model) -> None:
         setattr(model, "fc" if hasattr(model, "fc") else "fc_prior", torch.nn.Identity())
 

@@ -70,6 +70,12 @@ class WarmProcess:
         if self.poll() is None:
             os.kill(self.pid, number)
 
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         """(stdout, stderr) until everyone who holds them has closed them, as of subprocess."""
         read: dict[int, str] = {}

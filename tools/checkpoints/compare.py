@@ -21,8 +21,10 @@ from tools.checkpoints.curves import read_curves
 from tools.checkpoints.evaluations import Row, evaluations_of, rows_of
 from tools.checkpoints.merge import choose_checkpoint
 from tools.checkpoints.updates import Update, read_update
-from train.run_folder.checkpoint_folders import JUDGED_BY, complete_checkpoints, damage, read_metrics, read_step
+from train.run_folder.checkpoint_folders import AUDIO_LOSS, complete_checkpoints, damage, read_metrics, read_step
 from train.run_folder.identity import read_identity
+
+HELD_OUT_LOSS = f"eval/{AUDIO_LOSS}"
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True):
@@ -73,7 +75,7 @@ def compare(paths: Sequence[Path], evaluations: Sequence[Path] = ()) -> Comparis
     entries = [part.entry for part in read]
     winner, criterion = choose(entries)
     runs = {folder.resolve().parents[1] for folder in folders}
-    curves = {run.name: read_curves(run, [JUDGED_BY])[JUDGED_BY] for run in sorted(runs)}
+    curves = {run.name: read_curves(run, [HELD_OUT_LOSS])[HELD_OUT_LOSS] for run in sorted(runs)}
     notes = []
     if any(entry.uses_dora for entry in entries):
         notes.append(
@@ -160,7 +162,7 @@ def choose(entries: Sequence[Entry]) -> tuple[Entry | None, str]:
             best = min(entries, key=lambda entry: (found[entry.name], entry.step))
             words = f"{conditions[2]} of {conditions[3]} items by {conditions[1] or 'no recognizer'}"
             return best, f"lowest {words}; ties to the earlier step"
-    losses = {entry.name: entry.held_out.get(JUDGED_BY) for entry in entries}
+    losses = {entry.name: entry.held_out.get(HELD_OUT_LOSS) for entry in entries}
     if all(value is not None for value in losses.values()) and len({entry.judged_on for entry in entries}) == 1:
         best = min(entries, key=lambda entry: (losses[entry.name], entry.step))
         return best, "lowest held-out audio loss; ties to the earlier step"

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from tools.checkpoints.compare import Comparison, Entry
+from tools.checkpoints.compare import HELD_OUT_LOSS, Comparison, Entry
 from tools.checkpoints.curves import line_chart
 from tools.checkpoints.evaluations import Row
 from tools.web_page.page import cell, escaped, listed, page, section, table
-from train.run_folder.checkpoint_folders import JUDGED_BY
 
 
 def compare_page(found: Comparison) -> str:
     winner = f"{found.winner} - {found.criterion}" if found.winner else found.criterion
     points = {
-        "checkpoints": sorted((float(e.step), e.held_out[JUDGED_BY]) for e in found.entries if JUDGED_BY in e.held_out)
+        "checkpoints": sorted(
+            (float(e.step), e.held_out[HELD_OUT_LOSS]) for e in found.entries if HELD_OUT_LOSS in e.held_out
+        )
     }
     lines = found.curves or points
     body = "\n".join(
