@@ -26,7 +26,8 @@ from train.evaluation.metric_models import (
 
 KNOWN = ("dnsmos", "distillmos")
 LOWEST = 1.0  # of the scale: what a wave that is not there gets
-WINDOW = round(9.01 * SAMPLE_RATE)  # what DNSMOS listens to at a time
+WINDOW_S = 9.01  # what DNSMOS listens to at a time
+WINDOW = int(WINDOW_S * SAMPLE_RATE)
 
 
 class MosPredictor(Protocol):
@@ -68,10 +69,12 @@ class Dnsmos:
         wave = np.clip(wave, -1, 1).astype(np.float32)
         while len(wave) < WINDOW:
             wave = np.concatenate([wave, wave])
-        starts = range(0, len(wave) - WINDOW + 1, SAMPLE_RATE)
         found = []
-        for start in starts:
-            part = wave[None, start : start + WINDOW]
+        for second in range(int(len(wave) // SAMPLE_RATE - WINDOW_S) + 1):
+            start, end = second * SAMPLE_RATE, int((second + WINDOW_S) * SAMPLE_RATE)
+            if end - start < WINDOW:
+                continue  # the package leaves out windows whose end rounds to a sample less; values are comparable with its own
+            part = wave[None, start:end]
             signal, background, overall = np.asarray(self._session.run(None, {"input_1": part})[0])[0]
             found.append(self._scale(None, signal, background, overall, False))
         _, background, overall = np.mean(found, axis=0)
