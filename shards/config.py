@@ -100,9 +100,17 @@ def to_toml(config: msgspec.Struct) -> str:
     return "\n".join(lines)
 
 
+def parse_toml(text: str) -> dict[str, Any]:
+    """Raises tomllib.TOMLDecodeError (a ValueError) for whatever is no TOML, ten thousand brackets too."""
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise tomllib.TOMLDecodeError("nested too deeply") from None
+
+
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        return parse_toml(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; give an existing file with --config") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -149,7 +157,19 @@ def _read_section(name: str, section_type: Any, given: Any, where: str, problems
         except msgspec.ValidationError as error:
             hint = f"; one of {', '.join(_choices(types[key]))}" if "enum" in str(error) else ""
             problems.append(f"{where}: {name}.{key} = {value!r}: {error}{hint}")
-    return section_type(**values)
+    section = section_type(**values)
+    problems += [f"{where}: {problem}" for problem in _crossed_limits(name, section)]
+    return section
+
+
+def _crossed_limits(name: str, section: Any) -> Iterable[str]:
+    """Where a smallest value lies above the largest one, so that nothing could pass."""
+    for field in msgspec.structs.fields(section):
+        most = "max_" + field.name.removeprefix("min_")
+        if field.name.startswith("min_") and hasattr(section, most):
+            low, high = getattr(section, field.name), getattr(section, most)
+            if low > high:
+                yield f"{name}.{field.name} = {low} lies above {name}.{most} = {high}: nothing could pass"
 
 
 def _choices(kind: Any) -> list[str]:

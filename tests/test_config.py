@@ -76,3 +76,30 @@ def test_an_unreadable_file_is_explained(tmp_path: Path):
     path.write_text("[train\n")
     with pytest.raises(ConfigError, match="not readable as TOML"):
         read_config(TrainConfig, path)
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("text.min_chars=2000", r"text.min_chars = 2000 lies above text.max_chars = 1000: nothing could pass"),
+        (
+            "preprocess.max_duration_s=0.2",
+            r"preprocess.min_duration_s = 0.5 lies above preprocess.max_duration_s = 0.2",
+        ),
+        ("text.max_chars_per_s=1", r"text.min_chars_per_s = 2.0 lies above text.max_chars_per_s = 1.0"),
+    ],
+)
+def test_limits_that_nothing_could_pass_are_refused(setting: str, words: str):
+    from preprocess.config import PreprocessConfig
+
+    with pytest.raises(ConfigError, match=words):
+        read_config(PreprocessConfig, None, [setting])
+
+
+@pytest.mark.parametrize("text", ["a = " + "[" * 20_000, "[text", "\x00", "a = 1\na = 2"])
+def test_whatever_is_no_toml_is_one_line(tmp_path: Path, text: str):
+    path = tmp_path / "pipeline.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"pipeline\.toml: not readable as TOML") as caught:
+        read_config(TrainConfig, path)
+    assert "\n" not in str(caught.value)

@@ -7,7 +7,6 @@ remembers. A merged folder is not spoken with a codec other than the one it was 
 
 from __future__ import annotations
 
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +15,7 @@ import msgspec
 import numpy as np
 
 from preprocess.text import TextSection
-from shards.config import FeaturesSection, ModelSection, SequenceSection, read_config
+from shards.config import FeaturesSection, ModelSection, SequenceSection, parse_toml, read_config
 
 if TYPE_CHECKING:
     import torch
@@ -151,7 +150,7 @@ def as_trained(checkpoint_config: Path, config: SpeakConfig) -> SpeakConfig:
     """
     trained = read_config(SpeakConfig, checkpoint_config)
     config = msgspec.structs.replace(config, sequence=trained.sequence, features=trained.features)
-    remembers = "text" in tomllib.loads(checkpoint_config.read_text(encoding="utf-8"))
+    remembers = "text" in parse_toml(checkpoint_config.read_text(encoding="utf-8"))
     return msgspec.structs.replace(config, text=trained.text) if remembers else config
 
 

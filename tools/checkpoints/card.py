@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from shards.config import ModelSection
+from shards.config import ModelSection, parse_toml
 from shards.errors import CheckpointError, PipelineError, ShardError
 from shards.manifest import Dataset, read_dataset
 from shards.printable import printable, redact
@@ -66,7 +65,7 @@ def gather(checkpoint: Path, kind: Kind, evaluations: Sequence[Path] = ()) -> Fa
     run = checkpoint.resolve().parents[1]
     run_of = run if (run / "metrics.jsonl").is_file() else None
     try:
-        config = tomllib.loads((checkpoint / "config.toml").read_text(encoding="utf-8"))
+        config = parse_toml((checkpoint / "config.toml").read_text(encoding="utf-8"))
         settings = {f"{name}.{key}": value for name in SECTIONS for key, value in config.get(name, {}).items()}
         model = dict(config["model"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -17,6 +17,7 @@ import msgspec
 from preprocess.text import TextSection
 from shards.config import FeaturesSection, ModelSection, SequenceSection, read_config
 from shards.errors import CheckpointError, DataError
+from shards.json_file import read_json_object
 from tools.evaluate.items import Item
 from tools.evaluate.perturb import Perturbation
 from tools.speaker import SpeakConfig
@@ -113,8 +114,12 @@ def config_of(path: Path) -> Path | None:
 
 def run_data(run: Path) -> Path:
     """The data set that a run was trained on, as its latest start was typed. Raises DataError."""
-    command = msgspec.json.decode((run / "environment.json").read_bytes()).get("command", "")
-    for word in shlex.split(command)[1:]:
+    command = read_json_object(run / "environment.json", "what a run was started with").get("command", "")
+    try:
+        words = shlex.split(command)[1:]
+    except (ValueError, AttributeError, TypeError):  # an open quote; no text at all
+        words = []
+    for word in words:
         if (Path(word) / "dataset.json").is_file():
             return Path(word)
     raise DataError(f"{run}: its environment.json names no data set that is here; give the data set folder as DATA")

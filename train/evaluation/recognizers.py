@@ -8,7 +8,6 @@ it gets wrong for every system, so read differences and the real recording's own
 from __future__ import annotations
 
 import importlib.metadata
-import json
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +15,7 @@ import numpy as np
 
 from shards.artifacts import weights_fingerprint
 from shards.errors import ConfigError
+from shards.json_file import read_json_object
 from train.evaluation.metric_models import INSTALL_EXTRA, SAMPLE_RATE, ModelIdentity, NotInstalled, sha256_of
 
 KNOWN = "faster-whisper:FOLDER, whisper:FOLDER, none"
@@ -84,7 +84,8 @@ class Whisper:
         self._processor: Any = transformers.WhisperProcessor.from_pretrained(folder)
         model: Any = transformers.WhisperForConditionalGeneration.from_pretrained(folder)
         self._model = model.eval().to(device)
-        config = json.loads((folder / "generation_config.json").read_bytes()) if _has_generation(folder) else {}
+        generation = folder / "generation_config.json"
+        config = read_json_object(generation, "a recognizer's settings") if _has_generation(folder) else {}
         self._language = {"language": language, "task": "transcribe"} if config.get("lang_to_id") else {}
         version = f"transformers {transformers.__version__} {language}"
         self.identity = ModelIdentity(f"whisper:{folder.name}", version, weights_fingerprint(folder))

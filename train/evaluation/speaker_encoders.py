@@ -16,6 +16,7 @@ import numpy as np
 
 from shards.artifacts import weights_fingerprint
 from shards.errors import ConfigError
+from shards.json_file import read_json_object
 from train.evaluation.metric_models import (
     INSTALL_EXTRA,
     SAMPLE_RATE,
@@ -113,13 +114,12 @@ class WavLm:
     def __init__(self, folder: Path) -> None:
         if not (folder / "config.json").is_file():
             raise ConfigError(f"--similarity wavlm:{folder}: no config.json there; give a folder of WavLMForXVector")
-        import json
-
         import transformers
 
         self._model: Any = transformers.WavLMForXVector.from_pretrained(folder).eval()
         extractor = folder / "preprocessor_config.json"
-        self._levels = extractor.is_file() and bool(json.loads(extractor.read_bytes()).get("do_normalize"))
+        settings = read_json_object(extractor, "what WavLM reads") if extractor.is_file() else {}
+        self._levels = bool(settings.get("do_normalize"))
         self.identity = ModelIdentity(f"wavlm:{folder.name}", transformers.__version__, weights_fingerprint(folder))
 
     def embed(self, wave: np.ndarray) -> np.ndarray:

@@ -15,12 +15,12 @@ import os
 import re
 import shlex
 import shutil
-import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 
+from shards.config import parse_toml
 from shards.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -229,7 +229,7 @@ def judged(metrics: dict[str, Any], best_by: str = AUDIO_LOSS) -> float | None:
 def judged_by(folder: Path) -> str:
     """train.best_by of the run that wrote a checkpoint; the audio loss where its configuration does not say."""
     try:
-        config = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
+        config = parse_toml((folder / "config.toml").read_text(encoding="utf-8"))
         found = config["train"]["best_by"]
     except (OSError, ValueError, KeyError, TypeError):
         return AUDIO_LOSS

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any
 import msgspec
 
 from shards.artifacts import codec_fingerprint, tokenizer_fingerprint, weights_fingerprint
-from shards.config import FeaturesSection, ModelSection
+from shards.config import FeaturesSection, ModelSection, parse_toml
 from shards.errors import CheckpointError
 from shards.printable import redact_values
 from train.config import TrainConfig
@@ -247,7 +246,7 @@ def log_changes(folder: Path, config: TrainConfig) -> None:
 def changes(folder: Path, config: TrainConfig) -> list[str]:
     """ "key old -> new" of each; where the configuration cannot be read, that."""
     try:
-        before = flat(tomllib.loads((folder / "config.toml").read_text(encoding="utf-8")))
+        before = flat(parse_toml((folder / "config.toml").read_text(encoding="utf-8")))
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         return [f"not known: config.toml is not readable: {error}"]
     now = flat(redact_values(msgspec.to_builtins(config)))  # config.toml holds no tokens of URLs either
