@@ -14,6 +14,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import stat
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -242,6 +243,10 @@ def _transcript(path: Path, where: str) -> str:
 def _read_text(path: Path) -> str:
     """A UTF-8 file's text, lines ending in \\n. Raises DataError that names another encoding and its line."""
     try:
+        if not path.is_dir() and not stat.S_ISREG(path.stat().st_mode):
+            raise DataError(
+                f"{path}: not a regular file; write it to a file first"
+            )  # a pipe without a writer waits for ever
         data = path.read_bytes()
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: {getattr(error, 'strerror', None) or error}") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -185,3 +186,10 @@ def test_one_recording_in_two_files_is_no_reference(tmp_path: Path):
     for row in json.loads((tmp_path / "list.json").read_bytes()):
         reference, target = row["messages"][1]["content"][1], row["messages"][2]["content"][1]
         assert Path(reference["audio_url"]).stem != Path(target["audio_url"]).stem
+
+
+@pytest.mark.parametrize("kind", ["metadata", "csv"])
+def test_a_pipe_is_refused_and_never_waited_for(tmp_path: Path, kind: str):
+    os.mkfifo(tmp_path / "list")
+    with pytest.raises(DataError, match="list: not a regular file; write it to a file first"):
+        convert(kind, tmp_path / "list", tmp_path / "out.json", 0)
