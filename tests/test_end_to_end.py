@@ -242,6 +242,18 @@ def test_mistakes_in_merge_give_one_clear_line(demo: Path, run_command, tmp_path
 
 
 @pytest.mark.slow
+def test_the_overfit_model_votes_for_the_labels_it_learned(demo: Path):
+    """The vote of `checkpoints validate`, on a model that knows something."""
+    from tools.checkpoints.validate import validate_checkpoint
+
+    checkpoint = max((demo / "run" / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    findings = {finding.check: finding for finding in validate_checkpoint(checkpoint, demo / "shards")}
+    assert all(finding.passed for finding in findings.values()), findings
+    vote = findings["its own vote on labels"]
+    assert "no vote" not in vote.detail, "a model that has learned its samples votes in every codebook"
+
+
+@pytest.mark.slow
 def test_in_8_bits_it_says_the_same_and_stops(demo: Path, run_command):
     """Held against the whole model by the command's own figures, and spoken by `speak`."""
     pytest.importorskip("torchao", reason="pip install -c constraints.txt -e '.[quantize]'")
