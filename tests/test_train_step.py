@@ -8,10 +8,10 @@ import msgspec
 import pytest
 import torch
 
-from shards.config import SequenceSection
-from shards.errors import PipelineError
+from shards.config import SequenceSection, read_config
+from shards.errors import ConfigError, PipelineError
 from shards.sequence import SequenceBuilder
-from train.config import LossSection
+from train.config import LossSection, TrainConfig
 from train.model.batch import pack
 from train.model.lora import add_lora, lora_parameters
 from train.model.loss import LossCounts
@@ -138,3 +138,29 @@ def test_lora_start_does_not_change_the_model(tiny_dir, short_config, ready):
         add_lora(model, short_config().lora, "base", seed=0)
         after = model.hidden(batches[0])
     assert torch.equal(before, after)
+
+
+def test_codebooks_count_by_their_weights(ready):
+    """The total is their weighted mean, the reported codebooks are as before, and equal weights change no bit."""
+    model, optimizer, batches, _ = ready
+    weights = [4.0, 2.0, 1.0, 1.0, 0.5, 0.5, 0.25, 0.25]
+
+    def result(codebook_weights: list[float]):
+        section = LossSection(text_loss_weight=0.0, contrastive_loss_weight=0.0, codebook_weights=codebook_weights)
+        found = train_step(model, optimizer, batches, StepSettings(0, 0.0, section))
+        assert found is not None
+        return found
+
+    plain, equal, weighted = result([1.0] * 8), result([3.0] * 8), result(weights)
+    assert torch.equal(plain.total, equal.total)
+    assert torch.equal(plain.codebooks, weighted.codebooks)
+    torch.testing.assert_close(weighted.total, (plain.codebooks * torch.tensor(weights)).sum() / sum(weights))
+    assert abs(weighted.total - plain.total) > 1e-4
+    assert weighted.grad_norm != plain.grad_norm
+
+
+@pytest.mark.parametrize("weights", ["[1, 1]", "[1, 1, 1, 1, 1, 1, 1, 0]", "[1, 1, 1, 1, 1, 1, 1, -1]", "2"])
+def test_eight_weights_above_zero_are_asked_for(weights: str):
+    with pytest.raises(ConfigError, match=r"loss\.codebook_weights = "):
+        read_config(TrainConfig, None, [f"loss.codebook_weights={weights}"])
+    read_config(TrainConfig, None, ["loss.codebook_weights=[8, 4, 2, 1, 1, 1, 1, 1]"])

@@ -7,10 +7,14 @@ from typing import Annotated, Literal
 import msgspec
 
 from shards.config import FeaturesSection, ModelSection, SequenceSection
+from shards.delay_pattern import NUM_CODEBOOKS
 
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 NonNegative = Annotated[int, msgspec.Meta(ge=0)]
 Weight = Annotated[float, msgspec.Meta(ge=0.0)]
+CodebookWeights = Annotated[
+    list[Annotated[float, msgspec.Meta(gt=0.0)]], msgspec.Meta(min_length=NUM_CODEBOOKS, max_length=NUM_CODEBOOKS)
+]
 
 
 class LoraSection(msgspec.Struct, frozen=True, kw_only=True):
@@ -27,6 +31,7 @@ class LoraSection(msgspec.Struct, frozen=True, kw_only=True):
 class LossSection(msgspec.Struct, frozen=True, kw_only=True):
     text_loss_weight: Weight = 1.0
     audio_loss_weight: Weight = 1.0
+    codebook_weights: CodebookWeights = msgspec.field(default_factory=lambda: [1.0] * NUM_CODEBOOKS)
     contrastive_loss_weight: Weight = 0.1
     enable_curriculum_learning: bool = False
     curriculum_steps: Positive = 5000

@@ -1,7 +1,7 @@
 """The three losses, as sums: the loop divides them by what the whole step counted on all ranks.
 
     total = text_weight  * sum(text CE)  / text targets of the step
-          + audio_weight * mean over codebooks of  sum(CE of codebook k) / targets of codebook k in the step
+          + audio_weight * mean over codebooks, weighted, of  sum(CE of codebook k) / targets of codebook k in the step
           + contrastive_weight * ramp * sum(InfoNCE) / pairs of the step
 
 Logits come at learned rows only and are raised to fp32 before the softmax. Targets are already shifted
@@ -78,10 +78,18 @@ def step_losses(sums: LossSums, counts: LossCounts, section: LossSection, ramp: 
     contrastive = sums.contrastive / counts.contrastive
     total = (
         section.text_loss_weight * text
-        + section.audio_loss_weight * codebooks.mean()
+        + section.audio_loss_weight * weighted_mean(codebooks, section.codebook_weights)
         + section.contrastive_loss_weight * ramp * contrastive
     )
     return StepLosses(total, text, codebooks, contrastive)
+
+
+def weighted_mean(codebooks: Tensor, weights: list[float]) -> Tensor:
+    """codebooks [K] -> []; the plain mean, to the bit, where all weights are equal."""
+    if len(set(weights)) == 1:
+        return codebooks.mean()
+    # Weights stay numbers of the host: a tensor of them would make each step wait for its copy.
+    return torch.stack([weight * codebooks[k] for k, weight in enumerate(weights)]).sum() / sum(weights)
 
 
 def text_losses(logits: Tensor, targets: Tensor) -> Tensor:

@@ -52,6 +52,7 @@ BY_CONTENT = frozenset(
 MAY_CHANGE = frozenset(
     {
         "loss.text_loss_weight", "loss.audio_loss_weight", "loss.contrastive_loss_weight",
+        "loss.codebook_weights",
         "loss.enable_curriculum_learning", "loss.curriculum_steps",
         "train.num_epochs", "train.max_steps", "train.learning_rate", "train.warmup_steps", "train.schedule",
         "train.weight_decay", "train.max_grad_norm", "train.memory_share", "train.eval_every", "train.listening_samples",
