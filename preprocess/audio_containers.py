@@ -13,12 +13,26 @@ from collections.abc import Iterator
 
 MAX_CHUNKS = 10000
 OGG_HEADER, OGG_BEGINS, OGG_ENDS = 27, 2, 4  # bytes; flags of a page
+JOIN_SEARCH = 256  # bytes behind the samples in which a joined file begins: padding stands between
 MAX_TAIL = 4096  # bytes behind the samples of a wav that are nobody's concern
+W64_RIFF = b"riff" + bytes.fromhex("2e91cf11a5d628db04c10000")
+FLV_TAGS = (8, 9, 18)  # audio, video, script
+# A second header of these forms, in the place where the samples of the first file end, is another recording's.
+JOINED = {
+    b".snd": "an AU",
+    b"caff": "a CAF",
+    b"RF64": "an RF64",
+    b"riff": "a W64",
+    b"NIST": "a NIST",
+    b"TTA1": "a True Audio",
+}
 SEPARATE = "make it one file again: ffmpeg -i FILE FILE.flac, or cut it"
 
 
 def repaired(data: bytes) -> bytes:
     """A wav whose data size states nothing, with the size of the bytes that are there; anything else as it is."""
+    if data[:4] == b"RF64" and data[8:12] == b"WAVE" and not _stated_end(data):
+        data = b"RIFF" + data[4:]  # it holds less than 4 GiB, so a plain wav's size is enough
     if data[:4] not in (b"RIFF", b"RIFX") or data[8:12] != b"WAVE":
         return data
     order = ">" if data[:4] == b"RIFX" else "<"
@@ -59,6 +73,15 @@ def _stated_end(data: bytes) -> int:
         return offset + size if 0 < size < 0x7FFF0000 else 0
     elif data[:4] == b"caff":
         return _caf_end(data)
+    elif data[:16] == W64_RIFF:
+        return _w64_end(data)
+    elif data[:8] == b"NIST_1A\n":
+        return _nist_end(data)
+    elif data[:4] == b"TTA1":
+        return _tta_end(data)
+    elif data[:4] == b"RIFF" and form == b"AVI ":
+        size = int.from_bytes(data[4:8], "little")
+        return 8 + size if 0 < size < 0x7FFF0000 else 0
     return 0
 
 
@@ -100,6 +123,55 @@ def _caf_end(data: bytes) -> int:
     return 0
 
 
+def _w64_end(data: bytes) -> int:
+    """Chunks of Sony's 64-bit wav have 16 bytes for a name, a size that counts their header, and begin at multiples of 8."""
+    position = 40
+    for _ in range(MAX_CHUNKS):
+        if position + 24 > len(data):
+            return 0
+        size = int.from_bytes(data[position + 16 : position + 24], "little")
+        if data[position : position + 4] == b"data":
+            return position + size if 24 < size < 1 << 62 else 0
+        if size < 24:
+            return 0
+        position += size + -size % 8
+    return 0
+
+
+def _nist_end(data: bytes) -> int:
+    """NIST SPHERE: lines of `name -i number` in a header whose size stands on the second line."""
+    try:
+        head_bytes = int(data[8:16])
+        fields = [line.split() for line in data[16:head_bytes].split(b"\n")]
+        counts = {words[0]: int(words[2]) for words in fields if len(words) == 3 and words[1] == b"-i"}
+        size = counts[b"sample_count"] * counts.get(b"channel_count", 1) * counts[b"sample_n_bytes"]
+    except (ValueError, KeyError):
+        return 0
+    return head_bytes + size if 0 < size < 1 << 40 else 0
+
+
+def _tta_end(data: bytes) -> int:
+    """True Audio: behind its header stand the sizes of its frames, of 256 / 245 s each."""
+    if len(data) < 22:
+        return 0
+    rate, count = struct.unpack_from("<II", data, 10)
+    per_frame = 256 * rate // 245
+    num_frames = -(-count // per_frame) if per_frame else 0
+    place = 22 + 4 * num_frames + 4  # a checksum follows the sizes
+    if not num_frames or place > len(data):
+        return 0
+    return place + sum(struct.unpack_from(f"<{num_frames}I", data, 22))
+
+
+def _flv_tags(data: bytes) -> Iterator[int]:
+    """Positions of the tags of a Flash video; the last one is where none begins."""
+    position = 13  # a header of 9 bytes, and the size of the tag before the first
+    while position + 15 <= len(data) and data[position] & 0x1F in FLV_TAGS:
+        yield position
+        position += 15 + int.from_bytes(data[position + 1 : position + 4], "big")
+    yield position
+
+
 def _missing_ogg(data: bytes) -> str | None:
     """An Ogg file cut between pages decodes without a complaint, but its last page lacks the end-of-stream flag."""
     _, flags, end = deque(_ogg_pages(data), maxlen=1)[0]
@@ -139,6 +211,19 @@ def unread(data: bytes) -> str | None:
         places = [position for name, position in _mp4_boxes(data) if name == b"ftyp"]
         if len(places) > 1:
             return f"a second recording begins at byte {places[1]} of an mp4 file; {SEPARATE}"
+    elif data[:4] in JOINED:
+        end = _stated_end(data)
+        behind = data.find(data[:4], end, end + JOIN_SEARCH) if end else -1
+        if behind >= 0:
+            return f"a second recording begins at byte {behind} of {JOINED[data[:4]]} file; {SEPARATE}"
+    elif data[:4] == b"FLV\x01":
+        *_, end = _flv_tags(data)
+        if data[end : end + 4] == b"FLV\x01":
+            return f"a second recording begins at byte {end} of a Flash video; {SEPARATE}"
+    elif data[:4] == b"RIFF" and data[8:12] == b"AVI ":
+        end = _stated_end(data)
+        if end and data[end + end % 2 :][:4] == b"RIFF" and data[end + end % 2 + 8 :][:4] == b"AVI ":
+            return f"a second recording begins at byte {end} of an AVI video; {SEPARATE}"
     elif data[:4] == b"RIFF" and data[8:12] == b"WAVE":
         end = _stated_end(data)
         behind = data[end + end % 2 :] if end else b""

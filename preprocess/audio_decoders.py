@@ -24,6 +24,9 @@ MAX_CHANNELS = 16
 MAX_PYAV_CHANNELS = 8  # planes of an FFmpeg frame
 BLOCK = 1 << 18  # samples
 SEEKABLE = frozenset({"PCM_S8", "PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "ALAW"})
+# What libsndfile knows besides are forms of the 1980s and of samplers: they are read to the end of the bytes, whatever they
+# state, so half a file, or two joined ones with a header between them, would pass for one.
+KNOWN_FORMS = frozenset({"WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF", "FLAC", "OGG", "MP3", "NIST"})
 PYAV_SHORTAGE_S = 0.2  # a container's duration is rounded to packets
 INTEGER_SCALES = {"u8": 128, "s16": 1 << 15, "s32": 1 << 31, "s64": 1 << 63}  # FFmpeg's sample formats, full scale
 
@@ -108,17 +111,21 @@ def _mpeg(data: bytes, frames: mpeg_frames.MpegFrames, max_duration_s: float, se
     if frames.declared is None or frames.declared < frames.count:  # none, or joined files with the first one's count
         if frames.ends_inside_frame and segment.is_whole:
             raise AudioFault("audio_truncated", f"ends inside an MPEG frame, behind {frames.count} whole ones")
-        decoded = _by_libsndfile(mpeg_frames.with_count(data, frames), max_duration_s, segment)
-        lost = frames.count * frames.num_samples - (decoded.declared or 0)
-        declared = decoded.declared if abs(lost) <= 2 * frames.num_samples else None
+        decoded = _by_libsndfile(mpeg_frames.marked(mpeg_frames.with_count(data, frames)), max_duration_s, segment)
+        counted = frames.count * frames.num_samples
+        declared = decoded.declared or 0  # for layers I and II estimated by all bytes, the mark before them too
+        declared = min(declared, counted) if abs(counted - declared) <= 2 * frames.num_samples else None
         return Decoded(decoded.samples, decoded.sample_rate, declared)
     if frames.declared > frames.count + 1 and segment.is_whole:
         raise AudioFault("audio_truncated", f"{frames.count} of {frames.declared} MPEG frames are there")
-    return _by_libsndfile(data, max_duration_s, segment)
+    return _by_libsndfile(mpeg_frames.marked(data), max_duration_s, segment)
 
 
 def _by_libsndfile(data: bytes, max_duration_s: float, segment: Segment) -> Decoded:
     with _Stream(io.BytesIO(data)) as file:
+        if file.format not in KNOWN_FORMS:
+            detail = f"{file.format_info}: nothing here checks whether it is whole; {CONVERT}"
+            raise AudioFault("audio_unreadable", detail)
         check_form(file.channels, file.samplerate)
         declared = file.frames if 0 < file.frames < 1 << 40 else None
         if (

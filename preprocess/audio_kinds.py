@@ -42,6 +42,7 @@ MARKS: list[tuple[int, bytes, Kind]] = [
     (0, b"TTA1", Kind("True Audio", "pyav", container="tta")),
     (0, b"FLV\x01", Kind("Flash video", "pyav", container="flv")),
     (8, b"AVI ", Kind("AVI video", "pyav", container="avi")),
+    (28, b"\x7fFLAC", Kind("Ogg FLAC", "pyav", container="ogg")),  # libsndfile reads its own, not FFmpeg's
     (28, b"Speex   ", Kind("Ogg Speex", "pyav", container="ogg")),
     (0, b"MThd", Kind("MIDI, notes without sound", "none", NOT_AUDIO)),
     (0, b"\x1f\x8b", Kind("a gzip file", "none", PACKED)),

@@ -25,7 +25,10 @@ KBITS_2 = {
 SEARCH_BYTES = 1 << 16  # for a first frame behind junk
 MAX_JUNK = 1 << 20  # bytes between frames of a file; a decoder would search for hours where there is no more
 TAIL_TAGS = (b"TAG", b"APETAGEX", b"LYRICSBEGIN")
-EMPTY_ID3 = b"ID3\x03\x00\x00\x00\x00\x00\x0a" + bytes(10)  # libsndfile takes some files for MP3 only behind one
+ID3V1_BYTES = 128
+# libsndfile takes some files for MP3 only behind one, and before it takes any without it looks for a Mac's side file: of bytes
+# without a name that is `._` and `.AppleDouble/` in the working folder, which every netatalk share has.
+EMPTY_ID3 = b"ID3\x03\x00\x00\x00\x00\x00\x0a" + bytes(10)
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,17 @@ def after_id3(data: bytes, position: int = 0) -> int:
     return min(position, len(data))
 
 
+def _after_tail_tags(data: bytes, position: int) -> int:
+    """Behind ID3v1 and APE tags: a file's end, or the middle of joined ones."""
+    while data.startswith(TAIL_TAGS[:2], position):
+        if data.startswith(b"TAG", position):
+            position += ID3V1_BYTES
+        else:
+            size = int.from_bytes(data[position + 12 : position + 16], "little")  # of all behind its header of 32 bytes
+            position += 32 + size
+    return position
+
+
 def scan(data: bytes) -> MpegFrames | None:
     """Walk all frames; None where no MPEG audio begins."""
     begin, first = _first_frame(data)
@@ -106,7 +120,7 @@ def scan(data: bytes) -> MpegFrames | None:
     while position < len(data):
         frame = frame_at(data, position)
         if frame is None or not frame.goes_with(first):
-            other = after_id3(data, position)
+            other = after_id3(data, _after_tail_tags(data, position))
             if _is_run(data, other):  # a joined file
                 if _goes_on(data, other, first):
                     position = other
@@ -127,6 +141,11 @@ def scan(data: bytes) -> MpegFrames | None:
         position += frame.size
         count += 1
     return MpegFrames(begin, position, count, first.num_samples, declared, ends_inside, changes_at)
+
+
+def marked(data: bytes) -> bytes:
+    """MPEG audio as libsndfile knows it wherever it runs."""
+    return data if data[:3] == b"ID3" else EMPTY_ID3 + data
 
 
 def with_count(data: bytes, frames: MpegFrames) -> bytes:

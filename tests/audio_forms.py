@@ -130,6 +130,12 @@ def flac_of_unknown_length(data: bytes) -> bytes:
     return data[:21] + bytes([data[21] & 0xF0]) + bytes(4) + data[26:]
 
 
+def rf64_from_a_pipe(wave: np.ndarray) -> bytes:
+    """Its 64-bit size of the samples, which stands in the chunk ds64, was never filled in."""
+    data = encoded(wave, "RF64")
+    return data[:28] + bytes(8) + data[36:]
+
+
 def sound_forms(seconds: float = 3.0) -> dict[str, bytes]:
     """One file of every form that is read, `seconds` long."""
     wave, at_8k, at_48k = voice(seconds), voice(seconds, 8000), voice(seconds, 48000)
@@ -172,6 +178,11 @@ def sound_forms(seconds: float = 3.0) -> dict[str, bytes]:
         "FLAC from a pipe (FFmpeg)": by_ffmpeg(wave, "flac", "flac", piped=True),
         "wav from a pipe (FFmpeg)": by_ffmpeg(wave, "wav", "pcm_s16le", piped=True),
         "MP3 from a pipe (FFmpeg)": by_ffmpeg(wave, "mp3", "libmp3lame", piped=True),
+        "RF64 from a pipe": rf64_from_a_pipe(wave),
+        "NIST SPHERE": encoded(wave, "NIST"),
+        "Ogg FLAC": by_ffmpeg(at_48k, "ogg", "flac", 48000),
+        "AVI": by_ffmpeg(at_48k, "avi", "pcm_s16le", 48000),
+        "Flash video": by_ffmpeg(at_48k, "flv", "libmp3lame", 48000),
         "WMA": by_ffmpeg(at_48k, "asf", "wmav2", 48000),
         "WavPack": by_ffmpeg(wave, "wv", "wavpack"),
         "True Audio": by_ffmpeg(wave, "tta", "tta"),

@@ -44,8 +44,12 @@ def test_every_form_is_read_whole(name: str):
     assert max(shifts) > 0.9, "other samples than were written"
 
 
+CUT = ["wav", "RF64", "W64", "AIFF", "AU", "CAF", "FLAC", "Vorbis", "Opus", "MP3", "m4a", "WMA", "WavPack", "AVI"]
+
+
 @pytest.mark.parametrize(
-    "name", ["wav", "AIFF", "AU", "CAF", "FLAC", "Vorbis", "Opus", "MP3", "MP3 from a pipe", "WMA"]
+    "name",
+    [*CUT, "CAF of Apple Lossless", "NIST SPHERE", "Ogg FLAC", "MP3 from a pipe", "True Audio", "Flash video"],
 )
 @pytest.mark.parametrize("share", [0.5, 0.9])
 def test_half_a_file_is_not_taken_for_a_whole_one(name: str, share: float):
@@ -163,6 +167,21 @@ JOINED = {
     "Vorbis": lambda: FORMS["Vorbis"] * 2,
     "Opus behind Vorbis": lambda: FORMS["Vorbis"] + FORMS["Opus"],
     "m4a": lambda: FORMS["m4a"] * 2,
+    **{
+        name: lambda name=name: FORMS[name] * 2
+        for name in (
+            "RF64",
+            "W64",
+            "AU",
+            "CAF",
+            "CAF of Apple Lossless",
+            "NIST SPHERE",
+            "True Audio",
+            "AVI",
+            "Flash video",
+        )
+    },
+    "MP3 of another rate behind a tag": lambda: FORMS["MP3 with ID3v1 from a pipe"] + mp3(voice(3.0, 48000), 48000),
     "wav": lambda: FORMS["wav"] * 2,
     "a stale wav header": lambda: with_data_size(FORMS["wav"], 72000),
     "MP3 of another rate": lambda: without_tag(FORMS["MP3"]) + mp3(voice(3.0, 48000), 48000),
@@ -175,6 +194,34 @@ def test_sound_that_no_decoder_would_read_is_a_reject(name: str):
     fault = fault_of(JOINED[name]())
     assert fault.reason == "audio_several"
     assert "ffmpeg -i" in fault.detail
+
+
+APE_TAG = b"APETAGEX" + (2000).to_bytes(4, "little") + (64).to_bytes(4, "little") + bytes(16 + 64)
+
+
+@pytest.mark.parametrize("name", ["VOC", "PAF", "IRCAM", "SVX", "AVR", "XI", "PVF", "MPC2K"])
+def test_forms_whose_length_nobody_checks_are_refused(name: str):
+    """Half a file of these, or two with a header between them, would be read as if it were one."""
+    fault = fault_of(encoded(voice(), name, "DPCM_16" if name == "XI" else "PCM_16"))
+    assert fault.reason == "audio_unreadable"
+    assert "whether it is whole; convert it" in fault.detail
+
+
+@pytest.mark.parametrize("name", ["MP3", "MP3 from a pipe", "MP2"])
+@pytest.mark.parametrize("side_file", ["._", ".AppleDouble"])
+def test_a_macs_side_files_in_the_working_folder_change_nothing(name: str, side_file: str, tmp_path, monkeypatch):
+    """libsndfile looks there before it takes bytes without a name for MPEG audio: no MP3 was readable on a netatalk share."""
+    expected = decode(FORMS[name], AudioLimits()).wave
+    (tmp_path / side_file).touch() if side_file == "._" else (tmp_path / side_file).mkdir()
+    monkeypatch.chdir(tmp_path)
+    np.testing.assert_array_equal(decode(FORMS[name], AudioLimits()).wave, expected)
+
+
+@pytest.mark.parametrize("tail", [b"TAG" + bytes(125), APE_TAG, APE_TAG + b"TAG" + bytes(125)])
+def test_tags_between_joined_mp3s_hide_none_of_them(tail: bytes):
+    one = FORMS["MP3 from a pipe"] + tail
+    assert decode(one, AudioLimits()).measures.duration_s == pytest.approx(3.0, abs=0.1)
+    assert decode(one * 2, AudioLimits()).measures.duration_s == pytest.approx(6.0, abs=0.15)
 
 
 @pytest.mark.parametrize("second", ["MP3", "MP3 from a pipe", "MP3 with ID3 from a pipe"])
