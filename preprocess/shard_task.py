@@ -31,6 +31,7 @@ from shards.config import SequenceSection
 from shards.encoders.codec import Codec, load_codec
 from shards.manifest import Job, read_record
 from shards.sample import AudioFacts, MelFacts, Sample, SampleFacts, TextItem, Turn, compress, read_npy, write_npy
+from shards.sample_checks import check_token_ids
 from shards.sequence import SequenceBuilder, encode_text
 from shards.writer import Reject, ShardDone, sample_key, write_shard
 
@@ -147,6 +148,10 @@ class ShardTask:
             reference_mel_zst=whisper.features_zst if whisper and kind == "mel" else None,
             reference_whisper_zst=whisper.features_zst if whisper and kind == "encoder" else None,
         )
+        try:
+            check_token_ids(sample)  # a tokenizer may make control tokens of spellings that `sources` does not know
+        except ValueError as fault:
+            raise RowFault("text", "text_control_token", f"{fault}; for this tokenizer") from None
         num_tokens = self._builder.num_as_written_tokens(sample)
         if num_tokens > MAX_TEXT_TOKENS:
             raise RowFault("text", "text_too_long", f"{num_tokens} tokens in all texts, at most {MAX_TEXT_TOKENS}")

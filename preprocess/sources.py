@@ -27,6 +27,9 @@ from shards.writer import Reject
 INSTRUCTION_PREFIX = INSTRUCTION.strip()
 MIN_QUOTED_CHARS = 8  # of a target text that is looked for in the reference's: "yes" stands in many sentences
 CONTROL_TOKEN = re.compile(r"<\|.*?\|>")
+# The same with blanks or line ends inside, or in full-width, small or other look-alike signs: no token for the released
+# tokenizer, but nothing that anybody said, either.
+LIKE_CONTROL_TOKEN = re.compile(r"[<＜﹤‹]\s*[|｜∣]\s*[\w/][\w\s/-]{0,60}?[|｜∣]\s*[>＞﹥›]")
 SCENE = re.compile(r"<\|scene_desc_start\|>(?:(?!<\|).)*<\|scene_desc_end\|>", re.DOTALL)
 KNOWN_KEYS = frozenset(field.name for field in msgspec.structs.fields(ChatRow))
 
@@ -250,6 +253,6 @@ def refuse_control_tokens(text: str, role: Role) -> None:
     if control:
         raise RowFault("pair", "text_control_character", f"{control} in {_quote(text)}")
     checked = SCENE.sub("", text) if role == "system" else text
-    found = CONTROL_TOKEN.search(checked)
+    found = CONTROL_TOKEN.search(checked) or LIKE_CONTROL_TOKEN.search(checked)
     if found:
         raise RowFault("pair", "text_control_token", f"{found.group()!r} in {_quote(text)}")

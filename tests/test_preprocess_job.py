@@ -243,6 +243,22 @@ def test_text_is_kept_as_written_and_said_stripped(preprocess, rows, tmp_path):
     assert facts.warnings == ["instruction_text_differs"]
 
 
+def test_a_control_token_of_the_tokenizer_is_no_text(preprocess, rows, tiny_dir, tmp_path):
+    """A tokenizer that normalizes what it reads makes control tokens of letters that look like nothing of the kind."""
+    model = shutil.copytree(tiny_dir / "model", tmp_path / "model")
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    tokenizer["normalizer"] = {"type": "Replace", "pattern": {"String": "~"}, "content": "<|eot_id|>"}
+    tokenizer["added_tokens"] = [{**token, "normalized": True} for token in tokenizer["added_tokens"]]
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    rows[1]["messages"][2]["content"][0]["text"] += " ~"
+    (tmp_path / "list.json").write_text(json.dumps(rows[:2]))
+    settings = ("--set", f"model.base={model}", "--set", "preprocess.max_reject_fraction=0.5", "--workers", 1)
+    result = preprocess(tmp_path / "list.json", tmp_path / "out", *settings)
+    assert result.returncode == 0, result.stderr
+    assert open_dataset(tmp_path / "out")[0].rejects == {"text_control_token": 1}
+    assert "token 128009" in (tmp_path / "out" / "rejects.jsonl").read_text()
+
+
 def test_without_mels(preprocess, arabic_mini, tmp_path):
     result = preprocess(arabic_mini, tmp_path / "out", "--limit", 2, "--set", "features.whisper=none")
     assert result.returncode == 0, result.stderr

@@ -221,6 +221,11 @@ def test_what_people_say_passes(text: str):
         ("user", RELEASED_SYSTEM_PROMPT, "<|scene_desc_start|>"),
         ("assistant", "<|scene_desc_start|>x<|scene_desc_end|>", "<|scene_desc_start|>"),
         ("user", "مرحبا <|eot_id|>", "<|eot_id|>"),
+        ("user", "مرحبا ＜|eot_id|＞", "＜|eot_id|＞"),
+        ("user", "مرحبا <｜end_header_id｜>", "<｜end_header_id｜>"),
+        ("assistant", "<|eot\n_id|> مرحبا", r"<|eot\n_id|>"),
+        ("user", "< | AUDIO_OUT | >", "< | AUDIO_OUT | >"),
+        ("system", "<|scene_desc_start|>x<|scene_desc_end|> <|eot\t_id|>", r"<|eot\t_id|>"),
     ],
 )
 def test_only_a_system_text_may_hold_a_scene(role: str, text: str, found: str | None):
@@ -232,6 +237,11 @@ def test_only_a_system_text_may_hold_a_scene(role: str, text: str, found: str | 
         pair_of(*turns)
     assert fault.value.reason == "text_control_token"
     assert found in fault.value.detail
+
+
+@pytest.mark.parametrize("text", ["س < ص | ع > ف", "a <|> b", "‹مرحبا› | ‹أهلا›", "<<|", "|x| < |y|"])
+def test_signs_that_are_no_token_are_text(text: str):
+    assert pair_of(("user", (f"{REFERENCE} {text}", A)), SAID).reference_text == f"{REFERENCE} {text}"
 
 
 @pytest.mark.parametrize(
