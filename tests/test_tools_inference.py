@@ -9,13 +9,15 @@ import resource
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import cast
 
 import numpy as np
 import pytest
 import soundfile
+from tokenizers import AddedToken, Tokenizer, normalizers
 
-from preprocess.text import Normalizer, TextSection
+from preprocess.text import Normalizer, TextSection, clean
 from shards.cloning import cloning_messages
 from shards.errors import ConfigError, DataError
 from shards.manifest import open_dataset, text_rules
@@ -25,6 +27,8 @@ from tools.cross_fade import CrossFade
 from tools.inference import KEPT_REFERENCES, HiggsAudioInference, SpeechRequest
 from tools.prompt_text import longest_s
 from tools.reference import read_recordings
+from tools.utterance import Utterance
+from train.model.generation.engine import Engine
 
 TEXT = "هل تعرف الطريق إلى المحطة؟"
 CLIP = "spk_00_36.flac"
@@ -339,6 +343,41 @@ def test_prompts_are_what_stage_one_stores(voice, tiny_dir, tmp_path, run_comman
     np.testing.assert_array_equal(spoken.codes, stored.codes)
     other = voice.speaker.prompt(voice.speaker.reference(read_recordings([audio[0]]), said), wanted)
     assert len(other) > len(spoken)
+
+
+@pytest.mark.parametrize(
+    ("normalize", "text"),
+    [
+        (["nfc", "presentation_forms"], "\ufe8e\u0653 \u0645\ufe7d\u064e"),  # marks in an order that NFC would change
+        (["tatweel"], "\u0646\u0639\u0645 \u0640\u200c\u0645"),  # without its tatweel the non-joiner is a loose one
+    ],
+)
+def test_a_text_is_cleaned_once_as_in_training(voice, clip, normalize, text):
+    rules = TextSection(normalize=normalize)
+    trained = clean(text, rules)[0].strip()
+    assert clean(trained, rules)[0].strip() != trained
+    speaker = replace(voice.speaker, rules=rules)
+    asked = []
+    reference = speaker.reference(read_recordings(clip), None)
+    request = SpeechRequest(reference_audio=clip, target_text=text)
+    Utterance(speaker, cast(Engine, SimpleNamespace(submit=asked.append)), reference, request)
+    assert asked[0].prompt.token_ids.tolist() == speaker.part_prompt(reference, trained).token_ids.tolist()
+    assert asked[0].prompt.token_ids.tolist() == speaker.prompt(reference, text).token_ids.tolist()
+
+
+def test_other_spellings_of_control_tokens_stay_letters(voice, clip, tiny_dir):
+    """With the released kind of tokenizer; one that normalizes what it reads is found by the ids that it gives."""
+    forms = ["＜|eot_id|＞", "<｜eot_id｜>", "<|eot\n_id|>", "<|eot _id|>", "< |eot_id|>", "<|EOT_ID|>", "﹤|eot_id|﹥"]
+    assert all(encode_text(voice.speaker.tokenizer, form).max() < 128000 for form in forms)
+
+    loose = Tokenizer.from_file(str(tiny_dir / "model" / "tokenizer.json"))
+    loose.normalizer = normalizers.Replace("~", "<|eot_id|>")  # pyright: ignore
+    loose.add_special_tokens([AddedToken("<|eot_id|>", normalized=True, special=True)])
+    assert 128009 in encode_text(loose, "~").tolist()
+    speaker = replace(voice.speaker, tokenizer=loose)
+    reference = speaker.reference(read_recordings(clip), "الجسر")
+    with pytest.raises(DataError, match="token 128009"):
+        speaker.prompt(reference, "مرحبا ~")
 
 
 @pytest.mark.slow

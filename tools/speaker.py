@@ -62,17 +62,31 @@ class Speaker:
             codes = self.codec.encode(joined_wave(recordings, CODEC_RATE))
         return Reference(codes, said, joined_wave(recordings, WHISPER_RATE) if self.builder.uses_whisper else None)
 
-    def prompt(self, reference: Reference, text: str, name: str = "the text") -> Sequence:
+    def prompt(self, reference: Reference, text: str) -> Sequence:
         """What the model continues to say `text`. Raises DataError for a text that cannot be said."""
-        return self.builder.prompt(self.sample(reference, text, name))
+        return self.builder.prompt(self.sample(reference, text))
 
-    def sample(self, reference: Reference, text: str, name: str = "the text") -> Sample:
+    def part_prompt(self, reference: Reference, said: str) -> Sequence:
+        """As `prompt`, of a text, or a part of one, that `prompt_text` has cleaned: stage one cleans once, and twice is not
+        once (`text.normalize = ["nfc", "presentation_forms"]` leaves marks in an order that "nfc" would change)."""
+        return self.builder.prompt(self._sample(reference, said))
+
+    def sample(self, reference: Reference, text: str) -> Sample:
         """The request as stage one would store it. Raises DataError for a text that cannot be said."""
-        from shards.cloning import cloning_sample
         from tools.prompt_text import prompt_text
 
-        said = prompt_text(text, self.rules, name)
+        return self._sample(reference, prompt_text(text, self.rules, "the text"))
+
+    def _sample(self, reference: Reference, said: str) -> Sample:
+        from shards.cloning import cloning_sample
+        from shards.errors import DataError
+        from shards.sample_checks import check_token_ids
+
         sample = cloning_sample(self.tokenizer, reference.text, reference.codes, said)
+        try:
+            check_token_ids(sample)  # a tokenizer with a normalizer of its own makes control tokens of other spellings
+        except ValueError as fault:
+            raise DataError(f"the request: {fault}; write it in plain letters") from None
         return sample if reference.wave_16k is None else with_mel(sample, reference.wave_16k)
 
 

@@ -86,7 +86,7 @@ class Utterance:
         self._limit = "text_ceiling"
         if self._frames_left is not None and self._frames_left < frames:
             frames, self._limit = self._frames_left, "max_seconds"
-        prompt = self._speaker.prompt(self._reference, text)
+        prompt = self._speaker.part_prompt(self._reference, text)
         self._current = self._engine.submit(Request(prompt, frames, self._sampling))
 
     def _report(self, part: SpeechPart) -> None:
