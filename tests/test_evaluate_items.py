@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import soundfile
 
+from preprocess.text import TextSection
+from shards.cloning import cloning_messages, cloning_sample
 from shards.errors import DataError
-from tools.evaluate.dataset_items import dataset_items, training_overlap
+from tools.evaluate.dataset_items import dataset_items, in_words_of, training_overlap
 from tools.evaluate.items import Item, read_items
-from tools.evaluate.systems import find_wave, other_clips, strangers
+from tools.evaluate.speaking import prompt_sample
+from tools.evaluate.systems import System, find_wave, other_clips, strangers
 
 
 def wave(path: Path) -> Path:
@@ -112,6 +117,35 @@ def test_an_id_cannot_lead_out_of_the_folder(tmp_path: Path):
     inside = wave(tmp_path / "waves" / "sub" / "a.wav")
     assert find_wave(tmp_path / "waves", "sub/a") == inside
     assert find_wave(tmp_path / "waves", "../secret") == tmp_path / "waves" / "secret.wav"
+
+
+def test_a_data_set_is_said_by_the_rules_of_the_voice(make_sample, tokenizer):
+    """Where it was made with other rules: what the tuned model was trained on, not what lies in the shards."""
+    codes = make_sample(0).reference_codes
+    stored = cloning_sample(tokenizer, "الجـسر", codes, "ـ نـعم ٣", codes)
+    fresh = cloning_sample(tokenizer, "الجسر", codes, "نعم ٣", codes)
+    said = in_words_of(stored, TextSection(normalize=["tatweel"]), tokenizer)
+    for item in (said.facts.reference_text, said.facts.target_text):
+        assert said.facts.texts[item] == fresh.facts.texts[item]
+        assert said.text_item_ids(item).tolist() == fresh.text_item_ids(item).tolist()
+    assert in_words_of(fresh, TextSection(normalize=["tatweel"]), tokenizer) is fresh
+
+    speaker = SimpleNamespace(rules=TextSection(normalize=["tatweel"]), tokenizer=tokenizer)
+    asked_for, system = (
+        Item(id="a", speaker="s", text="x", reference="1.wav", reference_text="y"),
+        System(name="t", kind="tuned"),
+    )
+    for made_with, expected in ((None, stored), (["tatweel"], stored), ([], said)):
+        asked = prompt_sample(cast(Any, speaker), system, asked_for, stored, Path(), made_with)
+        assert asked.facts.texts == expected.facts.texts
+
+
+def test_an_instruction_with_invisible_marks_is_one(tmp_path: Path):
+    messages = cloning_messages("مرحبا بكم", "a.wav", "كيف حالك اليوم", "b.wav")
+    messages[1]["content"][2]["text"] = messages[1]["content"][2]["text"].replace("generate", "gene\u200brate")
+    messages[2]["content"] = messages[2]["content"][1:]
+    (tmp_path / "list.json").write_text(json.dumps([{"messages": messages}]))
+    assert [one.text for one in read_items(tmp_path / "list.json").items] == ["كيف حالك اليوم"]
 
 
 def test_held_out_speakers_are_those_training_leaves_out(short_data: Path):

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tools.evaluate.items import Item, Items, dialect_of, with_distinct_ids
 
 if TYPE_CHECKING:
+    from preprocess.text import TextSection
     from shards.reader import SampleReader
     from shards.sample import Sample
 
@@ -94,6 +95,33 @@ def read_samples(items: Items) -> Iterator[tuple[Item, Sample]]:
     for item in items.items:
         assert item.row is not None
         yield item, reader.read(index[item.row])
+
+
+def rules_of(items: Items) -> list[str] | None:
+    """`text.normalize` of the data set behind the items; None for a list, and where the data set does not say."""
+    from shards.manifest import open_dataset, text_rules
+
+    return text_rules(open_dataset(Path(items.source))[0]) if items.items[0].row is not None else None
+
+
+def in_words_of(sample: Sample, rules: TextSection, tokenizer: Any) -> Sample:
+    """The sample with its texts as a voice of these rules was trained on them, where its data set was made with others."""
+    import dataclasses
+
+    import msgspec
+
+    from preprocess.text import clean
+    from shards.sequence import encode_text
+
+    facts = sample.facts
+    spoken = {facts.reference_text, facts.target_text}
+    texts = [clean(text, rules)[0] for text in facts.texts]
+    texts = [text.strip() if number in spoken else text for number, text in enumerate(texts)]
+    if texts == facts.texts:
+        return sample
+    ids = [encode_text(tokenizer, text) for text in texts]
+    facts = msgspec.structs.replace(facts, texts=texts, text_token_counts=[len(item) for item in ids])
+    return dataclasses.replace(sample, facts=facts, text_ids=np.concatenate(ids))
 
 
 def training_overlap(items: Items, train_data: Path, fraction: float, seed: int) -> str:

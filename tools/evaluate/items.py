@@ -112,7 +112,9 @@ def located(name: str, beside: Path) -> str:
 
 def chatml_items(data: Path, skipped: list[str]) -> Iterator[Item]:
     from preprocess.reasons import RowFault
-    from preprocess.sources import find_pair, read_rows
+    from preprocess.row_checks import check_row
+    from preprocess.sources import read_rows
+    from preprocess.text import TextSection
     from shards.writer import Reject
 
     for row in read_rows(data):
@@ -120,7 +122,7 @@ def chatml_items(data: Path, skipped: list[str]) -> Iterator[Item]:
             skipped.append(row.detail)
             continue
         try:
-            pair = find_pair(row.chat)
+            pair = check_row(row, TextSection()).pair  # the rules of the voice come when it speaks
         except RowFault as fault:
             skipped.append(f"row {row.row}: {fault.detail}")
             continue

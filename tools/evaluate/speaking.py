@@ -19,7 +19,7 @@ import numpy as np
 from preprocess.segment import WHOLE
 from shards.errors import DataError, PipelineError
 from shards.printable import file_name
-from tools.evaluate.dataset_items import read_samples
+from tools.evaluate.dataset_items import in_words_of, read_samples, rules_of
 from tools.evaluate.items import Item, Items
 from tools.evaluate.perturb import parse_perturbation, perturbed
 from tools.evaluate.row_file import Key, RowFile
@@ -204,13 +204,14 @@ def speak(
         return
     first = systems[0]
     speaker = load_speaker(Path(first.model), Path(first.adapter) if first.adapter else None, config.speak, device)
+    made_with = rules_of(items)
     for system, draw, item, sample in todo:
         drawn = dataclasses.replace(sampling, seed=sampling.seed + draw)
         longest = round((RUNAWAY * (expected_seconds(item, out, rows.rows) or 15.0)) * 25) + SPARE_FRAMES
         name = wave_name(system.name, draw, item.id)
         row = Spoken(system=system.name, draw=draw, item=item.id, wave=name)
         try:
-            prompt = prompt_sample(speaker, system, item, sample, out)
+            prompt = prompt_sample(speaker, system, item, sample, out, made_with)
             row = speak_item(speaker, prompt, longest, drawn, row, out)
         except (PipelineError, ValueError) as error:
             row = msgspec.structs.replace(row, error=str(error) or type(error).__name__)
@@ -224,16 +225,21 @@ def with_samples(items: Items) -> Iterable[tuple[Item, Sample | None]]:
     return read_samples(items) if items.items[0].row is not None else ((item, None) for item in items.items)
 
 
-def prompt_sample(speaker: Speaker, system: System, item: Item, sample: Sample | None, out: Path) -> Sample:
+def prompt_sample(
+    speaker: Speaker, system: System, item: Item, sample: Sample | None, out: Path, made_with: list[str] | None = None
+) -> Sample:
     """What the model is asked: a data set's sample as it is stored, a list's from its file, with texts cleaned as in training.
 
+    `made_with`: `text.normalize` of the data set; where the voice was trained with another one, the texts go through that.
     A perturbed reference is made of the reference's wave in OUT, which of a data set went through the codec once already.
     Raises DataError.
     """
     from preprocess.audio import AudioFault, AudioLimits, decode, read_bytes
 
     if sample is not None and not system.perturb:
-        return sample
+        if made_with is None or made_with == list(speaker.rules.normalize):
+            return sample
+        return in_words_of(sample, speaker.rules, speaker.tokenizer)
     name, segment, said, limits = item.reference, item.reference_segment, item.reference_text, AudioLimits()
     if system.perturb:
         path, said = write_perturbed(system, item, out)
