@@ -1,7 +1,7 @@
 """`preprocess convert`: the neighbours' data sets as a ChatML list.
 
     metadata   metadata.json of train-higgs-audio: {"samples": [{"audio_file", "transcript_file" or "transcript", "speaker_id"}]}
-    csv        audio_file|text|speaker, as F5-TTS and Coqui use it; "," and tab work too
+    csv        audio_file|text|speaker, as F5-TTS and Coqui use it; tab works too, and "," with a header
     folder     x.wav beside x.txt or x.lab; the speaker is the folder a file lies in
 
 Every clip becomes a target; its reference is another clip of the same speaker, drawn with a seed, never itself nor the same
@@ -24,6 +24,7 @@ import msgspec
 import numpy as np
 
 from preprocess.list_encoding import encoding_of, named_encoding
+from preprocess.list_row import HALF_PAIR, STRICT
 from shards.cloning import cloning_messages
 from shards.errors import DataError
 from shards.writer import write_bytes
@@ -121,8 +122,8 @@ def chat_row(reference: Clip, target: Clip) -> dict[str, Any]:
 def read_metadata(path: Path, ignored: list[str]) -> Iterator[Clip]:
     path = path / "metadata.json" if path.is_dir() else path
     try:
-        content = json.loads(_read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
+        content = STRICT.decode(_read_text(path))
+    except (ValueError, RecursionError) as error:  # JSONDecodeError too
         raise DataError(f"{path}: not readable as metadata.json: {error}") from None
     samples = content.get("samples") if isinstance(content, dict) else content
     if not isinstance(samples, list):
@@ -151,6 +152,8 @@ def _one_of(fields: dict[str, Any], names: Iterable[str], where: str) -> str | N
         if isinstance(value, bool) or not isinstance(value, str | int):
             raise DataError(f"{where}: {name} is {str(value)[:40]!r}; expected a text")
         values[name] = str(value).strip()
+        if not values[name].isascii() and HALF_PAIR.search(values[name]):
+            raise DataError(f"{where}: {name} holds half of a surrogate pair (\\ud800 to \\udfff)")
     if len(set(values.values())) > 1:
         raise DataError(f"{where}: {' and '.join(values)} differ; leave one")
     return next(iter(values.values()), None)
@@ -161,6 +164,7 @@ def read_csv(path: Path, ignored: list[str]) -> Iterator[Clip]:
     first = next((line for line in lines if line.strip()), "")
     delimiter = next((d for d in ("|", "\t", ",") if d in first), "|")
     names: list[str] | None = None
+    has_header = True
     for number, row in _csv_rows(lines, delimiter, path):
         fields = [field.strip() for field in row]
         if not any(fields):
@@ -170,13 +174,20 @@ def read_csv(path: Path, ignored: list[str]) -> Iterator[Clip]:
             if names:
                 ignored += [name for name in names if name not in CSV_COLUMNS]
                 continue
-            names = ["audio_file", "text", "speaker"]
+            names, has_header = ["audio_file", "text", "speaker"], False
         if len(fields) > len(names):
             quotes = " and quotes around texts that hold one" if delimiter == "," else ""
             raise DataError(
                 f"{path}: line {number}: {len(fields)} fields for {len(names)} columns ({'|'.join(names)}); expected "
                 f"{EXPECTED['csv']}, {delimiter!r} between them{quotes}"
             )
+        if delimiter == "," and not has_header:
+            raise DataError(
+                f"{path}: line {number}: commas without a header: what stands behind one may be the rest of a text; put "
+                "audio_file,text,speaker on a line before the clips, and quotes around texts that hold a comma"
+            )
+        if any("\r" in field for field in row):
+            raise DataError(f"{path}: line {number}: a carriage return inside a line; end every line with \\n alone")
         named = dict(zip(names, fields, strict=False))
         if not named.get("audio_file") or not named.get("text"):
             raise DataError(f"{path}: line {number}: {len(row)} fields; expected {EXPECTED['csv']}")

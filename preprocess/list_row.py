@@ -20,6 +20,7 @@ MAX_ROW_CHARS = 4 << 20  # what the `json` member of a sample may have at most
 TOO_LARGE = f"a row of more than {MAX_ROW_CHARS >> 20} MB, or a quote without an end; give audio as the path of a file"
 TOO_DEEP = f"brackets more than {MAX_DEPTH} deep inside each other"
 DEPTH_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*+"|[\[\]{}]', re.DOTALL)
+HALF_PAIR = re.compile("[\ud800-\udfff]")
 UNDECODED = re.compile("[\udc80-\udcff]")  # a byte that is not UTF-8, after decoding with "surrogateescape"
 
 
@@ -105,6 +106,9 @@ def _short(digits: str) -> str:
 
 PLAIN = json.JSONDecoder(parse_constant=_constant, parse_int=_integer, parse_float=_float)
 WITH_PAIRS = json.JSONDecoder(object_pairs_hook=_pairs)
+STRICT = json.JSONDecoder(
+    object_pairs_hook=_pairs, parse_constant=_constant, parse_int=_integer, parse_float=_float
+)  # all of these are ValueErrors
 LENIENT = json.JSONDecoder(strict=False, parse_int=len, parse_float=len)
 
 

@@ -116,6 +116,13 @@ def test_references_follow_the_seed(clips: Path):
         ("metadata", "metadata.json", '{"samples": [{"audio_file": "x.wav", "text": ["a"]}]}', "expected a text"),
         ("metadata", "metadata.json", '{"samples": [{"audio_file": "x.wav", "text": "a"}]}', "have no speaker"),
         ("metadata", "metadata.json", "[" * 100000, "not readable as metadata.json"),
+        ("metadata", "metadata.json", '[{"audio_file": "x.wav", "text": "a", "text": "b"}]', "'text' stands twice"),
+        ("metadata", "metadata.json", '{"samples": [1], "samples": []}', "'samples' stands twice"),
+        ("metadata", "metadata.json", f'[{{"audio_file": "x.wav", "speaker": {"9" * 5000}}}]', "beyond 64 bits"),
+        ("metadata", "metadata.json", '[{"audio_file": "x.wav", "text": "a\\ud800"}]', "half of a surrogate pair"),
+        ("metadata", "metadata.json", '[{"audio_file": "x.wav", "speaker": NaN}]', "NaN is no JSON number"),
+        ("csv", "list.csv", "x.wav,نعم, لا\ny.wav,كلا, لا\n", "line 1: commas without a header"),
+        ("csv", "list.csv", "x.wav|نص\ry.wav|a\nz.wav|نص|a\n", "line 1: a carriage return inside a line"),
     ],
 )
 def test_what_does_not_fit_is_one_error(tmp_path: Path, kind, name, content, message):
