@@ -186,3 +186,36 @@ def test_rope_in_older_words_and_of_unknown_kinds(tiny_dir, tmp_path):
         else:
             with pytest.raises(CheckpointError, match="rope_type 'yarn' is not known; expected one of llama3, linear"):
                 read_model_config(tmp_path)
+
+
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+
+
+@pytest.mark.parametrize("layout", ["native", "boson"])
+@pytest.mark.parametrize(
+    ("rope", "found"),
+    [
+        ({"rope_scaling": LINEAR, "rope_theta": 10000.0}, ("linear", 2.0, 10000.0)),
+        ({"rope_parameters": {**LINEAR, "rope_theta": 10000.0}}, ("linear", 2.0, 10000.0)),
+        ({"rope_parameters": {**LINEAR, "type": "linear"}, "rope_scaling": LINEAR}, ("linear", 2.0, 500000.0)),
+        ({"rope_parameters": LINEAR, "rope_scaling": {**LINEAR, "factor": 4.0}}, "differ in factor"),
+        ({"rope_scaling": {**LINEAR, "type": "default"}}, "type 'default' differ"),
+        ({"rope_scaling": {"factor": 2.0}}, "a rope factor without a rope_type"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "'linear' without a factor"),
+    ],
+)
+def test_rope_is_found_where_either_version_writes_it(tiny_dir, tmp_path, layout, rope, found):
+    """transformers 4 writes rope_theta and rope_scaling, 5 rope_parameters; what was not looked at was another model."""
+    config = read_model_config(tiny_dir / "model")
+    written = native_config(config) if layout == "native" else model_config.boson_config(config)
+    place = written if layout == "native" else written["text_config"]
+    for key in ("rope_parameters", "rope_scaling", "rope_theta"):
+        place.pop(key, None)
+    place.update(rope)
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    if isinstance(found, str):
+        with pytest.raises(CheckpointError, match=found):
+            read_model_config(tmp_path)
+        return
+    read = read_model_config(tmp_path)
+    assert (read.rope_type, read.rope_factor, read.rope_theta) == found

@@ -154,7 +154,7 @@ def _encoder_config(sizes: WhisperSizes) -> dict[str, Any]:
 
 
 def _from_native(config: dict[str, Any], path: Path, whisper: WhisperSizes | None) -> ModelConfig:
-    rope = part_of(config, "rope_parameters", path)
+    rope = _rope_of(config, "llama3", path)
     return ModelConfig(
         num_codebooks=count_of(config, "num_codebooks", path, 8),
         codebook_vocab=count_of(config, "codebook_size", path),
@@ -169,8 +169,7 @@ def _from_boson(config: dict[str, Any], path: Path, whisper: WhisperSizes | None
     layers = list(range(count_of(text, "num_hidden_layers", path, most=MAX_LAYERS)))
     if config.get("audio_dual_ffn_layers", layers) != layers:
         raise CheckpointError(f"{path}: audio_dual_ffn_layers must name every layer, as in the released model")
-    scaling = part_of(text, "rope_scaling", path)
-    rope = {"rope_type": "default", "rope_theta": text.get("rope_theta", 500000.0), **scaling}
+    rope = _rope_of(text, "default", path)
     return ModelConfig(
         num_codebooks=count_of(config, "audio_num_codebooks", path),
         codebook_vocab=count_of(config, "audio_codebook_size", path) + 2,
@@ -180,9 +179,30 @@ def _from_boson(config: dict[str, Any], path: Path, whisper: WhisperSizes | None
     )
 
 
+def _rope_of(config: dict[str, Any], unnamed: str, path: Path) -> dict[str, Any]:
+    """Rotary settings under one name each, from where either version of transformers writes them.
+
+    `unnamed`: the kind of a configuration without any. Raises CheckpointError for two that differ, and for numbers of no kind.
+    """
+    scaling, parameters = part_of(config, "rope_scaling", path), part_of(config, "rope_parameters", path)
+    differing = [key for key in scaling.keys() & parameters.keys() if scaling[key] != parameters[key]]
+    if differing:
+        raise CheckpointError(f"{path}: rope_scaling and rope_parameters differ in {min(differing)}; leave one of them")
+    rope = {"rope_theta": config.get("rope_theta"), **scaling, **parameters}
+    kinds = [rope[key] for key in ("rope_type", "type") if rope.get(key) is not None]  # "type": an older spelling
+    if len(kinds) == 2 and kinds[0] != kinds[1]:
+        raise CheckpointError(f"{path}: rope_type {kinds[0]!r} and type {kinds[1]!r} differ; leave one of them")
+    if not kinds and "factor" in rope:
+        raise CheckpointError(f"{path}: a rope factor without a rope_type; expected one of {', '.join(ROPE_TYPES)}")
+    if kinds == ["linear"] and rope.get("factor") is None:
+        raise CheckpointError(f"{path}: rope_type 'linear' without a factor; expected a number above 0")
+    known = {key: value for key, value in rope.items() if value is not None and key != "type"}
+    return {**known, "rope_type": kinds[0] if kinds else unnamed}
+
+
 def _llama_sizes(config: dict[str, Any], rope: dict[str, Any], path: Path) -> dict[str, Any]:
     """Raises CheckpointError for sizes that no model has, or that do not fit each other."""
-    rope_type = rope.get("type") or rope.get("rope_type", "llama3")  # "type": an older spelling of transformers
+    rope_type = rope["rope_type"]
     if rope_type not in ROPE_TYPES:
         raise CheckpointError(f"{path}: rope_type {rope_type!r} is not known; expected one of {', '.join(ROPE_TYPES)}")
     heads = count_of(config, "num_attention_heads", path, most=MAX_HEADS)
