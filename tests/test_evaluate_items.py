@@ -117,6 +117,10 @@ def test_an_id_cannot_lead_out_of_the_folder(tmp_path: Path):
     inside = wave(tmp_path / "waves" / "sub" / "a.wav")
     assert find_wave(tmp_path / "waves", "sub/a") == inside
     assert find_wave(tmp_path / "waves", "../secret") == tmp_path / "waves" / "secret.wav"
+    for name in ("a\0b", "x" * 5000, "a/" * 3000):
+        found = find_wave(tmp_path / "waves", name)
+        assert found.parent == tmp_path / "waves"
+        assert not found.is_file()
 
 
 def test_a_data_set_is_said_by_the_rules_of_the_voice(make_sample, tokenizer):

@@ -11,6 +11,7 @@ import sys
 import tarfile
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, cast
 
 import msgspec
 import numpy as np
@@ -25,6 +26,8 @@ from shards.sample import compress, pack_sample, unpack_sample, write_npy
 from shards.sequence import SequenceBuilder
 from train.data.loader import RawSample, build_sequences, collate
 from train.data.shard_urls import shard_urls
+from train.evaluation.listening import Listening
+from train.world import ALONE
 
 OBJECTS = b"\x93NUMPY\x01\x00v\x00" + b"{'descr': '|O', 'fortran_order': False, 'shape': (8, 9), }"
 KEYS = ["../../up", "/tmp/absolute", "a/b", "..", "con\x00", "ليلى", "x" * 300, "-rf", ".hidden", "a\\..\\b"]
@@ -50,6 +53,14 @@ def write_tar(path: Path, samples: dict[str, dict[str, bytes]]) -> Path:
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
     return path
+
+
+@pytest.mark.parametrize("keys", [["a", "a", "a-1"], ["a-1", "a", "a"], ["../x", "../x", "a", "a", "a-3", "a-3_"]])
+def test_every_sample_of_a_listening_set_has_a_folder(keys: list[str], make_sample, tmp_path):
+    samples = [dataclasses.replace(make_sample(0), key=key) for key in keys]
+    folders = Listening(samples, cast(Any, None), None, tmp_path, ALONE).folders
+    assert len(set(folders)) == len(keys)
+    assert {folder.parent for folder in folders} == {tmp_path}
 
 
 def test_a_stream_with_keys_that_climb_writes_inside_run(make_sample, short_config, tmp_path):

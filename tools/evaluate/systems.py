@@ -18,6 +18,7 @@ from preprocess.text import TextSection
 from shards.config import FeaturesSection, ModelSection, SequenceSection, read_config
 from shards.errors import CheckpointError, DataError
 from shards.json_file import read_json_object
+from shards.printable import file_name
 from tools.evaluate.items import Item
 from tools.evaluate.perturb import Perturbation
 from tools.speaker import SpeakConfig
@@ -142,8 +143,11 @@ def find_wave(folder: Path, item_id: str) -> Path:
     """FOLDER/ID.wav or one of the other kinds; ID.wav where there is none. An id cannot lead out of the folder."""
     for suffix in WAVE_SUFFIXES:
         path = folder / f"{item_id}{suffix}"
-        if path.resolve().is_relative_to(folder.resolve()) and path.is_file():
-            return path
+        try:
+            if path.resolve().is_relative_to(folder.resolve()) and path.is_file():
+                return path
+        except (OSError, ValueError):  # longer than any name, or with a NUL: somebody's id, no file
+            return folder / f"{file_name(item_id)}.wav"
     return folder / f"{Path(item_id).name}.wav"
 
 

@@ -49,11 +49,15 @@ class Listening:
     @property
     def folders(self) -> list[Path]:
         """One per sample, inside `folder` whatever its key says; keys of several tars may be equal."""
-        names = [file_name(sample.key) for sample in self.samples]
-        return [
-            self.folder / (name if name not in names[:number] else f"{name}-{number}")
-            for number, name in enumerate(names)
-        ]
+        wanted = [file_name(sample.key) for sample in self.samples]
+        names: list[str] = []
+        for number, name in enumerate(wanted):
+            if name in names:
+                name = f"{name}-{number}"
+                while name in wanted or name in names:  # another sample's key
+                    name += "_"
+            names.append(name)
+        return [self.folder / name for name in names]
 
     def speak(
         self,
