@@ -22,6 +22,7 @@ import msgspec
 from preprocess.audio import AudioMeasures
 from preprocess.config import PreprocessConfig
 from shards.manifest import Fingerprints
+from shards.writer import naming
 
 
 class EncodedCodes(msgspec.Struct, frozen=True):
@@ -106,8 +107,9 @@ def _read(path: Path, kind: type[Entry]) -> Entry | None:
 
 def _write(path: Path, entry: EncodedCodes | EncodedWhisper) -> None:
     partial = path.with_name(f"{path.name}.tmp.{os.getpid()}")
-    partial.write_bytes(msgspec.msgpack.encode(entry))
-    partial.replace(path)
+    with naming(path):
+        partial.write_bytes(msgspec.msgpack.encode(entry))
+        partial.replace(path)
 
 
 @contextmanager

@@ -13,7 +13,8 @@ import platform
 import tarfile
 import zlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -184,12 +185,30 @@ class temporary:
         self._partial.unlink(missing_ok=True)
         return self._partial
 
-    def __exit__(self, kind: object, *_: object) -> None:
+    def __exit__(self, kind: object, error: object, _: object) -> None:
         if kind is None:
             self._partial.replace(self._final)
             sync_folder(self._final.parent)
-        else:
-            self._partial.unlink(missing_ok=True)
+            return
+        if isinstance(error, OSError):
+            name_file(error, self._final)
+        self._partial.unlink(missing_ok=True)
+
+
+def name_file(error: OSError, path: Path) -> None:
+    """A write to a full disk fails without saying where."""
+    if error.filename is None:
+        error.filename = str(path)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError of a write says to which file."""
+    try:
+        yield
+    except OSError as error:
+        name_file(error, path)
+        raise
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 
+from shards.encoders.tensor_files import save_tensors
 from shards.errors import CheckpointError, PipelineError
 from shards.folder_lock import hold_folder
 from shards.manifest import open_dataset
-from shards.terminal import FileToWrite
+from shards.terminal import FileToWrite, system_fault
+from shards.writer import write_bytes
 from tools.checkpoints.model_folder import convert_model, new_folder
+from tools.evaluate.row_file import RowFile
+from tools.evaluate.speaking import Spoken
+from tools.tiny.cli import tiny_config, write_model, write_tokenizer
 from train.run_folder.checkpoint_folders import newest_sound_here
 from train.run_folder.start import hold_run
 from train.world import ALONE
@@ -39,6 +48,44 @@ def test_a_full_disk_in_a_merge_is_one_line_and_leaves_nothing(model_dir, tmp_pa
     assert "GB are needed there: make room, or give an OUT on another disk" in said
     assert "\n" not in said
     assert list(tmp_path.iterdir()) == [], "room for the next try"
+
+
+@contextmanager
+def files_up_to(num_bytes: int) -> Iterator[None]:
+    """The operating system refuses larger ones, as a quota does."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+
+def add_row(path: Path) -> None:
+    rows = RowFile(path, Spoken, lambda row: row.key)
+    try:
+        rows.add(Spoken(system="a", draw=0, item="b", wave="c", error="x" * 5000))
+    finally:
+        rows.close()
+
+
+WRITERS: dict[str, Callable[[Path], object]] = {
+    "file": lambda path: write_bytes(path, bytes(5000)),
+    "tensors": lambda path: save_tensors({"a": torch.zeros(5000)}, path),
+    "rows of an evaluation": add_row,
+    "tokenizer": lambda path: write_tokenizer(path.parent),
+    "model": lambda path: write_model(path.parent, tiny_config(), seed=0),
+}
+OTHER_NAMES = {"tokenizer": "tokenizer.json", "model": "model.safetensors"}
+
+
+@pytest.mark.parametrize("what", WRITERS)
+def test_a_write_to_a_full_disk_names_its_file(what: str, tmp_path):
+    """The system does not: the command would end in "No space left on device", without a place, or in a traceback."""
+    path = tmp_path / OTHER_NAMES.get(what, "file")
+    with pytest.raises(OSError, match=re.escape(path.name)) as caught, files_up_to(1000):
+        WRITERS[what](path)
+    assert system_fault(caught.value).startswith(f"{path}: ")
 
 
 def test_too_little_room_is_an_error_before_anything_is_written(tmp_path):

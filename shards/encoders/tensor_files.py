@@ -8,12 +8,14 @@ only: identity is taken over these, and nothing outside the folder is anybody's 
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from shards.errors import CheckpointError
@@ -28,6 +30,17 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a file. Raises CheckpointError."""
     with explained_damage(path):
         return load_file(path)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Raises OSError that names the file: safetensors has an error of its own for a full disk."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        if found := re.search(r"\(os error (\d+)\)", str(error)):
+            number = int(found[1])
+            raise OSError(number, os.strerror(number), str(path)) from None
+        raise
 
 
 def tensors_in(path: Path) -> Iterator[tuple[str, Tensor]]:

@@ -159,9 +159,9 @@ def row_of(work: Path, kind: str, reference: int, target: int) -> dict[str, Any]
 def write_full_codec(folder: Path) -> None:
     """Random weights in the released sizes (200 M parameters)."""
     import torch
-    from safetensors.torch import save_file
 
     from shards.encoders.codec import codec_model, native_config, native_tensors
+    from shards.encoders.tensor_files import save_tensors
     from shards.sequence import SAMPLE_RATE
     from tools.tiny.codec import RATIOS
 
@@ -178,7 +178,7 @@ def write_full_codec(folder: Path) -> None:
     torch.manual_seed(0)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.contiguous() for name, tensor in native_tensors(codec_model(config)).items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 

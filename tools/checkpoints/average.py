@@ -15,9 +15,9 @@ from pathlib import Path
 
 import msgspec
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
+from shards.encoders.tensor_files import save_tensors
 from shards.errors import CheckpointError
 from shards.writer import write_json
 from tools.checkpoints.merge import require_config
@@ -86,7 +86,7 @@ def average_checkpoints(folders: Sequence[Path], out: Path) -> Average:
     with new_folder(out, 2 * sum(tensor.nbytes for tensor in tensors.values())) as partial:
         (partial / "adapter").mkdir()
         named = {f"{PEFT_PREFIX}{name}": tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(named, partial / "adapter" / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_tensors(named, partial / "adapter" / "adapter_model.safetensors")
         shutil.copyfile(folders[0] / "adapter" / "adapter_config.json", partial / "adapter" / "adapter_config.json")
         state = {f"model/{state_name(name)}": tensor.contiguous() for name, tensor in tensors.items()}
         write_state(partial, state, max(steps))

@@ -79,13 +79,13 @@ def convert_adapter(folder: Path, out: Path, layout: Layout) -> int:
 
     `target_modules` are suffixes that fit both layouts, so only tensors are renamed.
     """
-    from safetensors.torch import save_file
+    from shards.encoders.tensor_files import save_tensors
 
     rename = boson_name if layout == "boson" else native_name
     tensors = load_tensors(folder / "adapter_model.safetensors")
     renamed = {PEFT_PREFIX + rename(name.removeprefix(PEFT_PREFIX)): tensor for name, tensor in tensors.items()}
     with new_folder(out, sum(tensor.nbytes for tensor in tensors.values())) as partial:
-        save_file(renamed, partial / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_tensors(renamed, partial / "adapter_model.safetensors")
         shutil.copyfile(folder / "adapter_config.json", partial / "adapter_config.json")
     return len(renamed)
 

@@ -15,6 +15,7 @@ from typing import Generic, TypeVar
 import msgspec
 
 from shards.errors import DataError
+from shards.writer import naming
 
 Row = TypeVar("Row", bound=msgspec.Struct)
 SYNC_EVERY_S = 1.0
@@ -28,6 +29,7 @@ class RowFile(Generic[Row]):
         """Raises DataError for a file that holds something else."""
         self.rows: dict[Key, Row] = {}
         self._key_of = key_of
+        self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         data = path.read_bytes() if path.is_file() else b""
         whole = data.rfind(b"\n") + 1
@@ -46,15 +48,17 @@ class RowFile(Generic[Row]):
 
     def add(self, row: Row) -> None:
         """Given to the system at once, so that a killed process loses none; on the disk within SYNC_EVERY_S of work."""
-        self._file.write(msgspec.json.encode(row) + b"\n")
-        self._file.flush()
-        if time.monotonic() - self._synced > SYNC_EVERY_S:
-            self._sync()
+        with naming(self._path):  # a full disk names no file
+            self._file.write(msgspec.json.encode(row) + b"\n")
+            self._file.flush()
+            if time.monotonic() - self._synced > SYNC_EVERY_S:
+                self._sync()
         self.rows[self._key_of(row)] = row
 
     def close(self) -> None:
-        self._sync()
-        self._file.close()
+        with naming(self._path):
+            self._sync()
+            self._file.close()
 
     def _sync(self) -> None:
         os.fsync(self._file.fileno())

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import click
 
 from shards.terminal import explained, print_line
+from shards.writer import write_bytes
 
 if TYPE_CHECKING:
     from tools.tiny.clips import Clips
@@ -155,7 +156,7 @@ def write_tiny(
     else:
         write_codec(codec_dir, seed)
     text = PIPELINE_TOML.format(model=json.dumps(str(model_dir)), codec=json.dumps(str(codec_dir)))
-    (out / "pipeline.toml").write_text(text, encoding="utf-8")
+    write_bytes(out / "pipeline.toml", text.encode())
 
 
 def tiny_config(hidden_size: int = 128, num_layers: int = 4) -> ModelConfig:
@@ -180,8 +181,8 @@ def write_model(folder: Path, config: ModelConfig, seed: int) -> None:
     their size and every parameter matters.
     """
     import torch
-    from safetensors.torch import save_file
 
+    from shards.encoders.tensor_files import save_tensors
     from train.model.config import native_config
     from train.model.decoder import HiggsAudio
 
@@ -198,9 +199,9 @@ def write_model(folder: Path, config: ModelConfig, seed: int) -> None:
         else:
             scale = 2.0 if name == "text_lm_head.weight" else 1.0  # a frozen head must be able to say one token surely
             state[name] = scale * noise / shape[1] ** 0.5
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(
-        json.dumps({**native_config(config), "dtype": "float32"}, indent=1) + "\n", encoding="utf-8"
+    save_tensors(state, folder / "model.safetensors")
+    write_bytes(
+        folder / "config.json", (json.dumps({**native_config(config), "dtype": "float32"}, indent=1) + "\n").encode()
     )
 
 
@@ -219,7 +220,7 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special_tokens()])
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
+    write_bytes(folder / "tokenizer.json", tokenizer.to_str(pretty=False).encode())
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": "<|begin_of_text|>",
@@ -227,7 +228,7 @@ def write_tokenizer(folder: Path) -> None:
         "model_max_length": 131072,
         "clean_up_tokenization_spaces": False,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    write_bytes(folder / "tokenizer_config.json", (json.dumps(config, indent=1) + "\n").encode())
 
 
 def special_tokens() -> list[str]:
@@ -255,7 +256,7 @@ def write_feature_extractor(folder: Path) -> None:
         "padding_value": 0.0,
         "return_attention_mask": False,
     }
-    (folder / "preprocessor_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    write_bytes(folder / "preprocessor_config.json", (json.dumps(config, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":

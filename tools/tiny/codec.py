@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from shards.delay_pattern import NUM_CODEBOOKS
 from shards.sequence import SAMPLE_RATE
+from shards.writer import write_bytes
 
 RATIOS = [8, 5, 4, 2, 3]  # of the released codec: 960 samples a frame
 TINY_CONFIG: dict[str, Any] = {
@@ -61,11 +62,11 @@ def write_codec(folder: Path, seed: int) -> None:
 
 def save_codec(folder: Path, config: dict[str, Any], state: dict[str, Tensor]) -> None:
     """Write config.json and model.safetensors of native names."""
-    from safetensors.torch import save_file
+    from shards.encoders.tensor_files import save_tensors
 
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    save_tensors(state, folder / "model.safetensors")
+    write_bytes(folder / "config.json", (json.dumps(config, indent=1) + "\n").encode())
 
 
 def calibrated_codec(config: dict[str, Any], seed: int) -> dict[str, Tensor]:

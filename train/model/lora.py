@@ -22,10 +22,9 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import Linear
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from shards.encoders.tensor_files import load_tensors
+from shards.encoders.tensor_files import load_tensors, save_tensors
 from shards.errors import CheckpointError, ConfigError
 from shards.printable import first_line
 from train.config import LoraSection
@@ -186,7 +185,7 @@ def save_adapter(folder: Path, tensors: Mapping[str, Tensor], config: LoraConfig
     """Write adapter_config.json and adapter_model.safetensors. `tensors` has our names, full (not sharded) values."""
     folder.mkdir(parents=True, exist_ok=True)
     renamed = {file_name(name): tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(renamed, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_tensors(renamed, folder / "adapter_model.safetensors")
     config.inference_mode = True
     config.save_pretrained(str(folder))
     config.inference_mode = False

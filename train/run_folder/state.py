@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -24,7 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from shards.encoders.tensor_files import load_tensors
+from shards.encoders.tensor_files import load_tensors, save_tensors
 from shards.errors import CheckpointError
 from shards.writer import write_json
 from train.model.lora import lora_parameters
@@ -58,7 +57,7 @@ def gather_weights(model: nn.Module) -> dict[str, Tensor]:
 def write_state(folder: Path, tensors: dict[str, Tensor], step: int) -> None:
     """Into the checkpoint folder that is being written."""
     (folder / TENSORS).parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+    save_tensors(tensors, folder / TENSORS)
     write_json(folder / STATE, State(format=STATE_FORMAT, step=step))
 
 
