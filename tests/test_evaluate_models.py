@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from pathlib import Path
 
 import numpy as np
@@ -136,7 +137,23 @@ def test_edges_of_silence_are_measured():
 def test_what_is_no_wave_is_an_error_row(tmp_path: Path):
     (tmp_path / "text.wav").write_text("no wave")
     soundfile.write(tmp_path / "nan.wav", np.array([0, np.nan]), 24000, subtype="FLOAT")
-    for name, word in (("none.wav", "No such file"), ("text.wav", "not readable"), ("nan.wav", "finite")):
+    (tmp_path / "folder.wav").mkdir()
+    os.mkfifo(tmp_path / "pipe.wav")
+    with (tmp_path / "sparse.wav").open("wb") as file:
+        file.truncate(1 << 42)
+    soundfile.write(tmp_path / "rate.wav", np.zeros(100), 1)
+    soundfile.write(tmp_path / "channels.wav", np.zeros((2400, 36)), 24000)
+    expected = {
+        "none.wav": "no such file",
+        "text.wav": "not readable as audio: Format not recognised.",
+        "nan.wav": "finite",
+        "folder.wav": "not a regular file but a folder",
+        "pipe.wav": "not a regular file but a named pipe",
+        "sparse.wav": "4398046511104 bytes, at most",
+        "rate.wav": "1 Hz; accepted are",
+        "channels.wav": "36 channels, at most",
+    }
+    for name, word in expected.items():
         wave, facts = read_wave(tmp_path / name)
         assert word in facts.error
         assert len(wave) == 0

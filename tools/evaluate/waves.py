@@ -13,6 +13,8 @@ import msgspec
 import numpy as np
 
 from preprocess.audio import CODEC_RATE, FULL_SCALE, SILENCE_BELOW_PEAK, SILENT_PEAK
+from preprocess.audio_file import read_bytes
+from preprocess.reasons import AudioFault
 
 RUNAWAY = 2.0  # times the expected length
 MAX_CLIPPED_SHARE = 0.02  # of samples at full scale, as stage one refuses
@@ -39,18 +41,25 @@ def read_wave(path: Path) -> tuple[np.ndarray, WaveFacts]:
     import soundfile
     import soxr
 
+    from preprocess.audio_decoders import check_form
+    from preprocess.mpeg_frames import marked
+
     nothing = np.zeros(0, np.float32)
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        return nothing, WaveFacts(error=f"{path.name}: {error.strerror}")
+        data = read_bytes(str(path))
+    except AudioFault as fault:
+        return nothing, WaveFacts(error=f"{path.name}: {fault.detail}")
     sha256 = hashlib.sha256(data).hexdigest()
     try:
-        with soundfile.SoundFile(io.BytesIO(data)) as file:
+        with soundfile.SoundFile(io.BytesIO(marked(data) if data[:1] == b"\xff" else data)) as file:
             rate = file.samplerate
+            check_form(file.channels, rate)
             samples = file.read(round(MAX_SECONDS * rate), dtype="float32", always_2d=True).mean(axis=1)
-    except (soundfile.SoundFileError, RuntimeError, ValueError) as error:
-        return nothing, WaveFacts(sha256=sha256, error=f"{path.name}: not readable as audio: {error}")
+    except AudioFault as fault:
+        return nothing, WaveFacts(sha256=sha256, error=f"{path.name}: {fault.detail}")
+    except (soundfile.SoundFileError, RuntimeError, ValueError, MemoryError) as error:
+        what = str(error).rpartition(": ")[2]  # before it stands where the bytes lay in memory
+        return nothing, WaveFacts(sha256=sha256, error=f"{path.name}: not readable as audio: {what}")
     if not np.isfinite(samples).all():
         return nothing, WaveFacts(sha256=sha256, error=f"{path.name}: holds samples that are not finite")
     facts = measure(samples, rate, sha256)
