@@ -97,6 +97,25 @@ def test_too_little_room_is_an_error_before_anything_is_written(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_two_never_write_one_out_together(tmp_path):
+    out = tmp_path / "merged"
+    with new_folder(out, 1) as partial:
+        (partial / "a").write_text("first")
+        with pytest.raises(CheckpointError, match="merged: another process is writing it"), new_folder(out, 1):
+            raise AssertionError("the first one still writes")
+    assert {path.name: path.read_text() for path in out.iterdir()} == {"a": "first"}
+
+
+def test_what_a_killed_merge_left_is_no_part_of_the_next(tmp_path):
+    left = tmp_path / ".merged.tmp"
+    (left / "deep").mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(b"half")
+    with new_folder(tmp_path / "merged", 1) as partial:
+        (partial / "config.json").write_text("{}")
+    assert [path.name for path in (tmp_path / "merged").iterdir()] == ["config.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+
+
 def test_an_interrupted_merge_leaves_no_half_folder(tmp_path):
     def interrupted() -> None:
         with new_folder(tmp_path / "merged", 1) as partial:

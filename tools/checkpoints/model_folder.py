@@ -7,6 +7,8 @@ layouts; the native class has no place for it, so `HiggsAudioV2ForConditionalGen
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -154,9 +156,10 @@ def new_folder(out: Path, num_bytes: int) -> Iterator[Path]:
     check_empty(out)
     place = out.absolute()  # "." has no name
     partial = place.with_name(f".{place.name}.tmp")
-    shutil.rmtree(partial, ignore_errors=True)
+    held = hold_partial(out, partial)
     try:
-        partial.mkdir(parents=True)
+        for left in partial.iterdir():  # by a process that was killed
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
         require_room(out, partial, num_bytes)
         yield partial
         if place.exists():
@@ -170,6 +173,28 @@ def new_folder(out: Path, num_bytes: int) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)  # room for the next one
         raise
+    finally:
+        os.close(held)
+
+
+def hold_partial(out: Path, partial: Path) -> int:
+    """A descriptor of the folder, locked until it is closed or its process dies. Raises CheckpointError where another has it.
+
+    Two that write one OUT would otherwise put their files into one folder.
+    """
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        held = os.open(partial, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise CheckpointError(f"{out}: not written: {system_fault(error)}") from None
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(held)
+        raise CheckpointError(f"{out}: another process is writing it; wait for that one, or give another OUT") from None
+    except OSError:
+        pass  # a network file system without locks
+    return held
 
 
 def require_room(out: Path, partial: Path, num_bytes: int) -> None:
