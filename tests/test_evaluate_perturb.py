@@ -61,10 +61,10 @@ def test_a_perturbation_is_the_same_for_the_same_seed():
 
 
 def test_a_telephone_takes_what_it_does_not_carry():
-    heard, said = worse("phone8k", speech())
-    assert (len(heard), said) == (len(speech()), "a b")
-    before, after = (np.abs(np.fft.rfft(wave)) for wave in (speech(), heard))
-    hertz = np.fft.rfftfreq(len(heard), 1 / RATE)
+    changed, said = worse("phone8k", speech())
+    assert (len(changed), said) == (len(speech()), "a b")
+    before, after = (np.abs(np.fft.rfft(wave)) for wave in (speech(), changed))
+    hertz = np.fft.rfftfreq(len(changed), 1 / RATE)
     for carried, frequency in ((False, 200), (True, 1000), (False, 6000)):
         near = np.abs(hertz - frequency) < 20
         assert (after[near].max() > 0.5 * before[near].max()) == carried, frequency
@@ -73,10 +73,10 @@ def test_a_telephone_takes_what_it_does_not_carry():
 @pytest.mark.parametrize("name", ["noise-20dB", "phone8k"])
 @pytest.mark.parametrize("wave", [np.zeros(24000), np.ones(24000), np.zeros(1)], ids=["silent", "full", "one"])
 def test_odd_references_stay_within_full_scale(name: str, wave: np.ndarray):
-    heard = worse(name, wave.astype(np.float32))[0]
-    assert len(heard) == len(wave)
-    assert np.isfinite(heard).all()
-    assert np.abs(heard).max() <= 1
+    changed = worse(name, wave.astype(np.float32))[0]
+    assert len(changed) == len(wave)
+    assert np.isfinite(changed).all()
+    assert np.abs(changed).max() <= 1
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ import pytest
 import soundfile
 
 from tools.evaluate.report import write_report
-from tools.evaluate.run import Request, evaluate
+from tools.evaluate.request import Request
+from tools.evaluate.run import evaluate
 from tools.evaluate.systems import read_evaluate_config
 from tools.web_page.page import POLICY, arabic
 from train.model.generate import Sampling

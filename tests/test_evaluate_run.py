@@ -71,9 +71,11 @@ def models(monkeypatch: pytest.MonkeyPatch):
             return Loud()
         raise NotInstalled(f"{name}: not installed; pip install it")
 
-    monkeypatch.setattr("tools.evaluate.run.load_encoder", encoder)
-    monkeypatch.setattr("tools.evaluate.run.load_predictor", predictor)
-    monkeypatch.setattr("tools.evaluate.run.load_recognizer", lambda name, *_: Knows() if name == "knows" else None)
+    monkeypatch.setattr("tools.evaluate.metric_passes.load_encoder", encoder)
+    monkeypatch.setattr("tools.evaluate.metric_passes.load_predictor", predictor)
+    monkeypatch.setattr(
+        "tools.evaluate.metric_passes.load_recognizer", lambda name, *_: Knows() if name == "knows" else None
+    )
 
 
 @pytest.fixture

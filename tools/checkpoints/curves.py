@@ -1,6 +1,6 @@
 """Lines in a plot, as one SVG that needs nothing else: no script, no font, no request.
 
-In: points by name of the line. Out: SVG text. Points that are not finite are left out of their line.
+In: points by name of the line. Out: SVG text. Points that are not finite are skipped.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def span(values: list[float]) -> tuple[float, float]:
 
 
 def read_curves(run: Path, names: Sequence[str]) -> dict[str, list[tuple[float, float]]]:
-    """(step, value) of each metric in RUN/metrics.jsonl; a line that was cut off is left out."""
+    """(step, value) of each metric in RUN/metrics.jsonl; a line that was cut off is skipped."""
     path = run / "metrics.jsonl"
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     if path.is_file():

@@ -140,7 +140,8 @@ def read_held_out(data: Path, model_dir: Path, config: EvaluateConfig, limit: in
     from shards.errors import DataError
     from shards.manifest import Fingerprints, check_fingerprints, open_dataset
     from tools.evaluate.dataset_items import is_dataset, read_samples
-    from tools.evaluate.run import Request, open_items
+    from tools.evaluate.request import Request
+    from tools.evaluate.run import open_items
     from tools.speaker import read_voice
     from train.model.conditioning import decide_conditioning
 

@@ -106,7 +106,8 @@ def main(
         from tools.evaluate.mos import KNOWN
         from tools.evaluate.perturb import parse_perturbations
         from tools.evaluate.report import write_report
-        from tools.evaluate.run import Request, evaluate
+        from tools.evaluate.request import Request
+        from tools.evaluate.run import evaluate
         from tools.evaluate.systems import EvaluateConfig, read_evaluate_config
         from train.model.generate import Sampling
 

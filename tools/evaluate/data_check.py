@@ -21,7 +21,9 @@ from shards.terminal import print_line
 from shards.writer import write_bytes, write_json
 from tools.evaluate.dataset_items import dataset_items, is_dataset
 from tools.evaluate.items import Item, Items, read_items
-from tools.evaluate.run import Plan, Request, hold_plan, last, recognised_texts, scored_voices
+from tools.evaluate.metric_passes import last, recognised_texts, scored_voices
+from tools.evaluate.request import Plan, Request
+from tools.evaluate.run import hold_plan
 from tools.evaluate.scoring import Scores, Similarity, measured
 from tools.evaluate.speaking import Spoken, speech_file, wave_name, write_recordings
 from tools.evaluate.systems import REFERENCE, EvaluateConfig, System, strangers
@@ -147,22 +149,24 @@ def clip_of(role: str, item: Item, text: str, facts: Scores, texts: Scores | Non
     row = facts.get((role, 0, item.id))
     about = row.facts if row else None
     failure = failure_of(about, None, None) if about else "missing"
-    heard = None if texts is None else (texts[role, 0, item.id].text or "" if (role, 0, item.id) in texts else "")
+    recognised = None if texts is None else (texts[role, 0, item.id].text or "" if (role, 0, item.id) in texts else "")
     rule = PROTOCOLS[HEADLINE]
     return Clip(
         failure=failure,
         error=about.error if about else "no wave",
         duration_s=about.duration_s if about else 0.0,
-        recognised=heard,
-        characters=None if heard is None else character_edits(rule(text), rule(heard)),
+        recognised=recognised,
+        characters=None if recognised is None else character_edits(rule(text), rule(recognised)),
     )
 
 
 def strangers_similarity(items: list[Item], voices: Scores) -> list[float]:
     """Of every reference to the target of another speaker: what rows with a wrong label look like."""
     others = strangers(items)
+    if others is None:  # one speaker only
+        return []
     found = []
-    for item, other in zip(items, others or [], strict=False):
+    for item, other in zip(items, others, strict=True):
         pair = [voices.get(key) for key in ((REFERENCE, 0, item.id), ("real", 0, items[other].id))]
         vectors = [np.array(row.vector) for row in pair if row is not None and row.vector is not None]
         if len(vectors) == 2:
@@ -315,13 +319,13 @@ def worst_table(rows: list[Row], out: Path) -> str:
     lines = []
     for place, row in enumerate(rows, 1):
         clip = row.target or row.reference
-        heard = f"<br><small>recognised: {arabic(clip.recognised)}</small>" if clip.recognised else ""
+        recognised = f"<br><small>recognised: {arabic(clip.recognised)}</small>" if clip.recognised else ""
         alike = min(row.agreement.values(), default=None)
         lines.append(
             [
                 cell(place),
                 f"<td>{escaped(row.speaker)}<br><small>{escaped(row.item)}</small></td>",
-                f'<td class="text" dir="auto">{arabic(row.text)}{heard}</td>',
+                f'<td class="text" dir="auto">{arabic(row.text)}{recognised}</td>',
                 cell(clip.characters.rate if clip.characters else None),
                 cell(alike),
                 *(f"<td>{sound(out, role, row)}</td>" for role in (REFERENCE, "real")),

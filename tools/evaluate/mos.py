@@ -20,6 +20,7 @@ from train.evaluation.metric_models import (
     SAMPLE_RATE,
     ModelIdentity,
     NotInstalled,
+    onnx_session,
     package_file,
     sha256_of,
 )
@@ -53,15 +54,11 @@ class Dnsmos:
     def __init__(self) -> None:
         path, version = package_file("speechmos", "dnsmos", "dnsmos_models/sig_bak_ovr.onnx")
         try:
-            import onnxruntime
+            import onnxruntime  # noqa: F401 - asked for here, so that its absence is one line
             from speechmos.dnsmos import DNSMOS
         except ImportError as error:
             raise NotInstalled(f"dnsmos: lacks {error.name}; {INSTALL_EXTRA}") from None
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = (
-            1  # its own pool spins on every core, and is many times slower where they are taken
-        )
-        self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self._session = onnx_session(path)
         self._scale: Any = DNSMOS.get_polyfit_val
         self.identity = ModelIdentity("dnsmos", version, sha256_of(path))
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from shards.writer import write_bytes
-from tools.evaluate.run import Plan
+from tools.evaluate.request import Plan
 from tools.evaluate.systems import REFERENCE
 from tools.evaluate.utterances import Utterance
 from tools.evaluate.waves import read_wave

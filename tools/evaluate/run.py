@@ -7,10 +7,6 @@ files of their own.
 
 from __future__ import annotations
 
-import gc
-import sys
-import time
-from collections.abc import Iterable, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,24 +14,15 @@ import msgspec
 
 from shards.errors import ConfigError, DataError
 from shards.folder_lock import hold_folder
-from shards.terminal import PLAIN_LINE_EVERY_S, print_line, progress_bar
+from shards.terminal import print_line
 from shards.writer import write_bytes, write_json
 from tools.evaluate.dataset_items import dataset_items, is_dataset, training_overlap
 from tools.evaluate.items import Items, read_items
-from tools.evaluate.mos import load_predictor
-from tools.evaluate.perturb import Perturbation
+from tools.evaluate.metric_passes import last, predicted_mos, recognised_texts, scored_voices
+from tools.evaluate.request import Plan, Request
 from tools.evaluate.results import summed_up
 from tools.evaluate.row_file import Key
-from tools.evaluate.scoring import (
-    Scores,
-    Similarity,
-    measured,
-    mos_score,
-    scores_with,
-    similarities,
-    text_score,
-    voice_score,
-)
+from tools.evaluate.scoring import measured
 from tools.evaluate.speaking import Spoken, point_at_waves, speak, speech_file, write_recordings
 from tools.evaluate.systems import (
     EvaluateConfig,
@@ -48,40 +35,9 @@ from tools.evaluate.systems import (
     waves_system,
 )
 from tools.evaluate.utterances import Utterance, utterances_of
-from train.evaluation.metric_models import NotInstalled
-from train.evaluation.recognizers import load_recognizer
-from train.evaluation.speaker_encoders import load_encoder
 
 if TYPE_CHECKING:
     from train.model.generate import Sampling
-
-
-class Request(msgspec.Struct, frozen=True, kw_only=True):
-    """What was asked for."""
-
-    data: Path
-    out: Path
-    models: list[Path] = []
-    wave_folders: list[tuple[str, Path]] = []  # (name, folder) of --only-score
-    with_base: bool = True
-    draws: int = 1
-    limit: int | None = None
-    encoders: list[str] = []
-    asr: str = "none"
-    mos: list[str] = []
-    perturbations: list[Perturbation] = []
-    language: str = "ar"
-    device: str = "cpu"
-    train_data: Path | None = None
-
-
-class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """evaluation.json."""
-
-    items: Items
-    systems: list[System]
-    draws: int
-    sampling: dict[str, Any]
 
 
 Result = tuple[dict[str, Any], list[Utterance], Plan]
@@ -257,105 +213,3 @@ def of_one_model(systems: list[System]) -> list[list[System]]:
         if system.speaks:
             found.setdefault((system.model, system.adapter), []).append(system)
     return list(found.values())
-
-
-def scored_voices(
-    request: Request,
-    items: Items,
-    spoken: dict[Key, Spoken],
-    facts: Scores,
-    identities: dict[str, Any],
-    skipped: list[str],
-) -> dict[str, tuple[dict[Key, Similarity], Scores]]:
-    """By encoder: the similarity of every wave, and its vector."""
-    found: dict[str, tuple[dict[Key, Similarity], Scores]] = {}
-    for name in request.encoders:
-        try:
-            encoder = load_encoder(name)
-        except NotInstalled as error:
-            skipped.append(f"similarity by {error}")
-            continue
-        scored = scores_with("similarity", encoder.identity, voice_score(encoder), spoken, facts, request.out)
-        vectors: Scores = last(scored, spoken, f"voices by {name}")
-        found[encoder.identity.name] = similarities(items.items, spoken, vectors), vectors
-        identities["similarity"].append(msgspec.to_builtins(encoder.identity))
-        del encoder, scored
-        gc.collect()
-    if not request.encoders:
-        skipped.append("similarity: no encoder was named with --similarity")
-    return found
-
-
-def recognised_texts(
-    request: Request,
-    spoken: dict[Key, Spoken],
-    facts: Scores,
-    identities: dict[str, Any],
-    skipped: list[str],
-    references: bool = False,
-) -> Scores | None:
-    """What is said in every wave, of references only if asked; None without a recognizer."""
-    try:
-        recognizer = load_recognizer(request.asr, request.language, request.device)
-    except NotInstalled as error:
-        skipped.append(f"CER and WER by {error}")
-        return None
-    if recognizer is None:
-        skipped.append("CER and WER: no recognizer; name a local one, --asr faster-whisper:FOLDER or whisper:FOLDER")
-        return None
-    identities["asr"] = msgspec.to_builtins(recognizer.identity)
-    said = {key: row for key, row in spoken.items() if references or key[0] != "reference"}
-    return last(
-        scores_with("asr", recognizer.identity, text_score(recognizer), said, facts, request.out), said, "recognised"
-    )
-
-
-def predicted_mos(
-    request: Request,
-    plan: Plan,
-    spoken: dict[Key, Spoken],
-    facts: Scores,
-    identities: dict[str, Any],
-    skipped: list[str],
-) -> list[Scores]:
-    """Only where there is a recording to differ from: what these models say by itself means nothing here."""
-    kinds = {system.kind for system in plan.systems}
-    if request.mos and "real" not in kinds:
-        skipped.append("MOS predictors: they are shown as a difference to the real recording, and the list names none")
-        return []
-    plain = {system.name for system in plan.systems if system.kind != "shuffled"}
-    heard = {key: row for key, row in spoken.items() if key[0] in plain}
-    found = []
-    for name in request.mos:
-        try:
-            predictor = load_predictor(name, request.device)
-        except NotInstalled as error:
-            skipped.append(f"MOS by {error}")
-            continue
-        scored = scores_with("mos", predictor.identity, mos_score(predictor), heard, facts, request.out)
-        found.append(last(scored, heard, f"{name}: heard"))
-        identities["mos"].append(msgspec.to_builtins(predictor.identity))
-        del predictor, scored
-        gc.collect()
-    if not request.mos:
-        skipped.append("MOS predictors: none was named with --mos")
-    return found
-
-
-def last(steps: Iterable[Any], total: Sized, what: str) -> Any:
-    """Run to the end, with a bar on a terminal and a line now and then elsewhere.
-
-    Returns what the last step has yielded as its second part, or an empty dictionary.
-    """
-    found: Any = {}
-    shown, number = time.monotonic(), 0
-    with progress_bar(what, len(total)) as advance:
-        for number, step in enumerate(steps, 1):
-            found = step[1] if isinstance(step, tuple) else step
-            advance()
-            if time.monotonic() - shown > PLAIN_LINE_EVERY_S and not sys.stderr.isatty():
-                shown = time.monotonic()
-                print_line(f"{what} {number}/{len(total)}")
-    if number:
-        print_line(f"{what} {number}/{len(total)}")
-    return found

