@@ -105,7 +105,7 @@ def audio_hash(audio: AudioFacts) -> int:
 
 
 def text_hash(text: str) -> int:
-    """Equal for texts that are heard alike; 0 for one without a letter or digit."""
+    """Equal for texts that sound alike when they are read; 0 for one without a letter or digit."""
     said = comparable(text)
     return (hash64(said) or 1) if said else 0
 

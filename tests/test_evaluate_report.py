@@ -75,7 +75,7 @@ def test_the_worst_stands_first_and_says_why(pages: Path):
     text = (pages / "report.html").read_text()
     table = text.split("Worst first")[1].split("By speaker")[0]
     assert "missing" in table.split("<tr>")[2]
-    assert "2.wav: No such file" in table
+    assert "2.wav: no such file" in table
     assert table.count("<audio") == 3 + 3 + 2
 
 
