@@ -1,13 +1,13 @@
 """Which samples make which step: the index goes in, the same packs come out on every rank, in every worker, after every
 restart.
 
-An epoch is a pure function of (index, seed, epoch, budgets). Shards are permuted and cut into windows of at most about
-`window_samples` rows; a window's rows are permuted and packed by online best fit; windows follow each other. Nothing but
-one window is in memory at a time, so an index of 100 million rows stays a memory-mapped file. A global step is
-`packs_per_step` packs, rank r of W takes packs r, r + W, ... of it. The surprising decision: the last step of an epoch is
-filled up with empty packs, which cost a forward pass over nothing, so that every rank has the same number of micro-steps
-in every step and no sample is dropped or seen twice. The price of windows: packs still open at a window's end are closed
-(at most 8 of about 30,000).
+An epoch is a pure function of (index, seed, epoch, budgets, and how data sets are mixed: `mixing`). Shards are permuted and
+cut into windows of at most about `window_samples` rows; a window's rows are permuted and packed by online best fit; windows
+follow each other. Nothing but one window is in memory at a time, so an index of 100 million rows stays a memory-mapped file. A
+global step is `packs_per_step` packs, rank r of W takes packs r, r + W, ... of it. The surprising decision: the last step of an
+epoch is filled up with empty packs, which cost a forward pass over nothing, so that every rank has the same number of
+micro-steps in every step and no sample is dropped or seen twice. The price of windows: packs still open at a window's end are
+closed (at most 8 of about 30,000).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import numpy as np
 from shards.delay_pattern import NUM_MARKER_COLUMNS
 from shards.errors import ConfigError
 from shards.writer import write_json
+from train.data.mixing import EpochMix, Mixing, SetShare
 from train.data.packing import PlanSettings, best_fit
 
 PLAN_VERSION = 1  # raise it when the same settings give other packs: a cached or resumed plan is then refused
@@ -47,8 +48,16 @@ class Window(NamedTuple):
 class Planner:
     """Epochs of a data set, planned window by window. Cheap to copy to loader processes: it holds no rows."""
 
-    def __init__(self, index: np.ndarray, lengths: Lengths, settings: PlanSettings, keep: Keep | None = None) -> None:
-        """index [n] of INDEX_DTYPE, memory-mapped or not. `keep` picks the rows that take part (held-out data).
+    def __init__(
+        self,
+        index: np.ndarray,
+        lengths: Lengths,
+        settings: PlanSettings,
+        keep: Keep | None = None,
+        mixing: Mixing | None = None,
+    ) -> None:
+        """index [n] of INDEX_DTYPE, memory-mapped or not. `keep` picks the rows that take part (held-out data). `mixing`:
+        how often each comes in an epoch; None: once.
 
         Raises ConfigError when no sample fits a pack.
         """
@@ -61,6 +70,8 @@ class Planner:
         self._shard_starts = np.zeros(1, np.int64)  # [shards + 1]
         self._length_counts = np.zeros(settings.batch_tokens + 1, np.int64)  # [batch_tokens + 1] samples of each length
         self._scan()
+        self._mixing = mixing if mixing and not mixing.is_natural else None
+        self._mix = EpochMix(self._mixing, settings.seed, self._taking_part()) if self._mixing else None
         self.counts: dict[int, list[int]] = {}  # epoch -> packs of each window, as far as they were counted
         self._last: tuple[tuple[int, int], Window] | None = None
 
@@ -75,13 +86,30 @@ class Planner:
     def total_steps(self, num_epochs: int) -> int:
         return sum(self.num_steps(epoch) for epoch in range(num_epochs))
 
+    def epoch_samples(self, epoch: int) -> int:
+        """Samples of an epoch, copies included."""
+        return int(self._mix.counts(epoch).sum()) if self._mix else self.num_samples
+
+    def epoch_tokens(self, epoch: int) -> int:
+        """Their tokens."""
+        if self._mix is None:
+            return self.num_tokens
+        counts = self._mix.counts(epoch)
+        chunks = range(0, len(self._index), CHUNK)
+        measured = ((start, self._measure(self._index[start : start + CHUNK])[1]) for start in chunks)
+        return sum(int((lengths * counts[start : start + CHUNK]).sum()) for start, lengths in measured)
+
+    def shares(self, epoch: int) -> list[SetShare]:
+        """What each data set gives in an epoch; [] where every sample comes once."""
+        return self._mix.describe(epoch) if self._mix else []
+
     def require_full_step(self) -> None:
         """Raises ConfigError when the data set is too small for one step."""
         num_packs, wanted = self.num_packs(0), self.settings.packs_per_step
         if num_packs < wanted:
             raise ConfigError(
                 f"train.packs_per_step = {wanted}, but an epoch has only {num_packs} packs of up to "
-                f"{self.settings.batch_tokens} tokens ({self.num_samples} samples, {self.num_tokens} tokens); lower "
+                f"{self.settings.batch_tokens} tokens ({self.epoch_samples(0)} samples, {self.epoch_tokens(0)} tokens); lower "
                 "train.packs_per_step or train.batch_tokens, or give more data"
             )
 
@@ -91,6 +119,8 @@ class Planner:
         digest = hashlib.sha256(repr(facts).encode())
         digest.update(self._length_counts.tobytes())
         digest.update(self._shard_starts.tobytes())
+        if self._mixing:
+            digest.update(repr(self._mixing).encode())
         return digest.hexdigest()
 
     def epoch_hash(self, epoch: int) -> str:
@@ -188,6 +218,9 @@ class Planner:
             found = self._index[rows]
             fits, lengths, supervised = self._measure(found)
             rows, lengths, supervised = rows[fits], lengths[fits], supervised[fits]
+            if self._mix:
+                copies = self._mix.counts(epoch)[rows]
+                rows, lengths, supervised = (np.repeat(values, copies) for values in (rows, lengths, supervised))
             order = self._generator(epoch, window + 1).permutation(len(rows))
             if by_length:
                 order = order[np.argsort(lengths[order], kind="stable")]
@@ -249,6 +282,12 @@ class Planner:
         if self._keep is not None:
             fits &= self._keep(found)
         return fits, lengths, supervised
+
+    def _taking_part(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(index rows, which of them take part and fit a pack) of the whole index, in order."""
+        for start in range(0, len(self._index), CHUNK):
+            found = self._index[start : start + CHUNK]
+            yield found, self._measure(found)[0]
 
     def _scan(self) -> None:
         """One pass over the index: shards, totals, and samples that fit no pack."""

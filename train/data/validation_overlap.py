@@ -24,7 +24,7 @@ from shards.reader import SampleReader
 from shards.sample import AudioFacts, Sample
 from train.data.plan import CHUNK, Keep
 from train.data.same_audio import Common, Rows, place_of, same_audio
-from train.data.validation_split import scramble
+from train.data.scramble import scramble
 
 log = logging.getLogger("train")
 KEY = "train.validation_data"

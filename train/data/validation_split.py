@@ -17,10 +17,9 @@ from shards.reader import SampleReader
 from shards.sample import Sample
 from shards.sequence import SequenceBuilder
 from train.data.plan import CHUNK, Keep
+from train.data.scramble import scramble
 
 log = logging.getLogger("train")
-
-MIX = np.uint64(0x9E3779B97F4A7C15)  # the 64-bit golden ratio: spreads seeds over the numbers
 
 
 def choose_speakers(index: np.ndarray, seed: int, fraction: float) -> np.ndarray:
@@ -51,15 +50,6 @@ def choose_speakers(index: np.ndarray, seed: int, fraction: float) -> np.ndarray
     if not taken:  # the smallest share there is
         taken = [min(counts, key=lambda speaker: (counts[speaker], speaker))]
     return np.array(sorted(taken), np.uint64)
-
-
-def scramble(numbers: np.ndarray, seed: int) -> np.ndarray:
-    """uint64 [n] -> uint64 [n], another order for every seed (the finalizer of splitmix64)."""
-    with np.errstate(over="ignore"):
-        x = numbers + MIX * np.uint64(seed + 1)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
 
 
 def of_speakers(speakers: np.ndarray, inside: bool) -> Callable[[np.ndarray], np.ndarray]:
