@@ -17,13 +17,16 @@ import soundfile
 import torch
 
 from preprocess.audio import WHISPER_RATE, AudioLimits, decode
+from shards.artifacts import load_tokenizer
 from shards.config import SequenceSection
 from shards.encoders.codec import load_codec
 from shards.manifest import open_dataset
 from shards.reader import SampleReader
 from shards.sequence import SequenceBuilder
+from train.evaluation.free_running import FreeRunning
 from train.model.batch import pack
 from train.model.weights import load_model
+from train.world import ALONE
 
 NUM_SAMPLES = 4
 OVERFIT = """
@@ -251,6 +254,19 @@ def test_the_overfit_model_votes_for_the_labels_it_learned(demo: Path):
     assert all(finding.passed for finding in findings.values()), findings
     vote = findings["its own vote on labels"]
     assert "no vote" not in vote.detail, "a model that has learned its samples votes in every codebook"
+
+
+@pytest.mark.slow
+def test_the_overfit_model_is_right_by_itself(demo: Path):
+    """Told the true codes, and on its own: the training metrics, and the first second spoken greedily."""
+    last = json.loads((demo / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert all(last[f"accuracy/codebook_{k}"] > 0.95 for k in range(8))
+    _, index = open_dataset(demo / "shards")
+    samples = [SampleReader(demo / "shards").read(row) for row in index]
+    builder = SequenceBuilder(load_tokenizer(demo / "merged"), SequenceSection())
+    model = load_model(demo / "merged", torch.float32)
+    found = FreeRunning(samples, builder, ALONE).accuracy(model, lambda: False)
+    assert all(found[f"eval/free_running_{k}"] > 0.9 for k in range(8)), found
 
 
 @pytest.mark.slow

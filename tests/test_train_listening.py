@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -19,8 +20,11 @@ from shards.reader import SampleReader
 from shards.sequence import SequenceBuilder
 from train.config import TrainConfig
 from train.data.validation_split import choose_samples
+from train.evaluation.free_running import MAX_FRAMES, FreeRunning
 from train.evaluation.listening import LONGEST, SPARE_FRAMES
 from train.loop import RunOptions, train
+from train.model.generate import GREEDY, generate
+from train.world import ALONE
 
 FRAME = 960  # samples at 24 kHz
 
@@ -93,6 +97,27 @@ def test_every_evaluation_leaves_speech_of_held_out_voices(run, dataset, tiny_di
     spoken = [line for line in lines(run) if "eval/speech_ended" in line]
     assert [line["step"] for line in spoken] == [2, 4]
     assert all(0 <= line["eval/speech_ended"] <= 1 and line["eval/speech_length_ratio"] > 0 for line in spoken)
+    assert all(0 <= line[f"eval/free_running_{k}"] <= 1 for line in spoken for k in range(8))
+
+
+def test_free_running_counts_what_the_model_says_by_itself(tiny_speaker, make_sample):
+    """Targets made of its own greedy codes, then with faults at known places and frames that it does not say."""
+    model, builder = tiny_speaker.model, tiny_speaker.builder
+    recorded = make_sample(3, 6, 40)
+    said = generate(model, builder.prompt(recorded), 40, GREEDY).codes
+    own = dataclasses.replace(recorded, target_codes=said)
+    assert said.shape[1] > MAX_FRAMES, "else this says nothing"
+    assert FreeRunning([own], builder, ALONE).accuracy(model, lambda: False)["eval/free_running"] == 1
+    faulty = said.copy()
+    faulty[3, [0, 7]] ^= 1
+    faulty[5, MAX_FRAMES] ^= 1  # the first that is not looked at
+    short = dataclasses.replace(recorded, target_codes=said[:, :5])
+    found = FreeRunning([dataclasses.replace(own, target_codes=faulty), short], builder, ALONE).accuracy(
+        model, lambda: False
+    )
+    shares = [1 if k != 3 else 28 / 30 for k in range(8)]
+    assert [found[f"eval/free_running_{k}"] for k in range(8)] == pytest.approx(shares)
+    assert FreeRunning([own], builder, ALONE).accuracy(model, lambda: True) == {}
 
 
 def test_the_adapter_is_what_speaks(run):
@@ -123,6 +148,11 @@ def test_two_ranks_speak_what_one_speaks(run, dataset, tiny_dir, run_command, tm
     for folder in (run / "listening").iterdir():
         for path in folder.iterdir():
             assert path.read_bytes() == (ranks / "listening" / folder.name / path.name).read_bytes(), path.name
+    alone, together = (
+        [{k: v for k, v in line.items() if k.startswith(("eval/free_running", "accuracy/"))} for line in lines(folder)]
+        for folder in (run, ranks)
+    )
+    assert together == [pytest.approx(line) for line in alone]
 
 
 def test_without_held_out_data_it_speaks_training_samples(dataset, settings, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 
 import msgspec
@@ -9,15 +10,21 @@ import pytest
 import torch
 
 from shards.config import SequenceSection, read_config
+from shards.delay_pattern import NUM_CODEBOOKS, STREAM_BOS
 from shards.errors import ConfigError, PipelineError
+from shards.label_shift import IGNORE
 from shards.sequence import SequenceBuilder
 from train.config import LossSection, TrainConfig
+from train.data.loader import LoadedPack
+from train.data.source import HeldOut
+from train.evaluation.held_out import Evaluation
 from train.model.batch import pack
 from train.model.lora import add_lora, lora_parameters
 from train.model.loss import LossCounts
 from train.model.weights import load_model
 from train.optim import make_optimizer
 from train.step import StepSettings, garbage_collection_paused, train_step
+from train.world import ALONE
 
 
 @pytest.fixture
@@ -41,6 +48,35 @@ def test_a_step_does_not_depend_on_how_it_is_cut_into_packs(ready, tiny_dir, sho
     one = train_step(model, optimizer, [pack(sequences, [1, 1, 2, 3], list("abcd"))], StepSettings(0, 0.0, section))
     for name in ("total", "text", "codebooks", "grad_norm"):
         torch.testing.assert_close(getattr(two, name), getattr(one, name), rtol=1e-5, atol=1e-6)
+
+
+def with_known_answers(model, batch, num_right: int):
+    """The pack with the model's own likeliest codes as targets; in codebook k all but the first `num_right + k` are others."""
+    with torch.no_grad():
+        hidden = model.hidden(batch)[batch.text_ids.shape[0] :]
+        likeliest = model.audio_logits(hidden[batch.audio_rows]).argmax(dim=-1)
+    learned = batch.audio_targets != IGNORE
+    rank = learned.cumsum(dim=0)  # of each target in its codebook, from 1
+    wrong = rank > num_right + torch.arange(NUM_CODEBOOKS)
+    targets = torch.where(wrong, (likeliest + 1) % STREAM_BOS, likeliest)
+    return dataclasses.replace(batch, audio_targets=torch.where(learned, targets, IGNORE))
+
+
+def test_accuracy_counts_over_all_packs_in_steps_and_held_out(ready):
+    """Packs of unlike sizes: shares of packs averaged would be other numbers."""
+    model, optimizer, batches, _ = ready
+    known = [with_known_answers(model, batch, most) for batch, most in zip(batches, (1, 4), strict=True)]
+    counts = LossCounts.of(batches).audio
+    expected = [(5 + 2 * k) / int(counts[k]) for k in range(NUM_CODEBOOKS)]
+    packs = [LoadedPack(batch, 0) for batch in known]
+    held_out = Evaluation(HeldOut(lambda: iter(packs), 0.0), ALONE).losses(model, LossSection())
+    assert [held_out[f"eval/accuracy_{k}"] for k in range(NUM_CODEBOOKS)] == pytest.approx(expected)
+    assert held_out["eval/accuracy"] == pytest.approx(sum(expected) / NUM_CODEBOOKS)
+    result = train_step(model, optimizer, known, StepSettings(0, 0.0, LossSection()))
+    assert result
+    values = result.values()
+    assert [values[f"accuracy/codebook_{k}"] for k in range(NUM_CODEBOOKS)] == pytest.approx(expected)
+    assert values["accuracy/audio"] == pytest.approx(sum(expected) / NUM_CODEBOOKS)
 
 
 def test_the_collector_skips_what_the_imports_left():

@@ -156,19 +156,23 @@ def end_run(run: Run, step: int, last: Path | None, stopped: bool, stopped_early
 
 
 def log_base(values: dict[str, float]) -> None:
-    """What the listening set says of the model that training begins with; curves begin behind it."""
-    if scores := [f"{name} {values[f'eval/{name}']:.3f}" for name in ("similarity", "cer") if f"eval/{name}" in values]:
+    """What it says of the model that training begins with; curves begin behind it."""
+    known = ("similarity", "cer", "free_running")
+    if scores := [f"{name} {values[f'eval/{name}']:.3f}" for name in known if f"eval/{name}" in values]:
         log.info("step 0, the base model: %s", ", ".join(scores))
 
 
 def evaluate(run: Run, step: int) -> dict[str, float]:
-    """Held-out losses (not of the base model at step 0) and the listening set; returns metrics. Every rank must call this.
+    """Held-out losses (not of the base model at step 0), free-running accuracy and the listening set; returns metrics.
+    Every rank must call this.
 
     A signal ends it early: who sends one kills half a minute later, and the checkpoint must be written before.
     """
     values: dict[str, float] = {}
     if run.evaluation and step > 0:
         values |= run.evaluation.losses(run.model, run.config.loss, run.interrupted)
+    if run.free_running:
+        values |= run.free_running.accuracy(run.model, run.interrupted)
     if run.listening:
         values |= run.listening.speak(step, run.model, run.interrupted, run.scores.of_step if run.scores else None)
     if run.interrupted():

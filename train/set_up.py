@@ -27,6 +27,7 @@ from train.data.plan import PLAN_VERSION
 from train.data.planned_source import PlannedSource
 from train.data.source import Source
 from train.data.streamed_source import StreamedSource
+from train.evaluation.free_running import FreeRunning, open_free_running
 from train.evaluation.held_out import Evaluation
 from train.evaluation.listening import Listening, open_listening
 from train.evaluation.listening_scores import ListeningScores, open_scores
@@ -74,6 +75,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     evaluation: Evaluation | None
     listening: Listening | None
+    free_running: FreeRunning | None
     scores: ListeningScores | None  # of the first rank, where eval.score asks for them
     metrics: Metrics | None  # of the first rank
     saver: checkpoint.Checkpoints
@@ -172,10 +174,12 @@ def set_up(
     if start_from and world.is_first:
         log_changes(start_from, config)
     world.require_equal({"the first step": str(step), **model_files.named()})
-    num_listened = config.train.listening_samples if world.is_first else 0
+    num_listened = config.train.listening_samples
+    num_read = max(num_listened, int(held_out is not None)) if world.is_first else 0
     with waiting():
-        listened = source.listening_samples(num_listened) if num_listened else []
-    listening = open_listening(listened, builder, codec_dir, run_dir, world)
+        listened = source.listening_samples(num_read) if num_read else []
+    free_running = open_free_running(listened, builder, world)
+    listening = open_listening(listened[:num_listened], builder, codec_dir, run_dir, world)
     scores = open_scores(config.eval, config.train.best_by, listening, world)  # refuses before the run is begun
     ready = Run(
         config=config,
@@ -187,6 +191,7 @@ def set_up(
         evaluation=Evaluation(held_out, world) if held_out else None,
         metrics=begin_run(config, source.text_rules, run_dir, step, world, wandb_run) if world.is_first else None,
         listening=listening,
+        free_running=free_running,
         scores=scores,
         saver=checkpoint.Checkpoints(
             run_dir,

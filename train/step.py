@@ -23,7 +23,7 @@ from train.model.batch import PackedBatch
 from train.model.decoder import HiggsAudio
 from train.model.flops import lora_sizes_of, matmul_rate, step_flops
 from train.model.fsdp import full_tensor, sync_gradients
-from train.model.loss import LossCounts, curriculum_factor, step_losses
+from train.model.loss import LossCounts, LossSums, curriculum_factor, step_losses
 from train.optim import learning_rate_at
 from train.world import ALONE, World
 
@@ -36,18 +36,22 @@ class StepResult:
     text: Tensor  # []
     codebooks: Tensor  # [K]
     contrastive: Tensor  # []
+    accuracy: Tensor  # [K], this rank's targets with the highest logit, by those of the whole step
     grad_norm: Tensor  # [], of all ranks
 
     def values(self, world: World = ALONE) -> dict[str, float]:
         """Metrics of the whole step; every rank must call this."""
-        parts = torch.cat((torch.stack((self.total, self.text, self.contrastive)), self.codebooks))
-        total, text, contrastive, *codebooks = world.sum(parts.double().cpu()).tolist()
+        parts = torch.cat((torch.stack((self.total, self.text, self.contrastive)), self.codebooks, self.accuracy))
+        total, text, contrastive, *both = world.sum(parts.double().cpu()).tolist()
+        codebooks, accuracy = both[: len(self.codebooks)], both[len(self.codebooks) :]
         return {
             "loss/total_loss": total,
             "loss/text_loss": text,
             "loss/audio_loss": sum(codebooks) / len(codebooks),
             "loss/contrastive_loss": contrastive,
             **{f"loss/codebook_{k}": value for k, value in enumerate(codebooks)},
+            "accuracy/audio": sum(accuracy) / len(accuracy),
+            **{f"accuracy/codebook_{k}": value for k, value in enumerate(accuracy)},
             "metrics/grad_norm": self.grad_norm.item(),
         }
 
@@ -91,14 +95,16 @@ def train_step(
     section = settings.loss
     ramp = curriculum_factor(settings.step, section.curriculum_steps, section.enable_curriculum_learning)
     torch.manual_seed(settings.dropout_seed(world.rank))
-    parts = []
+    parts, correct = [], []
     for number, batch in enumerate(batches, start=1):
         if number > 1 and interrupted():
             optimizer.zero_grad(set_to_none=True)
             return None
         sync_gradients(model, number == len(batches))
-        losses = step_losses(model(batch), counts, section, ramp)
+        sums: LossSums = model(batch)
+        losses = step_losses(sums, counts, section, ramp)
         losses.total.backward()
+        correct.append(sums.correct)
         parts.append([value.detach() for value in losses])
     total, text, codebooks, contrastive = (torch.stack(values).sum(dim=0) for values in zip(*parts, strict=True))
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -108,7 +114,8 @@ def train_step(
         group["lr"] = settings.learning_rate
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(total, text, codebooks, contrastive, grad_norm)
+    accuracy = torch.stack(correct).sum(dim=0).float() / counts.audio.to(total.device, non_blocking=True)
+    return StepResult(total, text, codebooks, contrastive, accuracy, grad_norm)
 
 
 def stop_unless_finite(step: int, total: Tensor, grad_norm: Tensor, batches: list[PackedBatch], world: World) -> None:

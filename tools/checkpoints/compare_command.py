@@ -48,7 +48,9 @@ def compare(paths: tuple[Path, ...], evaluations: tuple[Path, ...], html: Path |
 
 def show(found: Comparison) -> None:
     """Tables on stdout."""
-    codebooks = sorted({name for entry in found.entries for name in entry.held_out if "codebook" in name})
+    codebooks = sorted(
+        {name for entry in found.entries for name in entry.held_out if name.startswith("eval/codebook_")}
+    )
     headings = ("checkpoint", "step", "audio", "text", *(name.split("_")[-1] for name in codebooks), "CER", "update")
     rows = []
     for entry in found.entries:

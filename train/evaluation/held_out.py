@@ -36,6 +36,7 @@ class EvalSums(msgspec.Struct, frozen=True):
 
     sums: list[float] = []  # text, contrastive, K codebooks
     counts: list[int] = []  # of their targets, in the same order
+    correct: list[int] = []  # of the K codebooks' targets, those with the highest logit
     samples: int = 0
     bad: int = 0
     not_finite: list[str] = []  # keys of the packs whose losses are not
@@ -70,13 +71,14 @@ class Evaluation:
             )
         sums = torch.tensor([share.sums for share in shares], dtype=torch.float64).sum(dim=0)
         counts = torch.tensor([share.counts for share in shares]).sum(dim=0).clamp(min=1)
+        correct = torch.tensor([share.correct for share in shares]).sum(dim=0)
         losses = step_losses(
-            LossSums(sums[0], sums[2:], sums[1]),
+            LossSums(sums[0], sums[2:], sums[1], correct),
             LossCounts(int(counts[0]), counts[2:], int(counts[1])),
             section,
             ramp=1.0,
         )
-        codebooks = losses.codebooks.tolist()
+        codebooks, accuracy = losses.codebooks.tolist(), (correct / counts[2:]).tolist()
         numbers: dict[str, float] = {"eval/samples": num_samples, "eval/bad_samples": num_bad}
         if why := self._not_an_evaluation(shares, [losses.total.item(), losses.contrastive.item(), *codebooks]):
             if self.world.is_first:
@@ -88,6 +90,8 @@ class Evaluation:
             "eval/audio_loss": sum(codebooks) / len(codebooks),
             "eval/contrastive_loss": losses.contrastive.item(),
             **{f"eval/codebook_{k}": value for k, value in enumerate(codebooks)},
+            "eval/accuracy": sum(accuracy) / len(accuracy),
+            **{f"eval/accuracy_{k}": value for k, value in enumerate(accuracy)},
             **numbers,
         }
 
@@ -104,6 +108,7 @@ class Evaluation:
     def _own(self, model: nn.Module, device: torch.device, interrupted: Callable[[], bool]) -> EvalSums | None:
         sums = torch.zeros(2 + NUM_CODEBOOKS, dtype=torch.float64, device=device)
         counts = torch.zeros(2 + NUM_CODEBOOKS, dtype=torch.long)
+        correct = torch.zeros(NUM_CODEBOOKS, dtype=torch.long, device=device)
         num_samples = num_bad = 0
         finite: list[torch.Tensor] = []  # of every pack, on the device: nothing waits for it
         keys: list[str] = []
@@ -113,6 +118,7 @@ class Evaluation:
             part: LossSums = model(batch)
             found = torch.cat((part.text[None], part.contrastive[None], part.audio)).double()
             sums += found
+            correct += part.correct
             finite.append(found.isfinite().all())
             host = loaded.batch
             keys.append(" ".join(host.keys[:MAX_KEYS]) + (" ..." if len(host.keys) > MAX_KEYS else ""))
@@ -125,7 +131,7 @@ class Evaluation:
                 log.warning("held-out data: skipped: %s", fault)
         flags = torch.stack(finite).tolist() if finite else []
         bad_packs = [names for names, sound in zip(keys, flags, strict=True) if not sound]
-        return EvalSums(sums.tolist(), counts.tolist(), num_samples, num_bad, bad_packs[:MAX_KEYS])
+        return EvalSums(sums.tolist(), counts.tolist(), correct.tolist(), num_samples, num_bad, bad_packs[:MAX_KEYS])
 
     def _together(self, found: Iterator[tuple[LoadedPack, PackedBatch]]) -> Iterator[tuple[LoadedPack, PackedBatch]]:
         """Packs as they come, as soon as every rank has its own: one without would leave the others in a collective."""

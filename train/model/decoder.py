@@ -24,7 +24,7 @@ from shards.encoders.whisper_tower import WhisperTower
 from train.model.attention import Attend, AttentionKind
 from train.model.batch import PackedBatch, WhisperRows
 from train.model.config import ModelConfig
-from train.model.loss import LossSums, LossTerms, audio_losses, contrastive_loss_sum, text_losses
+from train.model.loss import LossSums, LossTerms, audio_losses, contrastive_loss_sum, num_correct, text_losses
 from train.model.rope import Rope, rotate
 
 # --- layers ---------------------------------------------------------------------------------------------------------
@@ -189,11 +189,12 @@ class HiggsAudio(nn.Module):
         hidden = self.hidden(batch)
         audio_hidden = hidden[batch.text_ids.shape[0] :]
         text = text_losses(self.text_lm_head(hidden[batch.text_rows]), batch.text_targets)
-        audio = audio_losses(self.audio_logits(audio_hidden[batch.audio_rows]), batch.audio_targets)
+        audio_logits = self.audio_logits(audio_hidden[batch.audio_rows])
+        audio = audio_losses(audio_logits, batch.audio_targets)
         if per_target:
             return LossTerms(text, audio)
         contrastive = contrastive_loss_sum(audio_hidden, batch.segments, batch.speakers)
-        return LossSums(text.sum(), audio.sum(dim=0), contrastive)
+        return LossSums(text.sum(), audio.sum(dim=0), contrastive, num_correct(audio_logits, batch.audio_targets))
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """Normed hidden states [R, d] of a pack, text rows first."""

@@ -33,6 +33,7 @@ class LossSums(NamedTuple):
     text: Tensor  # []
     audio: Tensor  # [K], one per codebook
     contrastive: Tensor  # []
+    correct: Tensor  # [K] int64, targets that had the highest logit
 
 
 class LossTerms(NamedTuple):
@@ -101,6 +102,14 @@ def audio_losses(logits: Tensor, targets: Tensor) -> Tensor:
     """logits [m, K, V], targets [m, K] int64 with IGNORE in the staircases -> [m, K]; m may be 0."""
     losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none", ignore_index=IGNORE)
     return losses.view(logits.shape[:2])
+
+
+def num_correct(logits: Tensor, targets: Tensor) -> Tensor:
+    """logits [m, K, V], targets [m, K] int64 with IGNORE in the staircases -> [K] int64: targets with the highest logit.
+
+    Reads the logits once where they are, before they are raised to fp32: nothing of their size is made.
+    """
+    return (logits.detach().argmax(dim=-1) == targets).sum(dim=0)
 
 
 def contrastive_loss_sum(audio_hidden: Tensor, segments: Tensor, speakers: Tensor) -> Tensor:
