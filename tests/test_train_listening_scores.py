@@ -147,3 +147,20 @@ def test_a_measure_nobody_has_leaves_the_best(tmp_path: Path):
     assert best_checkpoint(tmp_path) == tmp_path / "checkpoints" / "checkpoint-2"
     (tmp_path / "checkpoints" / "checkpoint-2" / "config.toml").write_text("nonsense [")
     assert judged_by(tmp_path / "checkpoints" / "checkpoint-2") == "audio_loss"
+
+
+@pytest.mark.slow
+def test_two_ranks_score_what_one_scores(short_data, short_config, tiny_dir, run_command, tmp_path):
+    """Models of metrics live on the first rank alone; the other waits and takes part in what follows."""
+    asked = ["train.listening_samples=2", "train.eval_every=1", "train.max_steps=2", "eval.score=true"]
+    config = short_config(*asked)
+    assert train(config, short_data, tmp_path / "one", RunOptions(skip_preflight=True))
+    settings = ["train.batch_tokens=700", "train.packs_per_step=2", "train.save_every=2", "train.log_every=1"]
+    settings += ["train.num_workers=0", "lora.rank=4", "train.keep_checkpoints=2", *asked]
+    options = [word for setting in settings for word in ("--set", setting)]
+    command = ["train", short_data, tmp_path / "two", "--config", tiny_dir / "pipeline.toml", "--skip-preflight"]
+    done = run_command(*command, "--gpus", 2, *options)
+    assert done.returncode == 0, done.stderr
+    found = [[line["eval/similarity"] for line in lines(tmp_path / name)] for name in ("one", "two")]
+    assert len(found[0]) == 2
+    assert found[0] == pytest.approx(found[1], abs=1e-6)
