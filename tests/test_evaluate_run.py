@@ -390,6 +390,9 @@ def test_base_and_tuned_stand_between_ceiling_and_floor(short_data: Path, tiny_d
         files = [tmp_path / "out" / wave_name(name + how, 0, item) for how in ("", " +noise10dB", " +phone8k")]
         assert len({path.read_bytes() for path in files}) == 3, name
     assert all(row["system"] == "tuned" for row in results["worst"])
+    report = (tmp_path / "out" / "report.html").read_text()
+    table = report.split("Worse references, side by side")[1].split("By speaker")[0]
+    assert table.count("<audio") == 2 * 2 * 3  # of two items and two perturbations: the reference, base, tuned
 
 
 def test_a_resumed_evaluation_equals_an_uninterrupted_one(
@@ -460,6 +463,49 @@ def test_a_run_is_evaluated_on_what_it_held_out(short_data: Path, short_config, 
     assert {s["name"]: bool(s["adapter"]) for s in results["systems"]} == {"real": False, "base": False, "tuned": True}
     assert "shuffled speakers (floor): all items are of one speaker" in results["not_measured"]
     shutil.rmtree(tmp_path / "out")
+
+
+def test_a_text_that_the_tokenizer_changes_is_told(waves: Path, tiny_dir: Path):
+    """A letter is lost on its way, as in chatterbox's issue 555: heard, that would be the model's fault."""
+    shutil.copytree(tiny_dir / "model", waves / "lossy")
+    path = waves / "lossy" / "tokenizer.json"
+    lossy = {"type": "Replace", "pattern": {"String": "ص"}, "content": ""}
+    path.write_text(json.dumps({**json.loads(path.read_text()), "normalizer": lossy}))
+    arguments = [
+        waves / "lossy",
+        waves / "list.jsonl",
+        waves / "out",
+        "--no-base",
+        "--config",
+        tiny_dir / "pipeline.toml",
+    ]
+    status, output = run(*arguments, "--similarity", "none", "--mos", "none", "--limit", 3, "--seeds", 2)
+    assert status == 0, output
+    scores = json.loads((waves / "out" / "results.json").read_text())["scores"]
+    assert scores["tuned"]["text_reached_the_model"] == pytest.approx(2 / 3, abs=1e-6)
+    assert scores["tuned"]["changed_texts"] == [
+        {"item": "s0-1", "asked": TEXTS[1], "reached": TEXTS[1].replace("ص", "")}
+    ]
+    assert scores["real"]["changed_texts"] == []
+    assert "tuned: the text of 1 items did not reach the model as it was asked; the first, s0-1" in output
+    assert "Texts that did not reach the model" in (waves / "out" / "report.html").read_text()
+
+
+def test_a_quantized_model_stands_beside_its_base(short_data: Path, tiny_dir: Path, tmp_path: Path):
+    pytest.importorskip("torchao", reason="pip install -c constraints.txt -e '.[quantize]'")
+    from tools.checkpoints.cli import main as checkpoints
+
+    arguments = ["quantize", tiny_dir / "model", tmp_path / "q4", "--int4"]
+    made = CliRunner().invoke(checkpoints, [str(argument) for argument in arguments])
+    assert made.exit_code == 0, made.output
+    arguments = [tmp_path / "q4", short_data, tmp_path / "out", "--config", tiny_dir / "pipeline.toml", "--limit", 2]
+    status, output = run(*arguments, "--similarity", "bands", "--mos", "none", "--greedy")
+    assert status == 0, output
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    systems = {system["name"]: system["weights"] for system in results["systems"]}
+    assert systems["tuned"] != systems["base"]
+    assert results["scores"]["tuned"]["utterances"] == results["scores"]["base"]["utterances"] == 2
+    assert "missing" not in results["scores"]["tuned"]["failures"]
 
 
 def test_a_model_that_is_none_is_refused(short_data: Path, tiny_dir: Path, tmp_path: Path):

@@ -191,6 +191,13 @@ def show(results: dict[str, Any]) -> None:
     for row in results["comparisons"]:
         if (row["second"] == "base" or " +" in row["first"]) and "another" not in row["metric"]:
             print_line(comparison_in_words(row))
+    for name, scores in results["scores"].items():
+        if changed := scores["changed_texts"]:
+            first = changed[0]
+            print_line(
+                f"{name}: the text of {len(changed)} items did not reach the model as it was asked; the first, {first['item']}: "
+                f"asked {first['asked']!r}, its tokens spell {first['reached']!r}"
+            )
     for line in results["not_measured"]:
         print_line(f"skipped: {line}")
 

@@ -7,22 +7,20 @@ MP3, a sixth of the wave; listen to OUT/waves for the last word on quality.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from shards.writer import write_bytes
+from tools.evaluate.blind_page import blind_body, blind_pair
 from tools.evaluate.request import Plan
-from tools.evaluate.systems import REFERENCE
+from tools.evaluate.sounds import Sounds
+from tools.evaluate.systems import System
 from tools.evaluate.utterances import Utterance
-from tools.evaluate.waves import read_wave
-from tools.web_page.page import arabic, cell, escaped, listed, page, player, section, table
+from tools.web_page.page import arabic, cell, escaped, listed, page, section, table
 from train.evaluation.text_protocols import HEADLINE
 
-QUESTION = "Which of the two sounds more like the voice of the reference, speaking naturally?"
 HERE = Path(__file__).parent
+ITEMS_PERTURBED = 10  # with sound, of each perturbation: as many players again as there are systems
 
 
 def write_report(out: Path, results: dict[str, Any], rows: list[Utterance], plan: Plan, num_players: int) -> list[Path]:
@@ -39,37 +37,6 @@ def write_report(out: Path, results: dict[str, Any], rows: list[Utterance], plan
         )
         write_bytes(pages[1], page("Blind comparison", body, (HERE / "blind.js").read_text(encoding="utf-8")).encode())
     return pages
-
-
-# --- sound ----------------------------------------------------------------------------------------------------------
-
-
-class Sounds:
-    """Players of waves, each encoded when it is asked for."""
-
-    def __init__(self, out: Path, rows: list[Utterance]) -> None:
-        self._out = out
-        self._rows = {(row.system, row.item, row.draw): row for row in rows}
-
-    def row(self, system: str, item: str, draw: int = 0) -> Utterance | None:
-        return self._rows.get((system, item, draw))
-
-    def has(self, system: str, item: str) -> bool:
-        row = self.row(system, item)
-        return row is not None and not row.error and row.duration_s > 0
-
-    def player(self, system: str, item: str, draw: int = 0) -> str:
-        """An audio element and its length, or why there is none."""
-        row = self.row(system, item, draw)
-        if row is None:
-            return "-"
-        return self.of(row.wave) if not row.error else f'<span class="failure">{escaped(row.error)}</span>'
-
-    def of(self, wave: str) -> str:
-        samples, facts = read_wave(self._out / wave)
-        if facts.error or not len(samples):
-            return f'<span class="failure">{escaped(facts.error or "empty")}</span>'
-        return player(samples)
 
 
 def items_shown(results: dict[str, Any], plan: Plan, num_players: int) -> list[str]:
@@ -91,6 +58,8 @@ def report_body(results: dict[str, Any], plan: Plan, sounds: Sounds, shown: list
         section("Is it better?", verdicts(results)),
         section("Systems", systems_table(results)),
         section("Worst first, side by side", players_table(results, plan, sounds, shown)),
+        section("Worse references, side by side", perturbed_table(plan, sounds, shown[:ITEMS_PERTURBED])),
+        section("Texts that did not reach the model", changed_texts(results)),
         section("By speaker", parts_table(results["speakers"], "speaker")),
         section("By group", parts_table(results["groups"], "group")),
         section("All differences", differences_table(results)),
@@ -180,7 +149,7 @@ def players_table(results: dict[str, Any], plan: Plan, sounds: Sounds, shown: li
             f"<td>{escaped(item.speaker)}<br><small>{escaped(name)}</small></td>",
             f'<td class="text" dir="auto">{arabic(item.text)}{heard}</td>',
             f'<td class="failure">{escaped(what)}</td>',
-            f"<td>{reference_player(plan, sounds, name)}</td>",
+            f"<td>{sounds.reference(name)}</td>",
         ]
         for system in systems:
             use = draw if sounds.row(system, name, draw) else 0
@@ -189,10 +158,47 @@ def players_table(results: dict[str, Any], plan: Plan, sounds: Sounds, shown: li
     return table(["#", "speaker", "text", "fault", "reference", *systems], rows)
 
 
-def reference_player(plan: Plan, sounds: Sounds, item: str) -> str:
-    from tools.evaluate.speaking import wave_name
+def perturbed_table(plan: Plan, sounds: Sounds, shown: list[str]) -> str:
+    """A row for each item and perturbation: what became of the reference, and what each model made of it."""
+    worse = [system for system in plan.systems if system.perturb]
+    models = list(dict.fromkeys(plain_name(system) for system in worse))
+    items = {item.id: item for item in plan.items.items}
+    rows = []
+    for name in shown:
+        for perturb in dict.fromkeys(system.perturb for system in worse):
+            row = [
+                f"<td>{escaped(items[name].speaker)}<br><small>{escaped(name)}</small></td>",
+                f'<td class="text" dir="auto">{arabic(items[name].text)}</td>',
+                cell(perturb),
+                f"<td>{sounds.reference(name, perturb)}</td>",
+            ]
+            row += [f"<td>{perturbed_player(sounds, f'{model} +{perturb}', name)}</td>" for model in models]
+            rows.append(row)
+    return table(["speaker", "text", "perturbation", "reference", *models], rows) if rows else ""
 
-    return sounds.of(wave_name(REFERENCE, 0, item))
+
+def plain_name(system: System) -> str:
+    return system.name.removesuffix(f" +{system.perturb}")
+
+
+def perturbed_player(sounds: Sounds, system: str, item: str) -> str:
+    row = sounds.row(system, item)
+    fault = f'<small class="failure">{escaped(row.failure)}</small>' if row and row.failure and not row.error else ""
+    return sounds.player(system, item) + fault
+
+
+def changed_texts(results: dict[str, Any]) -> str:
+    """Asked, and what the model's text tokens spell: a fault of the tokenizer that would be heard as the model's."""
+    rows = [
+        [
+            cell(name),
+            cell(changed["item"]),
+            *(f'<td class="text" dir="auto">{arabic(changed[key])}</td>' for key in ("asked", "reached")),
+        ]
+        for name, scores in results["scores"].items()
+        for changed in scores["changed_texts"]
+    ]
+    return table(["system", "item", "asked", "reached the model"], rows) if rows else ""
 
 
 def parts_table(parts: dict[str, dict[str, Any]], heading: str) -> str:
@@ -222,45 +228,3 @@ def models_list(results: dict[str, Any]) -> str:
         f"{system['name']}: {system['model'] or system['folder'] or system['kind']}" for system in results["systems"]
     ]
     return listed(lines)
-
-
-# --- blind comparison -----------------------------------------------------------------------------------------------
-
-
-def blind_pair(results: dict[str, Any]) -> tuple[str, str] | None:
-    """The system under test and what it is held against: the base, else the recordings."""
-    kinds = {
-        kind: [s["name"] for s in results["systems"] if s["kind"] == kind and not s["perturb"]]
-        for kind in ("tuned", "waves", "base", "real")
-    }
-    tested = kinds["tuned"] + kinds["waves"] or kinds["base"]
-    against = [name for name in kinds["base"] + kinds["real"] if name not in tested[:1]]
-    return (tested[0], against[0]) if tested and against else None
-
-
-def blind_body(plan: Plan, sounds: Sounds, shown: list[str], pair: tuple[str, str]) -> str:
-    """Pairs in a drawn order, each with its sides drawn; the key stands in the page, for the download alone."""
-    rng = np.random.default_rng(0)
-    items = {item.id: item for item in plan.items.items}
-    parts, key = [], []
-    for number, name in enumerate(np.array(shown, object)[rng.permutation(len(shown))].tolist()):
-        a, b = pair if rng.random() < 0.5 else pair[::-1]
-        item = items[name]
-        key.append({"item": name, "speaker": item.speaker, "a": a, "b": b})
-        buttons = "".join(
-            f'<button data-pair="{number}" data-choice="{choice}">{choice}</button>'
-            for choice in ("A", "B", "no difference")
-        )
-        parts.append(
-            f'<div class="pair" id="pair-{number}"><p class="text" dir="auto">{arabic(item.text)}</p>'
-            f"<table><tr><td>reference{reference_player(plan, sounds, name)}</td><td>A{sounds.player(a, name)}</td>"
-            f"<td>B{sounds.player(b, name)}</td></tr></table><p>{buttons}<span class='mine'></span></p></div>"
-        )
-    hidden = json.dumps({"question": QUESTION, "pairs": key}, ensure_ascii=True).replace("<", "\\u003c")
-    return (
-        f"<p>{QUESTION} Use headphones. Votes stay in this page until you download them.</p>"
-        f'<p><label>Listener <input id="listener"></label> <button id="download">Download votes</button> '
-        f'<span id="count">0 of {len(key)}</span></p>\n'
-        + "\n".join(parts)
-        + f'\n<script type="application/json" id="key">{hidden}</script>'
-    )

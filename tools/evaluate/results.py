@@ -62,8 +62,15 @@ def system_scores(rows: list[Utterance], floor: dict[str, float], ceiling: dict[
         "trailing_silence_s": rounded(np.mean([row.trailing_silence_s for row in spoken])) if spoken else None,
         "longest_copy_of_the_prompt_s": max(copied) if copied else None,
         "text_reached_the_model": share(reached) if reached else None,
+        "changed_texts": changed_texts(rows),
     }
     return scores
+
+
+def changed_texts(rows: list[Utterance]) -> list[dict[str, str]]:
+    """Items whose text the model's tokens do not spell: once each, for every draw has the same tokens."""
+    changed = {row.item: row for row in rows if row.text_reached is False}
+    return [{"item": item, "asked": row.text, "reached": row.text_of_model} for item, row in changed.items()]
 
 
 def error_figures(parts: list[Edits]) -> dict[str, Any]:

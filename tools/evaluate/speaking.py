@@ -44,6 +44,7 @@ class Spoken(msgspec.Struct, frozen=True, kw_only=True):
     ended: bool | None = None  # by itself; None: nobody knows
     copied_frames: int | None = None  # longest run of the prompt's codes
     text_reached: bool | None = None  # the model's text tokens spell the text that was asked
+    text_of_model: str = ""  # what they spell instead
     error: str = ""
 
     @property
@@ -280,9 +281,11 @@ def speak_item(speaker: Speaker, sample: Sample, max_frames: int, sampling: Samp
     wave = speaker.codec.decode(speech.codes)
     write_wave(out / row.wave, wave)
     ids = sample.text_item_ids(sample.facts.target_text)
+    reached = speaker.tokenizer.decode(ids.tolist(), skip_special_tokens=False).strip()
     return msgspec.structs.replace(
         row,
         ended=bool(speech.stopped),
         copied_frames=longest_copy(speech.codes.astype(np.int64), sample.reference_codes.astype(np.int64)),
-        text_reached=speaker.tokenizer.decode(ids.tolist(), skip_special_tokens=False).strip() == said.strip(),
+        text_reached=reached == said.strip(),
+        text_of_model="" if reached == said.strip() else reached,
     )

@@ -41,6 +41,7 @@ class Utterance(msgspec.Struct, frozen=True, kw_only=True):
     trailing_silence_s: float = 0.0
     copied_s: float | None = None
     text_reached: bool | None = None
+    text_of_model: str = ""  # where it did not
     recognised: str | None = None
     characters: dict[str, Edits] = {}  # by protocol; with the failure counted
     words: dict[str, Edits] = {}
@@ -113,6 +114,7 @@ def _utterance(
         trailing_silence_s=about.trailing_silence_s,
         copied_s=None if row is None or row.copied_frames is None else row.copied_frames / FRAMES_PER_SECOND,
         text_reached=row.text_reached if row else None,
+        text_of_model=row.text_of_model if row else "",
         recognised=recognised,
         characters=characters,
         words=words,
