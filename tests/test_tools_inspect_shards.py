@@ -19,6 +19,7 @@ from shards.manifest import open_dataset
 from shards.reader import SampleReader
 from shards.writer import shard_path
 from tools.inspect_shards.cli import main
+from tools.inspect_shards.opened import open_data
 from tools.inspect_shards.samples import SORT_KEYS, Wanted, chars_per_s, wanted_samples
 from tools.inspect_shards.summary import speaker_balance
 
@@ -60,21 +61,19 @@ def test_the_index_hides_no_sample_that_is_asked_for(varied, wanted):
     """Most questions are answered without reading a sample; the answer is that of reading all."""
     _, index = open_dataset(varied)
     expected = [sample.key for sample in SampleReader(varied).read_all(index) if wanted.holds(sample)]
-    assert [sample.key for sample in wanted_samples(varied, index, wanted)] == expected
+    assert [sample.key for sample in wanted_samples(open_data(str(varied)), wanted)] == expected
     assert len(expected) < 12 or wanted.text
 
 
 def test_the_bounds_are_seconds_of_the_audio_not_of_its_frames(varied):
-    _, index = open_dataset(varied)
-    found = list(wanted_samples(varied, index, QUESTIONS["short"]))
+    found = list(wanted_samples(open_data(str(varied)), QUESTIONS["short"]))
     assert [sample.facts.target.duration_s for sample in found] == [pytest.approx(13 / 25 - 0.013)]
 
 
 @pytest.mark.parametrize("sort", SORT_KEYS)
 @pytest.mark.parametrize("descending", [False, True])
 def test_sorted_by_value_then_by_key(varied, sort, descending):
-    _, index = open_dataset(varied)
-    found = list(wanted_samples(varied, index, Wanted(), sort, descending))
+    found = list(wanted_samples(open_data(str(varied)), Wanted(), sort, descending))
     values = [SORT_KEYS[sort](sample) for sample in found]
     assert values == sorted(values, reverse=descending)  # pyright: ignore[reportArgumentType]
     assert len({sample.key for sample in found}) == 12

@@ -23,6 +23,7 @@ from shards.sample import write_npy
 from shards.writer import write_json
 from tools.inspect_shards.cli import main
 from tools.inspect_shards.figures import code_figures, dataset_columns, histogram, histograms, text_shares
+from tools.inspect_shards.opened import open_data
 from tools.inspect_shards.readiness import nearest, suggestion
 from tools.inspect_shards.summary import histogram_lines
 from tools.web_page.page import POLICY
@@ -205,8 +206,7 @@ def test_codes_are_counted_per_codebook(make_dataset, make_sample, tmp_path: Pat
     codes = sample.target_codes.copy()
     codes[0], codes[1] = 7, np.tile([1, 2], 50)
     folder = make_dataset(tmp_path / "set", [dataclasses.replace(sample, target_codes=codes)])
-    _, index = open_dataset(folder)
-    facts = code_figures(folder, index)
+    facts = code_figures(open_data(str(folder)))
     assert facts["entropy_bits"][:2] == [0.0, 1.0]
     assert facts["never_used"][:2] == [1023, 1022]
     assert facts["repeats"][:2] == [1.0, 0.0]
@@ -221,9 +221,9 @@ def test_an_empty_set_has_a_summary_and_a_page(make_dataset, tmp_path: Path):
     ):
         done = run(*arguments)
         assert done.exit_code == 0, done.output
-    record, index = open_dataset(folder)
-    assert text_shares(dataset_columns(folder, record, index).table) == {}
-    assert histograms(record, index, dataset_columns(folder, record, index))["target_seconds"].counts == [0]
+    data = open_data(str(folder))
+    assert text_shares(dataset_columns(data).table) == {}
+    assert histograms(data.record, data.index, dataset_columns(data))["target_seconds"].counts == [0]
 
 
 @pytest.mark.parametrize("values", [[3.0], [1.0, 1.0], [0.0, 5.0], list(range(100))])

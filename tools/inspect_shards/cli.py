@@ -1,13 +1,13 @@
-"""`inspect-shards`: look into a data set.
+"""`inspect-shards`: look into a data set. DATA is its folder or URL, a shard, or several: a folder of tars, a glob, URLs.
 
-summary DATASET         what is in it, as a table a person understands
-list DATASET            one line per sample, of all or of those asked for
-show DATASET KEY        one sample: texts, turns, audio, codes; KEY is its twelve digits or the id of your list;
-                        --sequence prints what the model reads and learns, position by position
-report DATASET OUT      one page with figures, rejected rows, and samples to listen to
-decode DATASET KEY OUT  the sound that its codes hold, which is what the model learns to say
-compare A B             two data sets: counts, distributions, and what of B is in A already
-verify DATASET          every byte against the markers; exit status 1 names the shard and the sample
+summary DATA         what is in it, as a table a person understands
+list DATA            one line per sample, of all or of those asked for
+show DATA KEY        one sample: texts, turns, audio, codes; KEY is its twelve digits or the id of your list;
+                     --sequence prints what the model reads and learns, position by position
+report DATA OUT      one page with figures, rejected rows, and samples to listen to
+decode DATA KEY OUT  the sound that its codes hold, which is what the model learns to say
+compare A B          two data sets: counts, distributions, and what of B is in A already
+verify DATA          every byte against the markers; exit status 1 names the shard and the sample
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ from typing import Any
 import click
 import msgspec
 
-from shards.manifest import folder_of, open_dataset
 from shards.printable import printable
 from shards.terminal import FileToWrite, explained, print_json, print_line, print_table, progress_bar
 
 PATH = click.Path(path_type=Path)
-DATASET = click.argument("dataset", type=PATH)
+DATA = click.argument("data")
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print data as JSON on stdout.")
 CONFIG = click.option("--config", "config_path", type=PATH, help="Default: ./pipeline.toml if it exists.")
 RUN = click.option("--run", type=PATH, help="A RUN of `train` on this machine: its measured rate tells the hours.")
@@ -40,22 +39,21 @@ def main() -> None:
 
 
 @main.command()
-@DATASET
+@DATA
 @RUN
 @AS_JSON
 @CONFIG
 @OVERRIDES
-def summary(
-    dataset: Path, run: Path | None, as_json: bool, config_path: Path | None, overrides: tuple[str, ...]
-) -> None:
-    """What is in DATASET, and whether it is enough to train on."""
+def summary(data: str, run: Path | None, as_json: bool, config_path: Path | None, overrides: tuple[str, ...]) -> None:
+    """What is in DATA, and whether it is enough to train on."""
     from tools.inspect_shards.figures import dataset_columns
+    from tools.inspect_shards.opened import open_data
     from tools.inspect_shards.summary import all_facts, summary_lines, train_section
 
     with explained():
         section = train_section(config_path, overrides)
-        record, index = open_dataset(dataset)
-        facts = all_facts(dataset, record, index, dataset_columns(dataset, record, index), section, run)
+        opened = open_data(data)
+        facts = all_facts(opened, dataset_columns(opened), section, run)
     if as_json:
         print_json({**facts.pop("summary"), **facts}, indent=1)
         return
@@ -64,7 +62,7 @@ def summary(
 
 
 @main.command("list")
-@DATASET
+@DATA
 @AS_JSON
 @click.option("--speaker", help="Only this speaker.")
 @click.option("--min-seconds", type=float, help="Targets of at least this length.")
@@ -79,14 +77,14 @@ def summary(
 @click.option("--descending", is_flag=True, help="With --sort: largest first.")
 @click.option("--limit", type=click.IntRange(min=1), help="At most this many.")
 def list_command(
-    dataset: Path, as_json: bool, sort: str | None, descending: bool, limit: int | None, **wanted: Any
+    data: str, as_json: bool, sort: str | None, descending: bool, limit: int | None, **wanted: Any
 ) -> None:
-    """One line per sample of DATASET: key, id, speaker, seconds, characters per second, target text."""
+    """One line per sample of DATA: key, id, speaker, seconds, characters per second, target text."""
+    from tools.inspect_shards.opened import open_data
     from tools.inspect_shards.samples import Wanted, chars_per_s, wanted_samples
 
     with explained():
-        _, index = open_dataset(dataset)
-        for sample in islice(wanted_samples(dataset, index, Wanted(**wanted), sort, descending), limit):
+        for sample in islice(wanted_samples(open_data(data), Wanted(**wanted), sort, descending), limit):
             facts = sample.facts
             if as_json:
                 print_json({"key": sample.key, **msgspec.to_builtins(facts)})
@@ -97,24 +95,30 @@ def list_command(
 
 
 @main.command()
-@DATASET
+@DATA
 @click.argument("key")
 @AS_JSON
 @click.option("--sequence", is_flag=True, help="What the model reads and must say at every position.")
 @CONFIG
 @OVERRIDES
 def show(
-    dataset: Path, key: str, as_json: bool, sequence: bool, config_path: Path | None, overrides: tuple[str, ...]
+    data: str, key: str, as_json: bool, sequence: bool, config_path: Path | None, overrides: tuple[str, ...]
 ) -> None:
-    """One sample of DATASET."""
-    from tools.inspect_shards.describe import describe, describe_sequence
+    """One sample of DATA."""
+    from tools.inspect_shards.describe import describe
+    from tools.inspect_shards.opened import open_data
     from tools.inspect_shards.samples import find_sample
 
     with explained():
-        _, index = open_dataset(dataset)
-        sample = find_sample(dataset, index, key)
+        sample = find_sample(open_data(data), key)
         if sequence:
-            for line in describe_sequence(sample, config_path, overrides):
+            from tools.inspect_shards.show_sequence import describe_sequence
+
+            about = describe_sequence(sample, config_path, overrides)
+            if as_json:
+                print_json(about.facts())
+                return
+            for line in about.lines():
                 print_line(printable(line), to_stdout=True)
             return
     if as_json:
@@ -127,7 +131,7 @@ def show(
 
 
 @main.command()
-@DATASET
+@DATA
 @click.argument("key")
 @click.argument("out", type=FileToWrite())
 @click.option("--reference", is_flag=True, help="The reference's codes; default: the target's.")
@@ -135,7 +139,7 @@ def show(
 @CONFIG
 @OVERRIDES
 def decode(
-    dataset: Path,
+    data: str,
     key: str,
     out: Path,
     reference: bool,
@@ -145,12 +149,13 @@ def decode(
 ) -> None:
     """Write the sound of the codes of sample KEY as the wav file OUT, with the codec they were made with."""
     from tools.inspect_shards.decode import decode_sample
+    from tools.inspect_shards.opened import open_data
     from tools.inspect_shards.samples import find_sample
 
     with explained():
-        record, index = open_dataset(dataset)
-        sample = find_sample(dataset, index, key)
-        duration_s = decode_sample(record, sample, reference, out, config_path, overrides)
+        opened = open_data(data)
+        sample = find_sample(opened, key)
+        duration_s = decode_sample(opened.record, sample, reference, out, config_path, overrides)
     if as_json:
         part = "reference" if reference else "target"
         print_json({"key": sample.key, "part": part, "out": str(out), "duration_s": duration_s})
@@ -158,7 +163,7 @@ def decode(
 
 
 @main.command()
-@DATASET
+@DATA
 @click.argument("out", type=FileToWrite())
 @click.option("--players", default=20, show_default=True, type=click.IntRange(min=0), help="Samples with sound.")
 @RUN
@@ -166,7 +171,7 @@ def decode(
 @CONFIG
 @OVERRIDES
 def report(
-    dataset: Path,
+    data: str,
     out: Path,
     players: int,
     run: Path | None,
@@ -176,31 +181,32 @@ def report(
 ) -> None:
     """Write OUT, one HTML page: figures, rejected rows, and samples with sound decoded from their codes."""
     from tools.inspect_shards.figures import dataset_columns
+    from tools.inspect_shards.opened import open_data
     from tools.inspect_shards.players import Players
     from tools.inspect_shards.rejects import rejects_by_reason
     from tools.inspect_shards.report import write_report
     from tools.inspect_shards.summary import all_facts, train_section
 
     with explained():
-        record, index = open_dataset(dataset)
-        columns = dataset_columns(dataset, record, index)
-        facts = all_facts(dataset, record, index, columns, train_section(config_path, overrides), run)
-        facts["rejected"] = rejects_by_reason(folder_of(dataset))
-        sound = Players(record, config_path, overrides, players)
+        opened = open_data(data)
+        columns = dataset_columns(opened)
+        facts = all_facts(opened, columns, train_section(config_path, overrides), run)
+        facts["rejected"] = rejects_by_reason(opened.folder)
+        sound = Players(opened.record, config_path, overrides, players)
         if sound.fault:
             print_line(f"nothing is decoded from the codes: {sound.fault}")
-        with progress_bar("samples with sound", min(players, len(index))) as on_sample:
-            write_report(dataset, record, index, columns, facts, sound, players, out, on_sample)
+        with progress_bar("samples with sound", min(players, len(opened.index))) as on_sample:
+            write_report(opened, columns, facts, sound, players, out, on_sample)
     if as_json:
         print_json({"report": str(out), **facts}, indent=1)
     print_line(f"{out}: {out.stat().st_size / 1e6:.1f} MB; open it in any browser")
 
 
 @main.command("compare")
-@click.argument("a", type=PATH)
-@click.argument("b", type=PATH)
+@click.argument("a")
+@click.argument("b")
 @AS_JSON
-def compare_command(a: Path, b: Path, as_json: bool) -> None:
+def compare_command(a: str, b: str, as_json: bool) -> None:
     """Hold data set B (held out) against A (trained on). Exit status 1: an audio of one is learned in the other."""
     from tools.inspect_shards.compare import compare, open_side
     from tools.inspect_shards.summary import readable
@@ -225,16 +231,18 @@ def compare_command(a: Path, b: Path, as_json: bool) -> None:
 
 
 @main.command("verify")
-@DATASET
+@DATA
 @AS_JSON
-def verify_command(dataset: Path, as_json: bool) -> None:
-    """Check every shard of DATASET against its marker, and every sample of a damaged one."""
+def verify_command(data: str, as_json: bool) -> None:
+    """Check every shard of DATA against its marker, and every sample of a damaged one."""
     from tools.inspect_shards.damage import dataset_faults
+    from tools.inspect_shards.opened import open_data
 
     with explained():
-        record, index = open_dataset(dataset)
+        opened = open_data(data)
+        record, index = opened.record, opened.index
         with progress_bar("shards", len(record.shards)) as on_shard:
-            faults = dataset_faults(dataset, record, index, on_shard)
+            faults = dataset_faults(opened, on_shard)
     if as_json:
         print_json({"shards": len(record.shards), "faults": faults})
     for fault in faults:

@@ -7,7 +7,7 @@ their size; of one without, the samples that are read (`figures.READ_SAMPLES`), 
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -15,23 +15,26 @@ import numpy as np
 
 from shards.columns import common_rows, shared_audio
 from shards.errors import ShardError
-from shards.manifest import Dataset, folder_of, open_dataset
-from shards.reader import SampleReader
+from shards.manifest import Dataset
 from tools.inspect_shards.figures import Columns, dataset_columns, sound_shares, sound_values, text_shares
+from tools.inspect_shards.opened import OpenedData, open_data
 
 NAMED = 3
 
 
-class Side(msgspec.Struct, frozen=True):
-    path: Path
-    record: Dataset
-    index: np.ndarray
+@dataclass(frozen=True)
+class Side:
+    data: OpenedData
     columns: Columns
 
+    @property
+    def record(self) -> Dataset:
+        return self.data.record
 
-def open_side(path: Path) -> Side:
-    record, index = open_dataset(path)
-    return Side(path, record, index, dataset_columns(path, record, index))
+
+def open_side(spec: str) -> Side:
+    data = open_data(spec)
+    return Side(data, dataset_columns(data))
 
 
 def compare(a: Side, b: Side) -> dict[str, Any]:
@@ -49,7 +52,7 @@ def compare(a: Side, b: Side) -> dict[str, Any]:
 def counts(side: Side) -> dict[str, Any]:
     record = side.record
     return {
-        "path": str(folder_of(side.path)),
+        "path": side.data.name,
         "digest": record.digest[:16],
         "samples": record.num_samples,
         "rows": record.num_rows,
@@ -115,11 +118,11 @@ def contamination(a: Side, b: Side) -> dict[str, Any]:
 
 def named(side: Side, found: np.ndarray) -> list[str]:
     """The first few of these rows of the columns, as a person finds them again."""
-    reader = SampleReader(folder_of(side.path))
+    reader = side.data.reader()
     names = []
     for row in side.columns.rows[found[:NAMED]].tolist():
         try:
-            sample = reader.read(side.index[row])
+            sample = reader.read(side.data.index[row])
         except ShardError as error:
             names.append(str(error))
             continue

@@ -19,17 +19,21 @@ from shards.index import read_index
 from shards.manifest import Dataset, read_record
 from shards.reader import verify
 from shards.writer import ShardDone, shard_path
+from tools.inspect_shards.opened import OpenedData
 
 MAX_THREADS = 16  # more than a disk answers at once
 
 
-def dataset_faults(dataset: Path, record: Dataset, index: np.ndarray, on_shard: Callable[[], None]) -> list[str]:
+def dataset_faults(data: OpenedData, on_shard: Callable[[], None]) -> list[str]:
     """All faults, in the order of the shards; `on_shard` is called as each is done."""
+    dataset, record, index = data.folder, data.record, data.index
+    faults = list(data.faults)
     with ThreadPoolExecutor(min(MAX_THREADS, len(os.sched_getaffinity(0)))) as threads:
-        faults = []
-        for found in threads.map(lambda shard: shard_faults(dataset, shard), record.shards):
+        for found in threads.map(lambda shard: faults_of(data, shard), record.shards):
             faults += found
             on_shard()
+    if data.url:
+        return faults
     if not faults and not np.array_equal(index, joined_index(dataset, record)):
         faults.append(f"{dataset}/index.npy: differs from the indexes of the shards")
     columns = read_columns(dataset, record.num_samples)
@@ -38,6 +42,14 @@ def dataset_faults(dataset: Path, record: Dataset, index: np.ndarray, on_shard: 
         if columns.tobytes() != np.concatenate(parts).tobytes():  # bytes: NaN is not equal to itself
             faults.append(f"{dataset}/columns.npy: differs from the columns of the shards")
     return faults
+
+
+def faults_of(data: OpenedData, shard: ShardDone) -> list[str]:
+    if not data.url:
+        return shard_faults(data.folder, shard)
+    from tools.inspect_shards.remote_data import RangeReader
+
+    return RangeReader(data.folder, data.url).faults_of(shard, data.index)
 
 
 def shard_faults(dataset: Path, shard: ShardDone) -> list[str]:

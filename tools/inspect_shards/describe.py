@@ -1,11 +1,9 @@
-"""One sample for a person: its texts, turns, audio and codes, or what the model reads and learns position by position."""
+"""One sample for a person: its texts, turns, audio and codes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
-import msgspec
 import numpy as np
 
 from shards.sample import Sample
@@ -39,22 +37,3 @@ def describe(sample: Sample) -> Iterator[str]:
     if states is not None:
         yield f"Whisper states: {states.dtype}{list(states.shape)}"
     yield f"warnings: {', '.join(facts.warnings) or 'none'}   extra keys: {', '.join(facts.extra) or 'none'}"
-
-
-def describe_sequence(sample: Sample, config_path: Path | None, overrides: tuple[str, ...]) -> Iterator[str]:
-    """The sample as training with this configuration builds it."""
-    from shards.artifacts import load_tokenizer, resolve
-    from shards.config import read_config
-    from shards.sequence import SequenceBuilder
-    from tools.inspect_shards.show_sequence import sequence_lines
-    from train.config import TrainConfig
-    from train.model.conditioning import decide_conditioning
-
-    config = read_config(TrainConfig, config_path, overrides)
-    base_dir = resolve(config.model.base, config.model.revision, "model.base")
-    conditioning = decide_conditioning(config.sequence, config.features, base_dir)
-    section = msgspec.structs.replace(config.sequence, conditioning=conditioning.name)
-    yield f"layout {section.layout}, {conditioning}"
-    tokenizer = load_tokenizer(base_dir)
-    sequence = SequenceBuilder(tokenizer, section).training(sample)
-    yield from sequence_lines(sequence, tokenizer, config.loss.text_loss_weight, config.loss.audio_loss_weight)

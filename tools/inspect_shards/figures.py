@@ -7,17 +7,18 @@ any), up to READ_SAMPLES of its samples are read instead, and the figures say of
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
 import numpy as np
 
-from shards.columns import COLUMNS_DTYPE, columns_of, columns_row, read_columns
+from shards.columns import COLUMNS_DTYPE, columns_of, columns_row
 from shards.errors import ShardError
-from shards.manifest import Dataset, folder_of
-from shards.reader import SampleReader
+from shards.manifest import Dataset
+from shards.sample import Sample
 from shards.sequence import FRAMES_PER_SECOND, NUM_CODEBOOKS
+from tools.inspect_shards.opened import OpenedData
 
 CODE_SAMPLES = 400
 READ_SAMPLES = 2000
@@ -48,21 +49,22 @@ class Columns(msgspec.Struct, frozen=True):
         return len(self.table) == self.num_samples
 
 
-def dataset_columns(dataset: Path, record: Dataset, index: np.ndarray) -> Columns:
+def dataset_columns(data: OpenedData) -> Columns:
     """The data set's columns, or those of the samples that were read for want of them."""
-    whole = read_columns(folder_of(dataset), record.num_samples)
+    index = data.index
+    whole = data.columns()
     if whole is not None:
         return Columns(np.asarray(whole), np.arange(len(index)), len(index))
     rows, found = [], []
-    for row, sample in drawn_samples(dataset, index, READ_SAMPLES):
+    for row, sample in drawn_samples(data, READ_SAMPLES):
         rows.append(row)
         found.append(columns_row(sample.facts))
     return Columns(columns_of(found) if found else np.empty(0, COLUMNS_DTYPE), np.array(rows, int), len(index))
 
 
-def drawn_samples(dataset: Path, index: np.ndarray, most: int):
+def drawn_samples(data: OpenedData, most: int) -> Iterator[tuple[int, Sample]]:
     """(row, sample) of up to `most` samples, drawn with a fixed seed, in the order of the shards; the damaged are left out."""
-    reader = SampleReader(folder_of(dataset))
+    reader, index = data.reader(), data.index
     rows = np.sort(np.random.default_rng(0).permutation(len(index))[:most]) if len(index) else np.empty(0, int)
     for row in rows.tolist():
         try:
@@ -148,11 +150,11 @@ def sound_shares(table: np.ndarray) -> dict[str, float]:
     return {f"median_{name}": round(float(np.median(values)), 2) for name, values in found.items() if len(values)}
 
 
-def code_figures(dataset: Path, index: np.ndarray) -> dict[str, Any]:
+def code_figures(data: OpenedData) -> dict[str, Any]:
     """Per codebook, over the targets of the samples drawn: entropy in bits, codes never used, frames that repeat the last."""
     counts = np.zeros((NUM_CODEBOOKS, CODEBOOK_SIZE), np.int64)
     repeats, num_frames, num_pairs, num_samples = np.zeros(NUM_CODEBOOKS), 0, 0, 0
-    for _, sample in drawn_samples(dataset, index, CODE_SAMPLES):
+    for _, sample in drawn_samples(data, CODE_SAMPLES):
         codes = sample.target_codes
         for book, row in enumerate(codes):
             counts[book] += np.bincount(row, minlength=CODEBOOK_SIZE)[:CODEBOOK_SIZE]
@@ -164,7 +166,7 @@ def code_figures(dataset: Path, index: np.ndarray) -> dict[str, Any]:
     bits = -(share * np.log2(np.maximum(share, 1e-30))).sum(axis=1)
     return {
         "samples": num_samples,
-        "not_readable": min(CODE_SAMPLES, len(index)) - num_samples,
+        "not_readable": min(CODE_SAMPLES, len(data.index)) - num_samples,
         "frames": num_frames,
         "entropy_bits": [round(float(value), 3) for value in bits],
         "never_used": (counts == 0).sum(axis=1).tolist(),

@@ -17,10 +17,11 @@ import numpy as np
 
 from preprocess.reasons import ROLE_WARNINGS, ROLES, TEXT_WARNINGS
 from shards.columns import columns_row
-from shards.manifest import Dataset, folder_of
+from shards.manifest import Dataset
 from shards.sample import Sample
 from shards.writer import write_bytes
 from tools.inspect_shards.figures import Columns, drawn_samples
+from tools.inspect_shards.opened import OpenedData
 from tools.inspect_shards.players import Players
 from tools.web_page.charts import svg_bars, svg_histogram
 from tools.web_page.page import arabic, cell, escaped, listed, page, section, table
@@ -30,18 +31,19 @@ NUM_BARS_OF_SPEAKERS = 25
 
 
 def write_report(
-    dataset: Path, record: Dataset, index: np.ndarray, columns: Columns, facts: dict[str, Any], players: Players,
+    data: OpenedData, columns: Columns, facts: dict[str, Any], players: Players,
     num_players: int, out: Path, on_sample: Callable[[], None],
 ) -> None:  # fmt: skip
     """facts: of `summary.all_facts`."""
-    listed_samples = dict(drawn_samples(dataset, index, LISTED_SAMPLES))
+    record = data.record
+    listed_samples = dict(drawn_samples(data, LISTED_SAMPLES))
     chosen = choose(listed_samples, num_players)
     rows = []
     for row, why in chosen.items():
         rows.append(player_row(listed_samples[row], why, players))
         on_sample()
     parts = [
-        f"<p>{escaped(folder_of(dataset).resolve())}: {record.num_samples} samples of {len(record.speakers)} speakers, "
+        f"<p>{escaped(data.name)}: {record.num_samples} samples of {len(record.speakers)} speakers, "
         f"{record.target_hours:.3f} h of targets, {record.reference_hours:.3f} h of references; "
         f"{record.num_rows - record.num_samples} of {record.num_rows} rows rejected.</p>",
         section("Ready to train?", readiness_part(facts["readiness"])),
@@ -53,7 +55,7 @@ def write_report(
         section("Warnings", warnings_part(record)),
         section("Rejected rows", rejects_part(facts["rejected"])),
         section(f"Samples ({len(listed_samples)} of {record.num_samples}, drawn)", samples_table(listed_samples)),
-        section("Made of", made_of(dataset, record)),
+        section("Made of", made_of(data.name, record)),
     ]
     write_bytes(out, page("Data set", "\n".join(part for part in parts if part)).encode())
 
@@ -201,10 +203,10 @@ def samples_table(samples: dict[int, Sample]) -> str:
     return table(headings, rows, "samples") if rows else ""
 
 
-def made_of(dataset: Path, record: Dataset) -> str:
+def made_of(name: str, record: Dataset) -> str:
     prints = [f"{name}: {value or 'none'}" for name, value in msgspec.to_builtins(record.fingerprints).items()]
     settings = [f"{name} = {values}" for name, values in record.config.items()]
-    command = f"inspect-shards report {shlex.quote(str(dataset))} OUT.html"
+    command = f"inspect-shards report {shlex.quote(name)} OUT.html"
     return listed([f"digest: {record.digest}", *prints, *settings]) + f"<p><code>{escaped(command)}</code></p>"
 
 

@@ -7,18 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from shards.errors import ShardError
 from shards.index import hash64
 from shards.printable import printable
-from shards.reader import SampleReader
 from shards.sample import Sample
 from shards.sequence import FRAMES_PER_SECOND
 from shards.terminal import print_line
 from shards.writer import sample_key
+from tools.inspect_shards.opened import OpenedData
 
 SORT_KEYS: dict[str, Callable[[Sample], float | str]] = {
     "seconds": lambda sample: sample.facts.target.duration_s,
@@ -72,18 +71,18 @@ def chars_per_s(sample: Sample) -> float:
 
 
 def wanted_samples(
-    dataset: Path, index: np.ndarray, wanted: Wanted, sort: str | None = None, descending: bool = False
+    data: OpenedData, wanted: Wanted, sort: str | None = None, descending: bool = False
 ) -> Iterator[Sample]:
     """In the order of the shards, or sorted, equals by key. The price of sorting: all that match are held in memory."""
-    found = (sample for sample in sound_samples(dataset, wanted.rows(index)) if wanted.holds(sample))
+    found = (sample for sample in sound_samples(data, wanted.rows(data.index)) if wanted.holds(sample))
     if sort is None:
         return found
     return iter(sorted(sorted(found, key=lambda sample: sample.key), key=SORT_KEYS[sort], reverse=descending))
 
 
-def sound_samples(dataset: Path, index: np.ndarray) -> Iterator[Sample]:
+def sound_samples(data: OpenedData, index: np.ndarray) -> Iterator[Sample]:
     """Every usable sample; the others are named and counted on stderr."""
-    reader = SampleReader(dataset)
+    reader = data.reader()
     num_skipped = 0
     for row in index:
         try:
@@ -97,18 +96,19 @@ def sound_samples(dataset: Path, index: np.ndarray) -> Iterator[Sample]:
         )
 
 
-def find_sample(dataset: Path, index: np.ndarray, key: str) -> Sample:
+def find_sample(data: OpenedData, key: str) -> Sample:
     """By key without a search, by the user's id with one. Raises ShardError."""
-    reader = SampleReader(dataset)
+    reader, index = data.reader(), data.index
+    wanted, key = key, data.keys.get(key, key)
     if key.isdigit() and len(key) == 12:
         shard = int(key[:6])
         for position, row in enumerate(index[index["shard"] == shard]):
             if reader.key_of(row, position) == key:
                 return reader.read(row)
-    for sample in sound_samples(dataset, index):
+    for sample in sound_samples(data, index):
         if sample.facts.id == key:
             return sample
     first = sample_key(0, 0)
     raise ShardError(
-        f"{dataset}: no sample {key!r}; a key has twelve digits like {first}, `inspect-shards list` shows all"
+        f"{data.name}: no sample {wanted!r}; a key has twelve digits like {first}, `inspect-shards list` shows all"
     )

@@ -15,6 +15,7 @@ import numpy as np
 from shards.config import ModelSection, read_config
 from shards.manifest import Dataset
 from tools.inspect_shards.figures import Columns, code_figures, histograms, sound_shares, text_shares
+from tools.inspect_shards.opened import OpenedData
 from tools.inspect_shards.readiness import readiness
 from train.config import TrainSection
 
@@ -48,12 +49,11 @@ def summary_facts(record: Dataset, index: np.ndarray) -> dict[str, object]:
     }
 
 
-def all_facts(
-    dataset: Path, record: Dataset, index: np.ndarray, columns: Columns, section: TrainSection, run: Path | None
-) -> dict[str, Any]:
+def all_facts(data: OpenedData, columns: Columns, section: TrainSection, run: Path | None) -> dict[str, Any]:
     """What summary prints, report draws and compare holds side by side."""
     shares, sound = text_shares(columns.table), sound_shares(columns.table)
-    codes = code_figures(dataset, index)
+    codes = code_figures(data)
+    record, index = data.record, data.index
     ready = readiness(record, index, shares, sound, section, run)
     if codes["not_readable"]:
         drawn = codes["samples"] + codes["not_readable"]
