@@ -24,7 +24,7 @@ from shards.writer import write_json
 from tools.inspect_shards.cli import main
 from tools.inspect_shards.figures import code_figures, dataset_columns, histogram, histograms, text_shares
 from tools.inspect_shards.opened import open_data
-from tools.inspect_shards.readiness import nearest, suggestion
+from tools.inspect_shards.readiness import ELSEWHERE, nearest, suggestion
 from tools.inspect_shards.summary import histogram_lines
 from tools.web_page.page import POLICY
 from train.config import TrainSection
@@ -242,7 +242,24 @@ def test_a_rate_is_told_only_where_one_was_measured(data: Path, tmp_path: Path):
     (run_dir / "metrics.jsonl").write_text(f"{line}\n{line}\n")
     facts = json.loads(run("summary", data, "--json", "--run", run_dir).stdout)["readiness"]
     assert facts["expected_hours"] == pytest.approx(facts["steps"] * facts["tokens_per_step"] / 1000 / 3600, abs=0.01)
-    assert "unknown" in json.loads(run("summary", data, "--json").stdout)["readiness"]["expected_hours"]
+    assert facts["measured_on"] == "an unknown device"
+    write_json(run_dir / "environment.json", {"device": "NVIDIA H100", "ranks": 2})
+    facts = json.loads(run("summary", data, "--json", "--run", run_dir).stdout)["readiness"]
+    assert (facts["tokens_per_second"], facts["measured_on"]) == (1000.0, "2 x NVIDIA H100")
+    facts = json.loads(run("summary", data, "--json").stdout)["readiness"]
+    assert facts["expected_hours"].startswith("unknown: no rate was measured")
+    assert (facts["tokens_per_second"], facts["measured_on"]) == ("unknown", "nothing")
+    (run_dir / "metrics.jsonl").write_text(json.dumps({"step": 1}) + "\n")  # stopped before the first rate
+    facts = json.loads(run("summary", data, "--json", "--run", run_dir).stdout)["readiness"]
+    assert facts["expected_hours"].startswith("unknown")
+
+
+def test_reports_name_repository_and_issue_and_say_what_is_estimated():
+    for report in ELSEWHERE:
+        assert ("estimated" in str(report)) == bool(report.clips)
+        assert re.search(r"issue \d+$|v1\.2$", report.where), report
+    assert "anhnh2002/XTTSv2-Finetuning-for-New-Languages issue 28" in " ".join(nearest(900))
+    assert "about 15 h (estimated of 10,000 clips)" in " ".join(nearest(15))
 
 
 def test_suggestions_grow_with_the_data():

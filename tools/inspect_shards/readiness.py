@@ -1,8 +1,8 @@
 """Is there enough to train on, and with which settings to begin: the data set held against what others report.
 
 In: dataset.json, its figures, the training section, a run if one is given. Out: sentences and suggested values. What stands in
-ELSEWHERE are reports of other models, by their own words and not repeated by us; a rate of training is only told where one was
-measured, else it is "unknown".
+ELSEWHERE are single reports about other models, not repeated by us, and few say how many speakers; a rate of training is only
+told where one was measured, else it is "unknown".
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import shutil
 import statistics
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,17 +20,47 @@ from shards.errors import ShardError
 from shards.manifest import Dataset
 from train.config import TrainSection
 
-# (hours or None, what happened, where it is told)
-ELSEWHERE: tuple[tuple[float, str, str], ...] = (
-    (4.6, "Saudi, 4,286 clips, Chatterbox fine-tuned in part: released", "Sada-TTS v1.2"),
-    (5.0, "Arabic, F5-TTS fine-tuned: not intelligible", "F5-TTS issue 715"),
-    (
-        15.0,
-        "Arabic, 10,000 clips (hours estimated), Qwen3-TTS: good from the first epoch, digits wrong",
-        "Qwen3-TTS 179",
+SECONDS_PER_CLIP = 5.4  # where a report counts clips only: 15 h for 10,000 of them, an estimate of ours
+
+
+class Report(NamedTuple):
+    """What somebody told of a fine-tuning."""
+
+    hours: float
+    what: str
+    where: str  # repository and issue
+    clips: int = 0  # not 0: the hours are our estimate
+
+    def __str__(self) -> str:
+        hours = f"{self.hours:g} h"
+        if self.clips:
+            hours = f"about {self.hours:g} h (estimated of {self.clips:,} clips)"
+        return f"{hours}: {self.what} ({self.where})"
+
+
+def of_clips(clips: int, what: str, where: str) -> Report:
+    return Report(round(clips * SECONDS_PER_CLIP / 3600), what, where, clips)
+
+
+ELSEWHERE = (
+    Report(4.6, "Saudi, 4,286 clips, Chatterbox fine-tuned in part: released", "Sada-TTS v1.2"),
+    Report(
+        5.0,
+        "Arabic of one speaker, F5-TTS, some 1,000 epochs: samples were good on the way, the end is not intelligible",
+        "SWivid/F5-TTS issue 715",
     ),
-    (50.0, "LoRA on Chatterbox, one epoch, 1e-5: enough", "viterbox issue 3"),
-    (1000.0, "Darija in clips of 1-5 s, XTTS: the loss rose after a few epochs", "xtts-finetune 28"),
+    of_clips(6_500, "Arabic, Orpheus: only sentences that it has seen", "canopyai/Orpheus-TTS issue 110"),
+    of_clips(
+        10_000,
+        "Arabic, Qwen3-TTS: good from the first epoch, digits between Arabic words wrong",
+        "QwenLM/Qwen3-TTS issue 179",
+    ),
+    Report(50.0, "LoRA on Chatterbox, one epoch with 1e-5: enough", "viterbox issue 3"),
+    Report(
+        1000.0,
+        "Darija in clips of 1-5 s, XTTS: the loss rose after a few epochs",
+        "anhnh2002/XTTSv2-Finetuning-for-New-Languages issue 28",
+    ),
 )
 FEW_HOURS = 5.0
 SOME_HOURS = 50.0
@@ -52,7 +82,7 @@ def readiness(
     suggested = suggestion(record.target_hours, len(record.speakers), tokens, section)
     rate = measured_rate(run)
     gpus = found_gpus()
-    hours: Any = "unknown (no rate was measured here; name a run of this machine with --run)"
+    hours: Any = "unknown: no rate was measured; train a few steps here and name that RUN with --run"
     if rate:
         hours = round(suggested["steps"] * suggested["tokens_per_step"] / rate / 3600, 2)
     return {
@@ -63,6 +93,7 @@ def readiness(
         **suggested,
         "gpus": gpus or "none found",
         "tokens_per_second": rate or "unknown",
+        "measured_on": measured_on(run) if run and rate else "nothing",
         "expected_hours": hours,
         "warnings": warnings(record, index, shares, sound),
     }
@@ -83,11 +114,14 @@ def suggestion(hours: float, num_speakers: int, tokens: int, section: TrainSecti
     per_step = packs * budget
     epochs = section.num_epochs
     steps = max(MIN_STEPS, -(-tokens * epochs // per_step))
-    rate, why = 1e-4, "the default; the upper end of what is published for cloning"
+    rate, why = 1e-4, "the default; at the upper end of what is published for cloning"
     if hours < FEW_HOURS or num_speakers == 1:
-        rate, why = 2e-5, "little data: Higgs v2 was cured of bad output by 1e-5 to 3e-5 (boson issue 94)"
+        rate, why = (
+            2e-5,
+            "little data: Higgs v2 was cured of bad output by 1e-5 to 3e-5 (boson-ai/higgs-audio issue 94)",
+        )
     elif hours < SOME_HOURS:
-        rate, why = 5e-5, "LoRAs of codec models are published with 1e-5 to 5e-5"
+        rate, why = 5e-5, "between the published: LoRAs of Chatterbox 1e-5, of CSM 2e-4 (a demo)"
     return {
         "steps": int(steps),
         "passes": round(steps * per_step / max(1, tokens), 1),
@@ -101,8 +135,8 @@ def suggestion(hours: float, num_speakers: int, tokens: int, section: TrainSecti
 
 def nearest(hours: float) -> list[str]:
     """The two reports whose hours are nearest by ratio."""
-    ranked = sorted(ELSEWHERE, key=lambda report: abs(np.log((report[0]) / max(hours, 1e-3))))
-    return [f"{about:g} h: {what} ({source})" for about, what, source in sorted(ranked[:2])]
+    ranked = sorted(ELSEWHERE, key=lambda report: abs(np.log(report.hours / max(hours, 1e-3))))
+    return [str(report) for report in sorted(ranked[:2])]
 
 
 def measured_rate(run: Path | None) -> float | None:
@@ -118,6 +152,16 @@ def measured_rate(run: Path | None) -> float | None:
         ) from None
     rates = [line[RUN_RATE] for line in lines if isinstance(line, dict) and isinstance(line.get(RUN_RATE), int | float)]
     return round(statistics.median(rates[len(rates) // 2 :]), 1) if rates else None
+
+
+def measured_on(run: Path) -> str:
+    """The device and the model of a run, as it wrote them down itself."""
+    try:
+        facts = json.loads((run / "environment.json").read_text(encoding="utf-8"))
+        device, ranks = str(facts["device"]), int(facts["ranks"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return "an unknown device"
+    return f"{ranks} x {device}"
 
 
 def found_gpus() -> list[str]:
@@ -142,7 +186,8 @@ def warnings(record: Dataset, index: np.ndarray, shares: dict[str, float], sound
         return ["no sample: nothing can be trained"]
     if record.target_hours < FEW_HOURS:
         found.append(
-            f"{record.target_hours:.2f} h of targets: below {FEW_HOURS:g} h others report unintelligible Arabic"
+            f"{record.target_hours:.2f} h of targets: of {FEW_HOURS:g} h and less one report ends "
+            "unintelligible (SWivid/F5-TTS issue 715), one was released (Sada-TTS v1.2)"
         )
     top = max(record.speakers.values(), default=0) / num
     if len(record.speakers) == 1:
