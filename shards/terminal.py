@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -73,9 +74,9 @@ def print_table(
 
 @contextmanager
 def progress_bar(what: str, total: int) -> Iterator[Callable[[], None]]:
-    """Gives a function to call as each of `total` things is done. A bar on a terminal, nothing elsewhere."""
+    """Gives a function to call as each of `total` things is done. A bar on a terminal, elsewhere a line now and then."""
     if not sys.stderr.isatty():
-        yield lambda: None
+        yield PlainProgress(what, total)
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -84,6 +85,20 @@ def progress_bar(what: str, total: int) -> Iterator[Callable[[], None]]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=total)
         yield lambda: bar.advance(task)
+
+
+class PlainProgress:
+    """A line every PLAIN_LINE_EVERY_S, none for what is done sooner: for logs and pipes."""
+
+    def __init__(self, what: str, total: int) -> None:
+        self._what, self._total, self._done = what, total, 0
+        self._next = time.monotonic() + PLAIN_LINE_EVERY_S
+
+    def __call__(self) -> None:
+        self._done += 1
+        if time.monotonic() >= self._next:
+            self._next = time.monotonic() + PLAIN_LINE_EVERY_S
+            print_line(f"{self._what}: {self._done} of {self._total}")
 
 
 class FileToWrite(click.Path):

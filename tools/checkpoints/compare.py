@@ -7,6 +7,7 @@ data; ties go to the earlier step. Norms and distances are of the updates scale 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import msgspec
 from shards.errors import CheckpointError
 from shards.terminal import progress_bar
 from tools.checkpoints.curves import read_curves
-from tools.checkpoints.evaluations import Row, evaluations_of, rows_of
+from tools.checkpoints.evaluations import Row, evaluations_of, rows_of, run_of
 from tools.checkpoints.merge import choose_checkpoint
 from tools.checkpoints.updates import Update, read_update
 from train.run_folder.checkpoint_folders import AUDIO_LOSS, complete_checkpoints, damage, read_metrics, read_step
@@ -74,8 +75,8 @@ def compare(paths: Sequence[Path], evaluations: Sequence[Path] = ()) -> Comparis
             done()
     entries = [part.entry for part in read]
     winner, criterion = choose(entries)
-    runs = {folder.resolve().parents[1] for folder in folders}
-    curves = {run.name: read_curves(run, [HELD_OUT_LOSS])[HELD_OUT_LOSS] for run in sorted(runs)}
+    runs = sorted({run for folder in folders if (run := run_of(folder))})
+    curves = {name: read_curves(run, [HELD_OUT_LOSS])[HELD_OUT_LOSS] for name, run in names_of(runs).items()}
     notes = []
     if any(entry.uses_dora for entry in entries):
         notes.append(
@@ -116,7 +117,7 @@ def names_of(folders: Sequence[Path]) -> dict[str, Path]:
     """The shortest ends of the paths that tell them apart."""
     length = 1
     names = [folder.resolve().name for folder in folders]
-    while len(set(names)) < len(names):  # the paths are different, checked before
+    while len(set(names)) < len(names):  # ends, as the paths are different, checked before
         length += 1
         names = ["/".join(folder.resolve().parts[-length:]) for folder in folders]
     return dict(zip(names, folders, strict=True))
@@ -148,12 +149,6 @@ def _read(folder: Path, name: str, named: Sequence[Path]) -> _Read:
     return _Read(entry, update)
 
 
-def run_of(folder: Path) -> Path | None:
-    """The run that a checkpoint lies in, if it does."""
-    parents = folder.resolve().parents
-    return parents[1] if len(parents) > 1 and (parents[1] / "metrics.jsonl").is_file() else None
-
-
 def choose(entries: Sequence[Entry]) -> tuple[Entry | None, str]:
     """(the winner, by what). The lowest value; of equal ones the earlier step."""
     for conditions in [row.conditions for row in entries[0].evaluations]:
@@ -178,17 +173,24 @@ def cer_under(entry: Entry, conditions: Any) -> float | None:
 
 def distances_of(read: Sequence[_Read]) -> tuple[list[Distance], int]:
     """(of every pair that changes the same modules, number of the others)."""
-    found, unlike = [], 0
-    for number, first in enumerate(read):
-        for second in read[number + 1 :]:
-            product = first.update.product(second.update)
-            if product is None:
-                unlike += 1
-                continue
-            squares = [sum(value**2 for value in part.entry.norms.values()) for part in (first, second)]
-            norms = [value**0.5 for value in squares]
-            apart = max(0.0, sum(squares) - 2 * product) ** 0.5
-            mean = sum(norms) / 2
-            cosine = product / (norms[0] * norms[1]) if all(norms) else 0.0
-            found.append(Distance(first.entry.name, second.entry.name, apart / mean if mean else 0.0, cosine))
-    return found, unlike
+    pairs = list(itertools.combinations(read, 2))
+    found = []
+    with progress_bar("distances", len(pairs)) as done:
+        for first, second in pairs:
+            found.append(distance(first, second))
+            done()
+    known = [part for part in found if part]
+    return known, len(found) - len(known)
+
+
+def distance(first: _Read, second: _Read) -> Distance | None:
+    """None where they do not change the same modules."""
+    product = first.update.product(second.update)
+    if product is None:
+        return None
+    squares = [sum(value**2 for value in part.entry.norms.values()) for part in (first, second)]
+    norms = [value**0.5 for value in squares]
+    apart = max(0.0, sum(squares) - 2 * product) ** 0.5
+    mean = sum(norms) / 2
+    cosine = product / (norms[0] * norms[1]) if all(norms) else 0.0
+    return Distance(first.entry.name, second.entry.name, apart / mean if mean else 0.0, cosine)

@@ -7,14 +7,12 @@ with the line that installs it.
 from __future__ import annotations
 
 import gc
-import sys
-import time
 from collections.abc import Iterable, Sized
 from typing import Any
 
 import msgspec
 
-from shards.terminal import PLAIN_LINE_EVERY_S, print_line, progress_bar
+from shards.terminal import print_line, progress_bar
 from tools.evaluate.items import Items
 from tools.evaluate.mos import load_predictor
 from tools.evaluate.request import Plan, Request
@@ -115,14 +113,11 @@ def last(steps: Iterable[Any], total: Sized, what: str) -> Any:
     Returns what the last step has yielded as its second part, or an empty dictionary.
     """
     found: Any = {}
-    shown, number = time.monotonic(), 0
+    number = 0
     with progress_bar(what, len(total)) as advance:
-        for number, step in enumerate(steps, 1):
+        for number, step in enumerate(steps, 1):  # noqa: B007 - said at the end
             found = step[1] if isinstance(step, tuple) else step
             advance()
-            if time.monotonic() - shown > PLAIN_LINE_EVERY_S and not sys.stderr.isatty():
-                shown = time.monotonic()
-                print_line(f"{what} {number}/{len(total)}")
     if number:
         print_line(f"{what} {number}/{len(total)}")
     return found
