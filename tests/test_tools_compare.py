@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
@@ -249,3 +250,31 @@ def test_what_has_no_average_is_told(finished, tmp_path):
         done = invoke("average", two, folder, out)
         assert (done.exit_code, text in done.stderr) == (1, True), done.output
         assert not out.exists()
+
+
+def test_an_average_has_a_card_that_may_be_edited(finished, tmp_path):
+    """With the data of its sources, without losses of one of them; merged, it still says what it is."""
+    assert invoke("average", *steps(finished), tmp_path / "mean").exit_code == 0
+    text = (tmp_path / "mean" / "README.md").read_text()
+    metadata = yaml.safe_load(text.split("---")[1])
+    assert (metadata["pipeline_tag"], metadata["language"], metadata["license"]) == ("text-to-speech", ["ar"], "other")
+    assert "An average: the updates of" in text
+    assert "cut back to rank 4" in text
+    assert "| digest |" in text
+    assert "at this step" not in text
+    assert str(tmp_path) not in text
+    (tmp_path / "mean" / "README.md").write_text(text + "edited\n")
+    assert [finding for finding in validate_checkpoint(tmp_path / "mean") if not finding.passed] == []
+    merge_checkpoint(tmp_path / "mean", tmp_path / "merged")
+    assert "An average: the updates of" in (tmp_path / "merged" / "README.md").read_text()
+    (tmp_path / "mean" / "average.json").write_text('{"sources": [{}]}')
+    done = invoke("card", tmp_path / "mean", tmp_path / "card.md")
+    assert (done.exit_code, done.stderr.count("\n")) == (1, 1)
+
+
+def test_runs_of_one_name_keep_their_curves(finished, tmp_path):
+    for name in ("a", "b"):
+        shutil.copytree(finished, tmp_path / name / "run", symlinks=True)
+    found = compared([tmp_path / "a" / "run", tmp_path / "b" / "run"])
+    assert sorted(found.curves) == ["a/run", "b/run"]
+    assert len({entry.name for entry in found.entries}) == 2

@@ -6,8 +6,11 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 import torch
+import yaml
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
@@ -15,6 +18,8 @@ from shards.errors import CheckpointError, PipelineError
 from tools.checkpoints import quantize as module
 from tools.checkpoints.cli import main
 from tools.checkpoints.model_folder import convert_model
+from tools.checkpoints.quantized_card import own_card
+from tools.inference import HiggsAudioInference
 from train.model.probe import probe_logits
 from train.model.quantized import QuantizedLinear, packed, unpacked
 from train.model.weights import load_model, stored_dtype
@@ -84,6 +89,62 @@ def test_4_bits_are_behind_a_warning_with_figures(model_dir, tmp_path):
     assert report["linears_bytes_before"] / report["linears_bytes_after"] > 6  # fp32 -> 4 bits and a scale for 32
     assert 15 < min(report["snr_db"].values()) < 30
     assert torch.isfinite(probe_logits(load_model(tmp_path / "q4", torch.bfloat16))).all()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_few_bits_speak_the_same_for_the_same_seed(bits, model_dir, eight, tiny_dir, tmp_path):
+    """As `speak` and `serve` load them, whole and by parts, with a sampled and a greedy request."""
+    folder = eight
+    if bits == 4:
+        folder = tmp_path / "q4"
+        assert run(model_dir, folder, "--int4").exit_code == 0
+    wave = tmp_path / "voice.wav"
+    soundfile.write(wave, np.random.default_rng(0).normal(0, 0.1, 24000), 24000)
+    voice = HiggsAudioInference(str(folder), codec=str(tiny_dir / "codec"), device="cpu", torch_dtype="float32")
+    asked = {
+        "reference_audio": str(wave),
+        "target_text": "مرحبا بكم",
+        "reference_text": "صباح الخير",
+        "max_seconds": 1.0,
+    }
+    first, second = (voice.generate_speech(**asked, seed=3) for _ in range(2))
+    assert np.array_equal(first.codes, second.codes)
+    assert 0 < len(first.waveform) <= 24000
+    assert np.isfinite(first.waveform).all()
+
+
+def test_a_quantized_folder_has_a_card(model_dir, eight, tmp_path):
+    """Of a base: what is known. Of a merged one: its card, with what does not hold any more left out."""
+    metadata = yaml.safe_load((eight / "README.md").read_text().split("---")[1])
+    assert metadata["tags"] == ["text-to-speech", "higgs-audio-v2", "8-bit", "torchao"]
+    assert "base_model" not in metadata
+    merged = shutil.copytree(model_dir, tmp_path / "merged")
+    (merged / "higgs_voice.json").write_text("{}")
+    (merged / "curves.svg").write_text("<svg/>")
+    head = 'license: "other"\nlanguage: ["ar"]\nlibrary_name: "transformers"\npipeline_tag: "text-to-speech"\n'
+    head += 'tags: ["lora"]\nbase_model: "a/b"\nbase_model_relation: "finetune"\nmodel-index: [{"name": "x", "results": []}]\n'
+    (merged / "README.md").write_text(f"---\n{head}---\n\n# Title\n\n## Data\n\n7 hours ![x](curves.svg)\n")
+    assert run(merged, tmp_path / "q8", "--int8").exit_code == 0
+    text = (tmp_path / "q8" / "README.md").read_text()
+    metadata = yaml.safe_load(text.split("---")[1])
+    assert metadata == {
+        "license": "other", "language": ["ar"], "pipeline_tag": "text-to-speech", "tags": ["lora", "8-bit", "torchao"],
+        "base_model": "a/b", "base_model_relation": "quantized",
+    }  # fmt: skip
+    assert "7 hours" in text
+    assert "# Title" not in text
+    assert "| numbers chosen by | torchao" in text
+    assert (tmp_path / "q8" / "curves.svg").is_file()
+    assert str(tmp_path) not in text
+
+
+@pytest.mark.parametrize(
+    "card", ["", "no front matter", "---\n: : [\n---\n# T\n\nx\n", "---\n- a\n---\n# T\n\nx\n", b"\xff\xfe"]
+)
+def test_a_card_that_people_broke_is_made_anew(model_dir, tmp_path, card):
+    (tmp_path / "higgs_voice.json").write_text("{}")
+    (tmp_path / "README.md").write_bytes(card if isinstance(card, bytes) else card.encode())
+    assert own_card(tmp_path) == ({}, "")
 
 
 def test_the_older_layout_is_quantized_too(model_dir, eight, tmp_path):

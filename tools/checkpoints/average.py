@@ -8,6 +8,7 @@ the stacked factors, so no matrix of full size is ever made. What the cut lost i
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections import defaultdict
 from collections.abc import Sequence
@@ -19,7 +20,9 @@ from torch import Tensor
 
 from shards.encoders.tensor_files import save_tensors
 from shards.errors import CheckpointError
-from shards.writer import write_json
+from shards.terminal import progress_bar
+from shards.writer import write_bytes, write_json
+from tools.checkpoints.card import AVERAGE, card, gather
 from tools.checkpoints.merge import require_config
 from tools.checkpoints.model_folder import check_empty, new_folder
 from tools.checkpoints.updates import A, B, Factors, Update, read_update
@@ -27,8 +30,6 @@ from train.model.lora import PEFT_PREFIX
 from train.run_folder.checkpoint_folders import damage, digests, read_step
 from train.run_folder.identity import IDENTITY, model_differences, read_identity
 from train.run_folder.state import write_state
-
-REPORT = "average.json"
 
 
 class Source(msgspec.Struct, frozen=True):
@@ -64,12 +65,14 @@ def average_checkpoints(folders: Sequence[Path], out: Path) -> Average:
     tensors: dict[str, Tensor] = {}
     lost: defaultdict[str, float] = defaultdict(float)
     kept: defaultdict[str, float] = defaultdict(float)
-    for module in first.factors:
-        down, up, values = mean_factors([update.factors[module] for update in updates], rank)
-        tensors[f"{module}{A}"], tensors[f"{module}{B}"] = down.float(), (up / scale).float()
-        group = first.group(module)
-        lost[group] += float(values[rank:].square().sum())
-        kept[group] += float(values.square().sum())
+    with progress_bar("averaging", len(first.factors)) as done:
+        for module in first.factors:
+            down, up, values = mean_factors([update.factors[module] for update in updates], rank)
+            tensors[f"{module}{A}"], tensors[f"{module}{B}"] = down.float(), (up / scale).float()
+            group = first.group(module)
+            lost[group] += float(values[rank:].square().sum())
+            kept[group] += float(values.square().sum())
+            done()
     for name, tensor in first.whole.items():
         tensors[name] = torch.stack([update.whole[name].double() for update in updates]).mean(dim=0).to(tensor.dtype)
     norms = [sum(update.squares().values()) ** 0.5 for update in updates]
@@ -93,9 +96,16 @@ def average_checkpoints(folders: Sequence[Path], out: Path) -> Average:
         for name in (IDENTITY, "config.toml"):
             shutil.copyfile(require_config(folders[0] / name), partial / name)
         write_json(partial / "metrics.json", {})  # nothing has judged it
-        write_json(partial / REPORT, report)
+        write_json(partial / AVERAGE, report)
         write_json(partial / "COMPLETE", digests(partial))
+        text = own_card(partial, folders[0])
+        write_bytes(partial / "README.md", text.encode())  # behind COMPLETE: people edit it
     return report
+
+
+def own_card(folder: Path, source: Path) -> str:
+    """README.md: what the average knows of itself, and of the data of its first source."""
+    return card(dataclasses.replace(gather(folder, "adapter"), data=gather(source, "adapter").data))
 
 
 def mean_factors(parts: Sequence[Factors], rank: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -21,7 +21,7 @@ from shards.errors import CheckpointError, PipelineError, ShardError
 from shards.manifest import Dataset, read_dataset
 from shards.printable import printable, redact
 from tools.checkpoints.curves import line_chart, read_curves
-from tools.checkpoints.evaluations import Row, evaluations_of, rows_of
+from tools.checkpoints.evaluations import Row, evaluations_of, rows_of, run_of
 from tools.evaluate.systems import run_data
 from train.run_folder.checkpoint_folders import read_metrics, read_step
 from train.run_folder.identity import Identity, read_identity
@@ -37,6 +37,7 @@ NOT_SHOWN = frozenset(
 )
 SECTIONS = ("sequence", "text", "lora", "loss", "train")
 LANGUAGE = "ar"
+AVERAGE = "average.json"
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Facts:
     metrics: dict[str, Any]
     rows: list[Row]
     curves: str  # SVG; "" without
+    averaged: str = ""  # of what, where it is an average
 
     @property
     def base_id(self) -> str:
@@ -62,8 +64,7 @@ class Facts:
 
 def gather(checkpoint: Path, kind: Kind, evaluations: Sequence[Path] = ()) -> Facts:
     """Facts of a checkpoint folder. Raises CheckpointError for one that is not readable."""
-    run = checkpoint.resolve().parents[1]
-    run_of = run if (run / "metrics.jsonl").is_file() else None
+    run = run_of(checkpoint)
     try:
         config = parse_toml((checkpoint / "config.toml").read_text(encoding="utf-8"))
         settings = {f"{name}.{key}": value for name in SECTIONS for key, value in config.get(name, {}).items()}
@@ -71,7 +72,7 @@ def gather(checkpoint: Path, kind: Kind, evaluations: Sequence[Path] = ()) -> Fa
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{checkpoint}/config.toml: not readable: {error}; give a sound checkpoint") from None
     identity = read_identity(checkpoint)
-    curves = read_curves(run_of, ("loss/audio_loss", "eval/audio_loss")) if run_of else {}
+    curves = read_curves(run, ("loss/audio_loss", "eval/audio_loss")) if run else {}
     names = {"loss/audio_loss": "training", "eval/audio_loss": "held out"}
     return Facts(
         kind=kind,
@@ -79,11 +80,26 @@ def gather(checkpoint: Path, kind: Kind, evaluations: Sequence[Path] = ()) -> Fa
         model=model,
         settings=settings,
         identity=identity,
-        data=data_of(run_of, identity) if run_of else None,
+        data=data_of(run, identity) if run else None,
         metrics=read_metrics(checkpoint),
-        rows=rows_of(checkpoint, evaluations_of(run_of, evaluations)),
+        rows=rows_of(checkpoint, evaluations_of(run, evaluations)),
         curves=line_chart("audio loss", {names[name]: points for name, points in curves.items()}),
+        averaged=averaged_of(checkpoint),
     )
+
+
+def averaged_of(checkpoint: Path) -> str:
+    """What `checkpoints average` made it of; "" for what training wrote. Raises CheckpointError."""
+    if not (checkpoint / AVERAGE).is_file():
+        return ""
+    try:
+        report = json.loads((checkpoint / AVERAGE).read_text(encoding="utf-8"))
+        names = ", ".join(f"{source['name']} (step {source['step']})" for source in report["sources"])
+        return (
+            f"the updates of {names}, cut back to rank {report['rank']}, which lost {report['error']:.2%} of its norm"
+        )
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{checkpoint / AVERAGE}: not readable: {error}; average them again") from None
 
 
 def data_of(run: Path, identity: Identity) -> Dataset | None:
@@ -105,6 +121,7 @@ def card(facts: Facts, curves_name: str = "curves.svg") -> str:
         metadata(facts),
         f"# Higgs Audio v2, {'merged with a' if facts.kind == 'merged' else 'a'} LoRA for Arabic voice cloning\n",
         "It speaks a text in the voice of a reference clip that it has never heard. Trained with higgs-voice-pipeline.\n",
+        *([f"An average: {words(facts.averaged)}.\n"] if facts.averaged else []),
         "## Base\n\n" + table(("what", "which"), base_rows(facts)),
         "## Data\n\n" + table(("what", "value"), data_rows(facts)),
         "## Configuration\n\n"
@@ -244,9 +261,14 @@ def in_words(value: float, low: float | None, high: float | None, verdict: str) 
 def speak(facts: Facts) -> str:
     base = facts.base_id or "BASE"
     model = "THIS_FOLDER" if facts.kind == "merged" else f"{base} --adapter THIS_FOLDER/adapter"
-    options = '--reference voice.wav --reference-text "what is said in voice.wav" --text "..." --out speech.wav'
     adapter = "" if facts.kind == "merged" else ', adapter="THIS_FOLDER/adapter"'
     name = "THIS_FOLDER" if facts.kind == "merged" else base
+    return speak_lines(model, adapter, name)
+
+
+def speak_lines(model: str, adapter: str, name: str = "THIS_FOLDER") -> str:
+    """`model`: of the command line; `name`, `adapter`: of Python."""
+    options = '--reference voice.wav --reference-text "what is said in voice.wav" --text "..." --out speech.wav'
     return (
         f"```sh\nspeak {model} {options}\n```\n\n"
         "```python\nfrom tools.inference import HiggsAudioInference\n"
@@ -256,11 +278,13 @@ def speak(facts: Facts) -> str:
 
 
 def licence(facts: Facts) -> str:
-    link = LICENCE_FILE.get(facts.base_id)
+    return licence_of(facts.base_id)
+
+
+def licence_of(base_id: str) -> str:
+    link = LICENCE_FILE.get(base_id)
     if link:
-        return (
-            f"What is made from {facts.base_id} is under [its licence]({link}): read it before you publish or sell.\n"
-        )
+        return f"What is made from {base_id} is under [its licence]({link}): read it before you publish or sell.\n"
     return "The licence of the base holds for what is made from it; which one that is, is not known to the program.\n"
 
 

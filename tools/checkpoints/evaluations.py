@@ -59,6 +59,12 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
         return self.data, self.recognizer, self.protocol, self.items
 
 
+def run_of(checkpoint: Path) -> Path | None:
+    """The run that a checkpoint lies in, if it does."""
+    parents = checkpoint.resolve().parents
+    return parents[1] if len(parents) > 1 and (parents[1] / "metrics.jsonl").is_file() else None
+
+
 def evaluations_of(run: Path | None, named: Sequence[Path]) -> list[tuple[Path, dict[str, Any]]]:
     """(folder, results.json). Raises DataError for a named folder without; one of the RUN's own that is damaged is logged."""
     found = [(folder, read_results(folder)) for folder in named]

@@ -23,6 +23,7 @@ from shards.errors import CheckpointError, ConfigError
 from shards.json_file import read_json_object
 from tools.checkpoints.model_folder import check_empty, own_conditioning, write_model_folder
 from tools.checkpoints.quantize_effect import Effect, Samples, compared, measured
+from tools.checkpoints.quantized_card import quantized_card
 from train.model.config import read_model_config
 from train.model.decoder import HiggsAudio
 from train.model.lora import group_of
@@ -73,8 +74,11 @@ def quantize_model(
     samples: Samples | None,
     device: str = "cpu",
     report_step: Callable[[str], None] = lambda line: None,
+    name: str = "",
 ) -> Report:
-    """Write the quantized model into `out`. Raises CheckpointError, also where nothing would change."""
+    """Write the quantized model into `out`. `name`: of the model for its card, where it is the hub's.
+
+    Raises CheckpointError, also where nothing would change."""
     check_empty(out)
     torchao = import_torchao()
     config = read_model_config(folder)
@@ -134,6 +138,7 @@ def quantize_model(
         codec=codec,
         quantization=quantization,
         reports={REPORT: report},
+        texts=quantized_card(folder, name, report),
     )
     del state
     check_written(out, logits, device)

@@ -60,7 +60,7 @@ def quantize(
         if data:
             config = read_evaluate_config(config_path, (), (data,))
             found = read_held_out(data, folder, config, samples, seed)
-        report = quantize_model(folder, out, bits, found, chosen_device(device), print_line)
+        report = quantize_model(folder, out, bits, found, chosen_device(device), print_line, str(model))
     if as_json:
         print_json(to_builtins(report), indent=1)
     show(report)

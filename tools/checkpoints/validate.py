@@ -24,7 +24,7 @@ from shards.errors import PipelineError
 from shards.manifest import Fingerprints, check_fingerprints, open_dataset
 from shards.reader import SampleReader
 from shards.sequence import SequenceBuilder
-from tools.checkpoints.average import REPORT as AVERAGE
+from tools.checkpoints.card import AVERAGE
 from tools.checkpoints.findings import Failed, Finding, all_checked, some
 from tools.checkpoints.merge import CheckpointConfig, require_config
 from tools.evaluate.systems import run_data
