@@ -18,10 +18,11 @@ from train.config import TrainConfig
 from train.data.feed import Feed, WaitingEnded
 from train.data.loader import LoaderShare, dead_loader
 from train.evaluation.curve_monitor import CurveMonitor
+from train.run import Run, RunOptions
 from train.run_folder import checkpoint_folders
 from train.run_folder.metrics import console_line, held_out_history, log
 from train.run_folder.start import hold_run
-from train.set_up import Run, RunOptions, set_up
+from train.set_up import set_up
 from train.signals import Stopped, StopSignal
 from train.step import StepClock, StepSettings, garbage_collection_paused, train_step
 from train.world import World, join, leave, release_frames, shorten_timeout
