@@ -2,7 +2,7 @@
 
 In: a file's bytes. Out: the bytes with a true data size (`repaired`), or what is missing of a stated one (`missing`). A
 size of 0, of 4 GiB or just below 2 GiB is what ffmpeg, sox and arecord write into a pipe: it states nothing. The price: a
-wav from a pipe that was cut off cannot be told from a whole one.
+wav from a pipe that was cut off looks like a complete one.
 """
 
 from __future__ import annotations

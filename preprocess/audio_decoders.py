@@ -124,7 +124,7 @@ def _mpeg(data: bytes, frames: mpeg_frames.MpegFrames, max_duration_s: float, se
 def _by_libsndfile(data: bytes, max_duration_s: float, segment: Segment) -> Decoded:
     with _Stream(io.BytesIO(data)) as file:
         if file.format not in KNOWN_FORMS:
-            detail = f"{file.format_info}: nothing here checks whether it is whole; {CONVERT}"
+            detail = f"{file.format_info}: nothing here checks whether it is complete; {CONVERT}"
             raise AudioFault("audio_unreadable", detail)
         check_form(file.channels, file.samplerate)
         declared = file.frames if 0 < file.frames < 1 << 40 else None

@@ -3,7 +3,7 @@
 In: the mono wave at the file's own rate. Out: `SoundMeasures`. A file brought up from 8 or 16 kHz states a high rate and holds
 nothing above 4 or 8 kHz: its spectrum ends at a cliff, which no voice or room makes. The bandwidth is where that cliff stands;
 without one it is half the rate. The price: what was brought up without a filter (samples repeated or joined by lines) mirrors
-its sound above the cliff and is taken for whole.
+its sound above the cliff and counts as full-band.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ class SampleReader:
         """The key of a sample that cannot be read, or was not; `position`: its index row's number among its shard's.
 
         Keys count the rows of a shard's list, rejected ones too, and index rows only what was kept; so the key is read
-        from the sample's own tar header. Where that is damaged too, a shard without rejects still tells it, and any other
+        from the sample's own tar header. Where that is damaged too, a shard without rejects still shows it, and any other
         gets a name that no sound sample has.
         """
         shard = int(row["shard"])

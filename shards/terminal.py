@@ -35,7 +35,7 @@ def print_line(text: str, *, to_stdout: bool = False) -> None:
 
 
 def print_json(value: Any, indent: int | None = None) -> None:
-    """Data on stdout; nothing is left out of it."""
+    """Data on stdout; nothing is dropped from it."""
     echo(printable_json(value, indent), to_stdout=True)
 
 

@@ -49,8 +49,8 @@ def test_raw_keeps_all_but_blanks():
 
 
 def test_the_protocol_decides_the_score():
-    asked, heard = "ذهبت إلى المدرسة، يا أحمد!", "ذهبت الى المدرسه يا احمد"
-    rates = {name: round(word_edits(rule(asked), rule(heard)).rate, 2) for name, rule in PROTOCOLS.items()}
+    asked, hypothesis = "ذهبت إلى المدرسة، يا أحمد!", "ذهبت الى المدرسه يا احمد"
+    rates = {name: round(word_edits(rule(asked), rule(hypothesis)).rate, 2) for name, rule in PROTOCOLS.items()}
     assert rates == {"raw": 0.6, "strict": 0.0, "oualb": 0.2}
     assert HEADLINE == "strict"
     assert VERSIONS.keys() == PROTOCOLS.keys()
@@ -64,7 +64,7 @@ def test_groups_of_a_text():
 
 
 @pytest.mark.parametrize(
-    ("asked", "heard", "expected"),
+    ("asked", "hypothesis", "expected"),
     [
         ("abc", "abc", Edits(3)),
         ("abc", "", Edits(3, 0, 3, 0)),
@@ -75,8 +75,8 @@ def test_groups_of_a_text():
         ("kitten", "sitting", Edits(6, 2, 0, 1)),
     ],
 )
-def test_edits_are_kept_apart(asked: str, heard: str, expected: Edits):
-    assert character_edits(asked, heard) == expected
+def test_edits_are_kept_apart(asked: str, hypothesis: str, expected: Edits):
+    assert character_edits(asked, hypothesis) == expected
 
 
 def test_edits_are_the_fewest():

@@ -1,4 +1,4 @@
-"""Tars of strangers: every sample comes or is told, and no header makes the reader hang, fill the memory or stop early."""
+"""Tars of strangers: every sample is read or logged, and no header makes the reader hang, fill the memory or stop early."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_what_is_no_tar_is_said_in_words(kind: str, builder, tmp_path):
 
 
 def test_two_hundred_damaged_tars_lose_nothing_in_silence(packed, builder, tmp_path):
-    """Bits flipped, cut, holes, blocks doubled, zeroed or swapped: all samples come, or something is told."""
+    """Bits flipped, cut, holes, blocks doubled, zeroed or swapped: all samples come, or something is logged."""
     rng = random.Random(5)
     whole = tar_of([item for key in "abc" for item in members(packed, key)])
     num_told = 0

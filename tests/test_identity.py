@@ -188,7 +188,7 @@ def test_an_adapter_without_its_checkpoint_is_logged(place, configure, caplog):
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "message"),
     [
         ("train.seed=7", r"train\.seed: trained with 0, now 7"),
         ("lora.rank=8", r"lora\.rank: trained with 4, now 8"),
@@ -197,9 +197,9 @@ def test_an_adapter_without_its_checkpoint_is_logged(place, configure, caplog):
         ("train.batch_tokens=900", r"train\.batch_tokens: trained with 700, now 900"),
     ],
 )
-def test_a_run_does_not_go_on_with_other_sequences(place, configure, short_data, override, told):
+def test_a_run_does_not_go_on_with_other_sequences(place, configure, short_data, override, message):
     with pytest.raises(
-        PipelineError, match=rf"belongs to another run: {told}; restore those settings or give a new RUN"
+        PipelineError, match=rf"belongs to another run: {message}; restore those settings or give a new RUN"
     ):
         train(configure(override), short_data, place / "run", RunOptions())
     with pytest.raises(PipelineError, match="holds checkpoints of another run"):
@@ -233,7 +233,7 @@ def test_what_may_change_is_logged_and_the_run_goes_on(place, configure, short_d
 def test_an_identity_that_is_not_readable_is_one_line(place, configure, short_data):
     path = place / "run" / "checkpoints" / "checkpoint-2" / "identity.json"
     sound = json.loads(path.read_text())
-    for content, told in (
+    for content, message in (
         (b"{", "not readable"),
         (b"[]", "not readable"),
         (b"[" * 100_000, "not readable"),
@@ -245,9 +245,9 @@ def test_an_identity_that_is_not_readable_is_one_line(place, configure, short_da
         from train.run_folder.checkpoint_folders import digests
 
         (path.parent / "COMPLETE").write_text(json.dumps(digests(path.parent)))
-        with pytest.raises(CheckpointError, match=told):
+        with pytest.raises(CheckpointError, match=message):
             merge_checkpoint(place / "run", place / "merged")
-        with pytest.raises(CheckpointError, match=told):
+        with pytest.raises(CheckpointError, match=message):
             train(configure("train.batch_tokens=auto"), short_data, place / "run", RunOptions())
 
 

@@ -204,7 +204,7 @@ def test_forms_whose_length_nobody_checks_are_refused(name: str):
     """Half a file of these, or two with a header between them, would be read as if it were one."""
     fault = fault_of(encoded(voice(), name, "DPCM_16" if name == "XI" else "PCM_16"))
     assert fault.reason == "audio_unreadable"
-    assert "whether it is whole; convert it" in fault.detail
+    assert "whether it is complete; convert it" in fault.detail
 
 
 @pytest.mark.parametrize("name", ["MP3", "MP3 from a pipe", "MP2"])

@@ -48,7 +48,7 @@ def tree(out: Path) -> dict[str, bytes]:
     return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
 
 
-def test_the_data_set_is_whole(job: Path):
+def test_the_data_set_is_complete(job: Path):
     dataset, index = open_dataset(job)
     assert (dataset.num_rows, dataset.num_samples, len(index)) == (72, 72, 72)
     assert [shard.num_samples for shard in dataset.shards] == [16, 16, 16, 16, 8]

@@ -107,11 +107,11 @@ def outcomes(path: Path) -> set[str]:
 def table() -> dict[str, str]:
     lines = README.read_text(encoding="utf-8").split(TABLE)[1].split("\n## ")[0].splitlines()
     rows = [line.strip("| ").partition(" | ") for line in lines if line.startswith("|")]
-    return {kind: told for kind, _, told in rows[2:]}
+    return {kind: outcome for kind, _, outcome in rows[2:]}
 
 
-def told_of(begin: str) -> str:
-    return next(told for kind, told in table().items() if kind.startswith(begin))
+def outcome_of(begin: str) -> str:
+    return next(outcome for kind, outcome in table().items() if kind.startswith(begin))
 
 
 def test_every_line_of_the_table_is_tried():
@@ -123,8 +123,8 @@ def test_every_line_of_the_table_is_tried():
 
 @pytest.mark.parametrize("begin", BETWEEN)
 def test_a_row_of_the_table(tmp_path: Path, begin: str):
-    told = told_of(begin)
-    codes = set(re.findall(r"`([a-z]+_[a-z_]+)`", told))
+    outcome = outcome_of(begin)
+    codes = set(re.findall(r"`([a-z]+_[a-z_]+)`", outcome))
     for number, tried in enumerate(BETWEEN[begin]):
         folder = tmp_path / str(number)
         folder.mkdir()
@@ -140,7 +140,7 @@ def test_a_row_of_the_table(tmp_path: Path, begin: str):
 
 @pytest.mark.parametrize("begin", WHOLE)
 def test_a_list_of_the_table(tmp_path: Path, begin: str):
-    expected = "error" if told_of(begin).startswith("error") else "read"
+    expected = "error" if outcome_of(begin).startswith("error") else "read"
     path = tmp_path / "list.json"
     for data in WHOLE[begin]:
         path.write_bytes(data)
@@ -163,5 +163,5 @@ def test_a_list_that_changes_is_an_error(tmp_path: Path, monkeypatch: pytest.Mon
         path.write_bytes(array(ROW))
 
     monkeypatch.setattr(plan, "read_rows", changing)
-    assert told_of("a list that changes") == "error"
+    assert outcome_of("a list that changes") == "error"
     assert outcomes(path) == {"error"}

@@ -27,7 +27,7 @@ def with_field(json_text: bytes) -> bytes:
     return GOOD[:-1] + b', "misc": {"x": ' + json_text + b"}}"
 
 
-# kind -> (a row's bytes, what is told of it)
+# kind -> (a row's bytes, what its reject says)
 FAULTS = {
     "60 kB of brackets": (with_field(b"[" * 30000 + b"]" * 30000), "brackets more than 64 deep"),
     "65 brackets": (with_field(b"[" * 65 + b"]" * 65), "brackets more than 64 deep"),
@@ -66,7 +66,7 @@ def written(folder: Path, form: str, rows: list[bytes]) -> Path:
 @pytest.mark.parametrize("form", ["array", "lines"])
 @pytest.mark.parametrize("kind", FAULTS)
 def test_one_bad_row_is_one_reject_in_both_forms(tmp_path: Path, kind: str, form: str):
-    data, told = FAULTS[kind]
+    data, words = FAULTS[kind]
     for bad in (0, 1, 2):
         rows = [GOOD] * 3
         rows[bad] = data
@@ -80,7 +80,7 @@ def test_one_bad_row_is_one_reject_in_both_forms(tmp_path: Path, kind: str, form
         assert isinstance(reject, Reject)
         assert reject.reason == "row_invalid"
         assert reject.detail.startswith(f"row {bad} (line {bad + 1}): ")
-        assert told in reject.detail
+        assert words in reject.detail
         assert len(reject.detail) < 400
 
 

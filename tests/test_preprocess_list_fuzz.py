@@ -143,7 +143,7 @@ def try_list(folder: Path, seed: int) -> str:
     path = folder / name
     path.write_bytes(data)
     kept = rejected = 0
-    told = ""
+    message = ""
     try:
         for number, item in enumerate(read_rows(path)):
             assert item.row == number
@@ -164,10 +164,10 @@ def try_list(folder: Path, seed: int) -> str:
             assert speaker_of(item, "0" * 64).strip()
             kept += 1
     except PipelineError as error:
-        told = str(error)
-    if told:
-        assert len(told.splitlines()) == 1
-        assert len(told) < 500 + len(str(path))
+        message = str(error)
+    if message:
+        assert len(message.splitlines()) == 1
+        assert len(message) < 500 + len(str(path))
         return "error"
     return "kept" if kept else "rejected"
 

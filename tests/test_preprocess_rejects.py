@@ -1,4 +1,4 @@
-"""What is told of a row: audio that is no file is named, nothing long or secret lands in OUT, a list may not change meanwhile."""
+"""Rejects: audio that is no file is named, nothing long or secret lands in OUT, no list may change meanwhile."""
 
 from __future__ import annotations
 
@@ -97,9 +97,9 @@ def test_details_of_a_row_are_cut_and_hold_no_tokens(tmp_path: Path):
     )
     rows = [row({"audio_url": "b.wav"}, id=f"https://h/?token={SECRET}", speaker={"x": SECRET * 999})]
     ingest(Request(written(tmp_path, rows), tmp_path / "out"), 0)
-    told = (tmp_path / "out/job/rejects.jsonl").read_text(encoding="utf-8")
-    assert SECRET not in told
-    assert len(told) < 1000
+    rejects = (tmp_path / "out/job/rejects.jsonl").read_text(encoding="utf-8")
+    assert SECRET not in rejects
+    assert len(rejects) < 1000
 
 
 def test_a_list_that_changes_while_it_is_read_is_shortened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

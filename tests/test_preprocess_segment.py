@@ -148,9 +148,9 @@ def test_a_part_named_in_other_words_is_no_whole_file(key):
         return {"messages": [{"role": "user", "content": [{"type": "audio", "audio_url": "a.wav", key: value}]}]}
 
     for value in (1.5, 0, 3):
-        told = part_in_other_words(row(value))
-        assert told
-        assert "offset and duration" in told
+        fault = part_in_other_words(row(value))
+        assert fault
+        assert "offset and duration" in fault
     for value in (None, "0:03", True):
         assert part_in_other_words(row(value)) is None
     assert (

@@ -1,4 +1,4 @@
-"""Invisible marks are removed, controls are faults, shapes have a normaliser, garbled texts are told; sound texts stay."""
+"""Invisible marks are removed, controls are faults, shapes have a normaliser, garbled texts give a warning; sound texts stay."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ def server(tiny_speaker, tmp_path_factory):
         yield running
 
 
-def heard(body: bytes, name: str) -> np.ndarray:
+def decoded(body: bytes, name: str) -> np.ndarray:
     """What a decoder that is not the encoder's library makes of it, to the last packet."""
     if name == "pcm":
         return np.frombuffer(body, "<i2").astype(np.float32) / 32767
@@ -40,7 +40,7 @@ def test_whole_and_streamed_bodies_hold_every_sample(name):
     encoder = Encoder(name)
     streamed = [encoder.feed(piece) for piece in np.split(wave, [500, 7680, 50000])] + [encoder.finish()]
     for body in (encoded(name, [wave]), b"".join(streamed)):
-        found = heard(body, name)
+        found = decoded(body, name)
         assert 0 <= len(found) - len(wave) <= 0.1 * 24000
         loud = np.abs(found[-2400 - (len(found) - len(wave)) :])
         assert loud.max() > 0.3, "the end is missing"
@@ -61,7 +61,7 @@ def test_joined_mp3_bodies_play_to_the_end():
     """LibreChat joins the answers to pieces of a long text."""
     wave = (0.4 * np.sin(np.arange(48000) / 20)).astype(np.float32)
     one = encoded("mp3", [wave])
-    assert len(heard(one + one, "mp3")) == 2 * len(heard(one, "mp3"))
+    assert len(decoded(one + one, "mp3")) == 2 * len(decoded(one, "mp3"))
     with av.open(io.BytesIO(one + one), "r") as container:
         assert container.duration is not None
         assert container.duration > 4e6
@@ -76,7 +76,7 @@ def test_every_format_comes_under_its_own_name(server, name):
     assert answer.headers["x-stopped"] == "max_seconds"
     assert len(answer.headers["x-request-id"]) == 16
     assert int(answer.headers["content-length"]) == len(answer.content)
-    assert abs(len(heard(answer.content, name)) / 24000 - SPEECH_S) < 0.1
+    assert abs(len(decoded(answer.content, name)) / 24000 - SPEECH_S) < 0.1
 
 
 def test_mp3_is_what_comes_without_a_format(server):
@@ -105,7 +105,7 @@ def test_the_same_seed_says_the_same_streamed_or_not(server):
     whole = server.speak(response_format="pcm", seed=3).content
     for more in ({"stream": True}, {"stream_format": "audio"}, {"stream": False, "stream_format": "audio"}):
         again = server.speak(response_format="pcm", seed=3, **more)
-        assert np.abs(heard(again.content, "pcm") - heard(whole, "pcm")).max() < 1e-3
+        assert np.abs(decoded(again.content, "pcm") - decoded(whole, "pcm")).max() < 1e-3
         assert ("content-length" in again.headers) == (more.get("stream") is False)
     assert server.speak(response_format="pcm", seed=4).content != whole
 
@@ -119,12 +119,12 @@ def test_a_seed_that_was_drawn_can_be_asked_for(server):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_events_carry_the_sound_and_tell_how_it_ended(server, name):
+def test_events_carry_the_sound_and_how_it_ended(server, name):
     text = "".join(server.speak(response_format=name, stream_format="sse", seed=3).text)
     events = [json.loads(line.removeprefix("data: ")) for line in text.split("\n\n") if line]
     assert {one["type"] for one in events[:-1]} == {"speech.audio.delta"}
     body = b"".join(base64.b64decode(one["audio"]) for one in events[:-1])
-    assert abs(len(heard(body, name)) / 24000 - SPEECH_S) < 0.1
+    assert abs(len(decoded(body, name)) / 24000 - SPEECH_S) < 0.1
     assert events[-1]["type"] == "speech.audio.done"
     assert events[-1]["stopped"] == "max_seconds"
     assert events[-1]["usage"] == {"input_tokens": 15, "output_tokens": 12, "total_tokens": 27}
@@ -157,7 +157,7 @@ def test_the_guide_s_form_is_answered_with_sound(server):
     form = {"target_text": "نعم", "reference_text": CLIP_TEXT, "max_seconds": "0.48", "temperature": "0"}
     answer = server.client.post("/generate_speech", files=files, data=form)
     assert answer.headers["content-type"] == "audio/wav", answer.text
-    assert len(heard(answer.content, "wav")) == 12 * 960
+    assert len(decoded(answer.content, "wav")) == 12 * 960
     same = server.client.post("/generate_speech", files=files, params=form)
     assert same.content == answer.content
     lacking = server.client.post("/generate_speech", data=form, files={"other": b"x"})

@@ -216,7 +216,7 @@ def test_an_average_is_a_checkpoint(finished, tmp_path):
     assert proof.adapter_changes_logits > 0
 
 
-def test_what_has_no_average_is_told(finished, tmp_path):
+def test_what_has_no_average_is_refused(finished, tmp_path):
     two, four = steps(finished)
     out = tmp_path / "out"
     assert invoke("average", two, out).exit_code == 2

@@ -95,18 +95,18 @@ def test_the_suffix_decides_the_kind(tmp_path, suffix):
     wave[:3] = 1.5
     path = tmp_path / f"speech.{suffix}"
     assert write_audio(path, wave, 24000) == 3
-    heard, rate = soundfile.read(path, dtype="float32")
+    read_back, rate = soundfile.read(path, dtype="float32")
     assert rate == 24000
-    assert abs(len(heard) - len(wave)) < 3000
-    assert abs(np.abs(heard[30000:-30000]).max() - 0.5) < 0.06
+    assert abs(len(read_back) - len(wave)) < 3000
+    assert abs(np.abs(read_back[30000:-30000]).max() - 0.5) < 0.06
     assert soundfile.info(path).format == {"mp3": "MPEG"}.get(suffix, suffix.upper()) or suffix == "mp3"
 
 
 def test_a_stream_is_a_wav_that_players_read():
     wave = np.linspace(-1, 1, 4800, dtype=np.float32)
-    heard, rate = soundfile.read(io.BytesIO(stream_header(24000) + pcm16(wave)), dtype="float32")
+    read_back, rate = soundfile.read(io.BytesIO(stream_header(24000) + pcm16(wave)), dtype="float32")
     assert rate == 24000
-    np.testing.assert_allclose(heard, wave, atol=1e-4)
+    np.testing.assert_allclose(read_back, wave, atol=1e-4)
 
 
 def test_several_texts_become_numbered_files(speak, tmp_path, caplog):

@@ -186,7 +186,7 @@ def test_the_trained_model_votes_on_labels(sound, short_data, make_dataset, make
     assert "not checked" in failed.detail
 
 
-def test_labels_that_fit_better_elsewhere_are_told(sound, short_data, monkeypatch):
+def test_labels_that_fit_better_elsewhere_are_reported(sound, short_data, monkeypatch):
     import train.preflight as preflight
 
     def losses(model, batch, labels):
@@ -227,7 +227,7 @@ def test_a_merged_folder_is_validated_too(merged, sound):
     assert failed_of_model(sound.parents[2] / "base") == {}
 
 
-def test_damage_of_a_merged_folder_is_told(merged, sound, tmp_path):
+def test_damage_of_a_merged_folder_is_reported(merged, sound, tmp_path):
     def copy(name: str) -> Path:
         return shutil.copytree(merged, tmp_path / name)
 
@@ -260,7 +260,7 @@ def test_damage_of_a_merged_folder_is_told(merged, sound, tmp_path):
     assert "1 of 6 checks failed" in bad.stderr
 
 
-def test_list_says_which_is_whole_and_best(sound, tmp_path):
+def test_list_says_which_is_complete_and_best(sound, tmp_path):
     run = shutil.copytree(sound.parents[1], tmp_path / "run", symlinks=True)
     good = CliRunner().invoke(main, ["list", str(run)])
     assert good.exit_code == 0, good.output

@@ -197,7 +197,7 @@ def test_a_loader_that_ends_early_is_an_error_and_no_hang():
         next(feed)
 
 
-def test_the_command_tells_too_few_packs_with_numbers(dataset, run_command, tiny_dir, tmp_path):
+def test_the_command_refuses_too_few_packs_with_numbers(dataset, run_command, tiny_dir, tmp_path):
     result = run_command(
         "train", dataset, tmp_path / "run", "--config", tiny_dir / "pipeline.toml", "--set", "train.packs_per_step=16"
     )

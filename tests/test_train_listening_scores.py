@@ -108,7 +108,7 @@ def test_what_cannot_be_measured_is_refused_first(section: EvalSection, best_by:
         open_scores(section, best_by, listening, ALONE)
 
 
-def test_what_is_not_installed_is_left_out(monkeypatch: pytest.MonkeyPatch):
+def test_what_is_not_installed_is_skipped(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("train.evaluation.metric_models.importlib.util.find_spec", lambda name: None)
     scores = open_scores(EvalSection(score=True), "audio_loss", LISTENS, ALONE)
     assert scores is not None

@@ -92,7 +92,7 @@ def test_the_heaviest_pack_is_the_one_with_most_to_learn(make_dataset, make_samp
     assert len(heaviest.audio_rows) > 1.5 * len(packs.heaviest_pack(budget, light).audio_rows)
 
 
-def test_the_host_tells_what_was_really_taken():
+def test_the_host_reports_what_was_really_taken():
     memory = HostMemory()
     before = memory.in_use()
     size = 300 * MB

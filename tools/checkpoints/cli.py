@@ -1,7 +1,7 @@
 """`checkpoints`: what a run wrote, and what to do with it.
 
     list RUN            the complete checkpoints with their metrics
-    validate PATH       whether a checkpoint is whole, fits its base and does something
+    validate PATH       whether a checkpoint is complete, fits its base and does something
     compare RUN|A B     side by side, and which one to take
     average A B OUT     the mean of their updates as one checkpoint
     merge RUN OUT       base + adapter -> one model folder, in the native or the older layout
@@ -57,7 +57,7 @@ main.add_command(card)
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print data as JSON on stdout.")
 def list_command(run: Path, as_json: bool) -> None:
-    """The checkpoints of RUN, oldest first: step, size, held-out losses, evaluations, whether whole and best.
+    """The checkpoints of RUN, oldest first: step, size, held-out losses, evaluations, whether complete and best.
 
     Exit status 1 where one is damaged.
     """

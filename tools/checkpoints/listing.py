@@ -24,7 +24,7 @@ class Listed(msgspec.Struct, frozen=True, kw_only=True):
     step: int
     num_bytes: int
     is_best: bool
-    faults: list[str]  # what differs from what was written; empty for a whole one
+    faults: list[str]  # what differs from what was written; empty for a sound one
     evaluations: list[Row]
     metrics: dict[str, Any]  # the last ones logged before it
 

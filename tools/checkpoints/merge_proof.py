@@ -103,8 +103,8 @@ def check_logits(base: Tensor, adapted: Tensor, merged: Tensor, dtype: torch.dty
 def greedy_codes(model: HiggsAudio, tokenizer_dir: Path) -> np.ndarray:
     """[K, T] uint16, T at most PROBE_FRAMES: what the model says to a seeded prompt, the likeliest code each time."""
     draw = np.random.default_rng(0)
-    heard = draw.integers(0, CODEBOOK_SIZE, (NUM_CODEBOOKS, PROBE_FRAMES)).astype(np.uint16)
+    reference = draw.integers(0, CODEBOOK_SIZE, (NUM_CODEBOOKS, PROBE_FRAMES)).astype(np.uint16)
     tokenizer = load_tokenizer(tokenizer_dir)
-    sample = cloning_sample(tokenizer, "مرحبا", heard, "صباح الخير")
+    sample = cloning_sample(tokenizer, "مرحبا", reference, "صباح الخير")
     prompt = SequenceBuilder(tokenizer, SequenceSection(conditioning="codes")).prompt(sample)
     return generate(model, prompt, PROBE_FRAMES).codes

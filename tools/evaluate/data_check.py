@@ -293,8 +293,8 @@ def body(results: dict[str, Any], rows: list[Row], out: Path) -> str:
         shown = [by_item[row["item"]] for row in found[:MAX_PLAYERS]]
         parts.append(section(f"Worst 1 %, by {escaped(name)}", worst_table(shown, out)))
     if results["validation"]:
-        told = {key: value for key, value in results["validation"].items() if isinstance(value, int | float)}
-        parts.append(section("preprocess --validate-only", listed(f"{key}: {value}" for key, value in told.items())))
+        counts = {key: value for key, value in results["validation"].items() if isinstance(value, int | float)}
+        parts.append(section("preprocess --validate-only", listed(f"{key}: {value}" for key, value in counts.items())))
         parts.append(listed(f"{code}: {count}" for code, count in results["validation"]["rejects"].items()))
     parts.append(section("Not measured", listed(results["not_measured"])))
     return "\n".join(part for part in parts if part)

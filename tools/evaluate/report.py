@@ -71,8 +71,8 @@ def report_body(results: dict[str, Any], plan: Plan, sounds: Sounds, shown: list
 
 def verdicts(results: dict[str, Any]) -> str:
     """The differences to the base, or to the recordings where there is no base, in sentences."""
-    told = [row for row in results["comparisons"] if row["second"] == "base" or " +" in row["first"]]
-    rows = told or results["comparisons"]
+    headline = [row for row in results["comparisons"] if row["second"] == "base" or " +" in row["first"]]
+    rows = headline or results["comparisons"]
     lines = []
     for row in rows:
         spread = "" if row["low"] is None else f", 95 % interval {row['low']:+.4f} to {row['high']:+.4f}"
@@ -143,11 +143,11 @@ def players_table(results: dict[str, Any], plan: Plan, sounds: Sounds, shown: li
             else ""
         )
         said = bad["recognised"] if bad else None
-        heard = f"<br><small>recognised: {arabic(said)}</small>" if said else ""
+        recognised = f"<br><small>recognised: {arabic(said)}</small>" if said else ""
         row = [
             cell(place),
             f"<td>{escaped(item.speaker)}<br><small>{escaped(name)}</small></td>",
-            f'<td class="text" dir="auto">{arabic(item.text)}{heard}</td>',
+            f'<td class="text" dir="auto">{arabic(item.text)}{recognised}</td>',
             f'<td class="failure">{escaped(what)}</td>',
             f"<td>{sounds.reference(name)}</td>",
         ]

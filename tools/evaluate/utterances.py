@@ -92,8 +92,8 @@ def _utterance(
     characters, words = {}, {}
     if recognised is not None:
         for name, rule in PROTOCOLS.items():
-            asked, heard = rule(item.text), rule(recognised)
-            parts = character_edits(asked, heard), word_edits(asked, heard)
+            asked, hypothesis = rule(item.text), rule(recognised)
+            parts = character_edits(asked, hypothesis), word_edits(asked, hypothesis)
             characters[name], words[name] = (failed(part) if failure else part for part in parts)
     nothing = Similarity(0.0, 0.0)
     similarity = {name: nothing if failure in NO_WAVE else scores.get(key, nothing) for name, scores in voices.items()}

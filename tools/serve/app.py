@@ -49,8 +49,8 @@ def make_app(service: Service, rules: Rules) -> Guard:
 
     async def refused(request: Request, error: Exception) -> ErrorAnswer:
         if isinstance(error, HTTPException):
-            told = {404: "no such address", 405: "not with this method"}.get(error.status_code, str(error.detail))
-            error = ApiError(error.status_code, told, headers=dict(error.headers or {}))
+            message = {404: "no such address", 405: "not with this method"}.get(error.status_code, str(error.detail))
+            error = ApiError(error.status_code, message, headers=dict(error.headers or {}))
         return ErrorAnswer(as_api_error(error))
 
     app.add_exception_handler(ApiError, refused)  # pyright: ignore[reportArgumentType]

@@ -59,8 +59,8 @@ class Metrics:
         with self._lock:
             counts, buckets = dict(self._counts), {name: list(row) for name, row in self._buckets.items()}
         lines: list[str] = []
-        for name, (kind, told) in HELP.items():
-            lines += [f"# HELP speech_server_{name} {told}", f"# TYPE speech_server_{name} {kind}"]
+        for name, (kind, text) in HELP.items():
+            lines += [f"# HELP speech_server_{name} {text}", f"# TYPE speech_server_{name} {kind}"]
             if kind == "gauge" and name in self._gauges:
                 lines.append(f"speech_server_{name} {self._gauges[name]():g}")
             elif kind == "counter":

@@ -44,8 +44,8 @@ def read_upload(data: bytes, limits: Limits, param: str) -> AudioFile:
     except (RuntimeError, ValueError, TypeError):  # another kind, or none: the decoder says which
         samples_per_s = 0
     if samples_per_s > MAX_SAMPLES_PER_S:
-        told = f"{param}: {samples_per_s} samples a second in its header, at most {MAX_SAMPLES_PER_S}"
-        raise ApiError(400, f"{told}; convert it to 24 kHz mono", param=param)
+        problem = f"{param}: {samples_per_s} samples a second in its header, at most {MAX_SAMPLES_PER_S}"
+        raise ApiError(400, f"{problem}; convert it to 24 kHz mono", param=param)
     with AT_ONCE:
         try:
             audio = read_recordings([data])[0]
@@ -53,8 +53,8 @@ def read_upload(data: bytes, limits: Limits, param: str) -> AudioFile:
             detail = str(error).removeprefix("reference number 1: ")
             raise ApiError(400, f"{param}: {detail}", param=param, code="unusable_audio") from None
     if audio.measures.duration_s > limits.max_reference_s:
-        told = f"{param}: {audio.measures.duration_s:.1f} s, at most {limits.max_reference_s:g} s here"
-        raise ApiError(400, f"{told}; cut out the clip of the voice", param=param)
+        problem = f"{param}: {audio.measures.duration_s:.1f} s, at most {limits.max_reference_s:g} s here"
+        raise ApiError(400, f"{problem}; cut out the clip of the voice", param=param)
     return audio
 
 

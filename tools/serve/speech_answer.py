@@ -53,11 +53,11 @@ class SpeechAnswer:
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
-        def tell(event: Event) -> None:
+        def deliver(event: Event) -> None:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(self._events.put_nowait, event)
 
-        self._job = Job(fields.request, reference, tell, in_windows=fields.stream is not None)
+        self._job = Job(fields.request, reference, deliver, in_windows=fields.stream is not None)
         service.queue.submit(self._job)
 
     async def __call__(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
@@ -144,7 +144,9 @@ class SpeechAnswer:
                     await delta(await asyncio.to_thread(encoder.feed, one))
             assert ended is not None
             await delta(await asyncio.to_thread(encoder.finish))
-            await event({"type": "speech.audio.done", "usage": usage(self._fields, ended)} | told(ended), more=False)
+            await event(
+                {"type": "speech.audio.done", "usage": usage(self._fields, ended)} | end_facts(ended), more=False
+            )
         except ApiError as error:
             await event({"type": "speech.audio.error"} | error.body(), more=False)
         finally:
@@ -175,6 +177,6 @@ def usage(fields: SpeechFields, ended: Ended) -> dict[str, int]:
     return {"input_tokens": given, "output_tokens": spoken, "total_tokens": given + spoken}
 
 
-def told(ended: Ended) -> dict[str, Any]:
+def end_facts(ended: Ended) -> dict[str, Any]:
     frames = sum(part.codes.shape[1] for part in ended.parts)
     return {"stopped": stop_reason(ended), "audio_seconds": frames / FRAMES_PER_SECOND}

@@ -1,7 +1,7 @@
 """What a request for speech says: OpenAI's fields, vLLM-Omni's, and the sampler's, from JSON or a form.
 
 In: a mapping. Out: `SpeechFields`, all of it checked. Fields that nobody knows are accepted, because clients send some (LibreChat
-`backend`, Home Assistant whatever its user has typed); those that are known and have no effect here are told in `ignored`.
+`backend`, Home Assistant whatever its user has typed); those that are known and have no effect here are listed in `ignored`.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ class Job:
 
     request: SpeechRequest  # without its reference
     reference: Callable[[Speaker], Reference]  # called in the thread of the queue
-    tell: Callable[[Event], None]  # as well
+    deliver: Callable[[Event], None]  # as well
     in_windows: bool  # sound while it is spoken; else part by part
     accepted: float = field(default_factory=time.monotonic)
     is_cancelled: bool = False
@@ -275,13 +275,13 @@ class SpeechQueue:
         spoken.follow()
         waves = spoken.waves()
         if is_first:
-            job.tell(Started())
+            job.deliver(Started())
         for wave in waves:
             if not job.has_sound:
                 job.has_sound = True
                 self.metrics.observe("first_sound_seconds", time.monotonic() - job.accepted)
             self.metrics.count("audio_seconds_total", len(wave) / SAMPLE_RATE)
-            job.tell(Sound(wave))
+            job.deliver(Sound(wave))
         if utterance.is_done:
             if not job.has_sound:
                 self._fail(job, ApiError(500, NO_SOUND, code="no_sound"), "failed")
@@ -289,7 +289,7 @@ class SpeechQueue:
                 return
             self.metrics.observe("speech_seconds", time.monotonic() - job.accepted)
             ended = Ended(utterance.parts, utterance.is_complete)
-            job.tell(ended)
+            job.deliver(ended)
             self._leave(job, stop_reason(ended))
 
     def _leave(self, job: Job, ended: str | None = None) -> None:
@@ -300,7 +300,7 @@ class SpeechQueue:
 
     def _fail(self, job: Job, error: ApiError, ended: str) -> None:
         self.metrics.count("speech_total", ended=ended)
-        job.tell(Failed(error))
+        job.deliver(Failed(error))
 
     def _abandon(self, error: ApiError) -> None:
         with self._changed:

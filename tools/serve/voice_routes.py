@@ -88,8 +88,11 @@ def shown(facts: VoiceFacts) -> dict[str, Any]:
 def text_of(texts: dict[str, str], name: str, most: int, *, required: bool = False) -> str:
     text = texts.get(name, "").strip()
     if required and not text:
-        told = {"name": "what to call the voice", "consent": "who has agreed that this voice is cloned, or an id of it"}
-        raise ApiError(400, f"{name} is missing: {told.get(name, 'a text')}", param=name)
+        expected = {
+            "name": "what to call the voice",
+            "consent": "who has agreed that this voice is cloned, or an id of it",
+        }
+        raise ApiError(400, f"{name} is missing: {expected.get(name, 'a text')}", param=name)
     if len(text) > most:
         raise ApiError(400, f"{name}: {len(text)} characters, at most {most}", param=name)
     return text

@@ -35,14 +35,14 @@ def count_edits(asked: Sequence[str], recognised: Sequence[str]) -> Edits:
     """The fewest edits that turn `asked` into `recognised`: time and memory of n * m cells."""
     n, m = len(asked), len(recognised)
     numbers = {symbol: number for number, symbol in enumerate({*asked, *recognised})}
-    heard = np.array([numbers[symbol] for symbol in recognised], np.int32)
+    hypothesis = np.array([numbers[symbol] for symbol in recognised], np.int32)
     places = np.arange(m + 1, dtype=np.int32)
     costs = np.empty((n + 1, m + 1), np.int32)
     costs[0] = places
     for i, symbol in enumerate(asked, 1):
         row = costs[i]
         row[0] = i
-        row[1:] = np.minimum(costs[i - 1, :-1] + (heard != numbers[symbol]), costs[i - 1, 1:] + 1)
+        row[1:] = np.minimum(costs[i - 1, :-1] + (hypothesis != numbers[symbol]), costs[i - 1, 1:] + 1)
         row[:] = np.minimum.accumulate(row - places) + places  # insertions: a cell to the left costs one more
     return _walk_back(costs, asked, recognised)
 

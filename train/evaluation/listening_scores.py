@@ -29,7 +29,7 @@ log = logging.getLogger("train")
 
 
 class ListeningScores:
-    """Scores the speech of a step. The models are named in `section`; those that cannot be had are left out and logged."""
+    """Scores the speech of a step. The models are named in `section`; those that cannot be had are skipped and logged."""
 
     def __init__(self, section: EvalSection, listening: Listening) -> None:
         """Raises ConfigError for a name or a folder that is none."""
@@ -68,8 +68,8 @@ class ListeningScores:
         rule, parts = PROTOCOLS[HEADLINE], list[Edits]()
         for sample, wave, by_itself in zip(self._listening.samples, waves, ended, strict=True):
             asked = rule(sample.facts.texts[sample.facts.target_text])
-            heard = rule(recognizer.text_of(wave)) if len(wave) else ""
-            part = character_edits(asked, heard)
+            recognised = rule(recognizer.text_of(wave)) if len(wave) else ""
+            part = character_edits(asked, recognised)
             parts.append(part if by_itself else failed(part))
         return corpus(parts).rate
 

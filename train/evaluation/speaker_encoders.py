@@ -59,7 +59,7 @@ def unit(vector: np.ndarray) -> np.ndarray:
 
 
 class Resemblyzer:
-    """GE2E d-vectors (256) over 1.6 s windows, levelled to -30 dBFS. Its own cut of pauses is left out: it needs whole files."""
+    """GE2E d-vectors (256) over 1.6 s windows, levelled to -30 dBFS. Its own cut of pauses is not applied: it needs files."""
 
     def __init__(self) -> None:
         path, version = package_file("resemblyzer", "resemblyzer", "pretrained.pt", INSTALL_RESEMBLYZER)

@@ -188,7 +188,7 @@ def move_away(folder: Path) -> Path:
 
 
 def set_aside(run_dir: Path, step: int, best_by: str = AUDIO_LOSS) -> None:
-    """Rename checkpoints of later steps than the one a run goes on from: damaged ones, or those it was told to leave.
+    """Rename checkpoints of later steps than the one a run goes on from: damaged ones, or those it was asked to leave.
 
     Under their own name they would count as the newest, and the ones this run writes would be removed as old.
     """
