@@ -39,8 +39,17 @@ def test_names_with_commas_are_read_once_each():
     ]
 
 
+def test_without_its_text_the_reference_stays_what_it_is():
+    wave = speech()
+    assert parse_perturbation("notext").name == "notext"
+    found, text = worse("notext", wave)
+    assert text is None
+    assert (found == wave).all()
+
+
 @pytest.mark.parametrize(
-    "name", ["", "noise", "noise10", "noise10db", "phone8", "short0s", "short99s", "phone1k", "noise1e3dB", "echo"]
+    "name",
+    ["notext1s", "", "noise", "noise10", "noise10db", "phone8", "short0s", "short99s", "phone1k", "noise1e3dB", "echo"],
 )
 def test_what_is_no_perturbation_is_refused(name: str):
     with pytest.raises(ConfigError, match="--perturb"):

@@ -49,7 +49,7 @@ NUM_DRAWS = 3  # of sampling: one draw of a model that was not changed differs f
     "--perturb",
     multiple=True,
     metavar="NAMES",
-    help="Say all once more with worse references, as in noise10dB,phone8k,short3s.",
+    help="Say all once more with worse references, as in noise10dB,phone8k,short3s,notext.",
 )
 @click.option("--language", default="ar", help="Of the texts, for the recognizer.")
 @click.option(

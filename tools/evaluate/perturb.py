@@ -2,8 +2,9 @@
 
 In: a reference [S] float32 and its text. Out: the same, worse, and equal for equal seeds. `noiseNdB` adds white noise N dB
 below the speech, `phoneNk` is a telephone line of N kHz (300 Hz to 3400 Hz of an 8 kHz line, mu-law of 8 bits), `shortNs`
-keeps the first N seconds. A short reference keeps the same share of its text, cut between words: where nobody has marked the
-words that is as near as one comes, and the price is a word too many or too few now and then.
+keeps the first N seconds, `notext` does not tell the model what is said in it. A short reference keeps the same share of its
+text, cut between words: where nobody has marked the words that is as near as one comes, and the price is a word too many or
+too few now and then.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ FORMS = {
 }
 RANGES = {"noise": (-20.0, 80.0), "phone": (4.0, 16.0), "short": (0.5, 30.0)}
 UNITS = {"noise": "dB", "phone": "k", "short": "s"}
+NO_TEXT = "notext"
 LOWEST_HZ = 300.0
 HIGHEST_SHARE = 3400 / 8000  # of the line's rate
 MU = 255.0
@@ -33,12 +35,12 @@ SPEECH_BELOW_PEAK = 0.01  # what is quieter is a pause, and noise is measured ag
 class Perturbation(msgspec.Struct, frozen=True):
     """One kind with its amount; `name` is how it was asked for."""
 
-    kind: Literal["noise", "phone", "short"]
-    amount: float
+    kind: Literal["noise", "phone", "short", "notext"]
+    amount: float  # 0 of "notext"
 
     @property
     def name(self) -> str:
-        return f"{self.kind}{self.amount:g}{UNITS[self.kind]}"
+        return NO_TEXT if self.kind == NO_TEXT else f"{self.kind}{self.amount:g}{UNITS[self.kind]}"
 
 
 def parse_perturbations(texts: tuple[str, ...]) -> list[Perturbation]:
@@ -48,6 +50,8 @@ def parse_perturbations(texts: tuple[str, ...]) -> list[Perturbation]:
 
 
 def parse_perturbation(name: str) -> Perturbation:
+    if name == NO_TEXT:
+        return Perturbation(NO_TEXT, 0.0)
     for kind, form in FORMS.items():
         found = form.fullmatch(name)
         if not found:
@@ -56,7 +60,9 @@ def parse_perturbation(name: str) -> Perturbation:
         if not low <= amount <= high:
             raise ConfigError(f"--perturb {name}: {amount:g} is out of range, {low:g} to {high:g} {UNITS[kind]}")
         return Perturbation(kind, amount)  # pyright: ignore[reportArgumentType]
-    raise ConfigError(f"--perturb {name!r}: expected noiseNdB, phoneNk or shortNs, as in noise10dB,phone8k,short3s")
+    raise ConfigError(
+        f"--perturb {name!r}: expected noiseNdB, phoneNk, shortNs or notext, as in noise10dB,phone8k,short3s"
+    )
 
 
 def perturbed(
@@ -64,6 +70,8 @@ def perturbed(
 ) -> tuple[np.ndarray, str | None]:
     """wave [S] float32 -> (wave [S'] float32 within -1 to 1, its text). `seed`: any text; the same gives the same wave."""
     amount = perturbation.amount
+    if perturbation.kind == NO_TEXT:
+        return wave, None
     if perturbation.kind == "noise":
         return within_full_scale(with_noise(wave, amount, seed)), text
     if perturbation.kind == "phone":

@@ -256,8 +256,8 @@ def prompt_sample(
     return speaker.sample(speaker.reference([audio], said), item.text)
 
 
-def write_perturbed(system: System, item: Item, out: Path) -> tuple[Path, str]:
-    """The perturbed reference, a file that can be heard, and its text. Raises DataError."""
+def write_perturbed(system: System, item: Item, out: Path) -> tuple[Path, str | None]:
+    """The perturbed reference, a file that can be heard, and its text (None: not told). Raises DataError."""
     from preprocess.audio import CODEC_RATE
     from shards.encoders.codec import write_wave
 
@@ -268,7 +268,7 @@ def write_perturbed(system: System, item: Item, out: Path) -> tuple[Path, str]:
     changed, said = perturbed(parse_perturbation(system.perturb), wave, CODEC_RATE, item.reference_text, seed)
     path = out / wave_name(f"{REFERENCE} +{system.perturb}", 0, item.id)
     write_wave(path, changed)
-    return path, said or ""
+    return path, said
 
 
 def speak_item(speaker: Speaker, sample: Sample, max_frames: int, sampling: Sampling, row: Spoken, out: Path) -> Spoken:
