@@ -14,7 +14,7 @@ import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -59,6 +59,7 @@ class SequenceSection(msgspec.Struct, frozen=True, kw_only=True):
     # "auto": "whisper+codes" where the checkpoint has a Whisper tower, else "codes".
     conditioning: Literal["auto", "codes", "whisper+codes"] = "auto"
     system_prompt: str = RELEASED_SYSTEM_PROMPT
+    reference_text_dropout: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] = 0.0  # share of samples in training
 
 
 Config = TypeVar("Config", bound=msgspec.Struct)

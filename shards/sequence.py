@@ -7,10 +7,14 @@ The targets are stored already shifted (`next_token`, `next_codes`; `label_shift
 With conditioning "whisper+codes" a reference becomes [Whisper rows at 25 Hz][columns]: the rows carry the id of
 `<|AUDIO|>`, take the text path, and their embeddings come from a Whisper tower.
 
+A voice whose words are not known (`sequence.reference_text_dropout`) stands in the system turn, in its scene, without a
+turn of text before it: the released examples' form.
+
 Letters: K = 8 codebooks, T = codec frames of one audio, A = T + K + 1 delayed columns, L = positions of the sequence,
 W = Whisper rows of one reference.
-Formats: prompt and labels of boson-ai/higgs-audio `prepare_chatml_sample` and its collator, delay pattern of the released
-model; facts and measurements in NOTES.md.
+Formats: prompt and labels of boson-ai/higgs-audio `prepare_chatml_sample` and its collator, the voice without text of its
+examples/generation.py (--ref_audio_in_system_message), delay pattern of the released model; facts and measurements in
+NOTES.md.
 """
 
 from __future__ import annotations
@@ -51,6 +55,10 @@ SPECIAL_TOKENS = {
     "<|AUDIO|>": WHISPER,
     "<|AUDIO_OUT|>": AUDIO_OUT,
 }
+
+
+SCENE_START, SCENE_END = "<|scene_desc_start|>", "<|scene_desc_end|>"
+VOICE = "SPEAKER0: "  # before the audio of the first, here the only, speaker
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +114,13 @@ class SequenceBuilder:
     def __init__(self, tokenizer: Tokenizer, section: SequenceSection) -> None:
         """Raises ConfigError when the tokenizer does not have Higgs Audio v2's special tokens."""
         check_special_tokens(tokenizer)
+        if section.reference_text_dropout and section.layout != "clone":
+            raise ConfigError(
+                f"sequence.reference_text_dropout = {section.reference_text_dropout:g} needs sequence.layout "
+                f'"clone": turns of layout {section.layout!r} stay as they were written; set it to 0'
+            )
         self.layout = section.layout
+        self.reference_text_dropout = section.reference_text_dropout  # > 0: the model knows voices without their text
         self.uses_whisper = section.conditioning == "whisper+codes"  # "auto" is decided by whoever knows the checkpoint
         self._headers = {
             role: encode_text(tokenizer, f"<|start_header_id|>{role}<|end_header_id|>\n\n")
@@ -114,28 +128,39 @@ class SequenceBuilder:
         }
         # None: every row's own system text.
         self._system = encode_text(tokenizer, section.system_prompt) if section.system_prompt else None
+        # Around the reference of a voice without text; the first holds the configured system text.
+        self._before_voice, self._after_voice = (
+            encode_text(tokenizer, part) for part in around_voice(section.system_prompt)
+        )
 
-    def training(self, sample: Sample) -> Sequence:
-        """The whole sequence with its targets."""
-        return assemble(self._segments(sample))
+    def training(self, sample: Sample, with_reference_text: bool = True) -> Sequence:
+        """The whole sequence with its targets; without the reference's text in the form for voices without one."""
+        return assemble(self._segments(sample, with_reference_text))
 
     def prompt(self, sample: Sample) -> Sequence:
         """The training sequence cut right before the target's first column: what generation continues.
 
-        The sample's target codes are not read.
+        The sample's target codes are not read. Where the reference has no text, a model that was trained so gets the form
+        that it knows; for another its place stays empty.
         """
         segments = self._segments(sample)
         cut = next(i for i, segment in enumerate(segments) if isinstance(segment, Audio) and segment.is_target)
         return assemble(segments[:cut])
 
-    def lengths(self, index: np.ndarray) -> np.ndarray:
-        """Sequence length [n] int64 of each index row, without reading a sample."""
+    def lengths(self, index: np.ndarray, with_reference_text: np.ndarray | None = None) -> np.ndarray:
+        """Sequence length [n] int64 of each index row, without reading a sample. with_reference_text [n] bool: all, if None."""
         if self.layout == "as_written":
             text = index["num_as_written_tokens"].astype(np.int64)
         else:
             system = index["num_system_tokens"] if self._system is None else len(self._system)
             texts = index["num_reference_text_tokens"].astype(np.int64) + index["num_target_text_tokens"]
             text = self._clone_fixed_tokens + system + texts
+            if self.reference_text_dropout:
+                has_text = index["num_reference_text_tokens"] > 0
+                has_text = has_text if with_reference_text is None else has_text & with_reference_text
+                own = index["num_system_tokens"].astype(np.int64) if self._system is None else 0
+                without = self._voice_fixed_tokens + own + index["num_target_text_tokens"].astype(np.int64)
+                text = np.where(has_text, text, without)
         whisper = num_rows(index["mel_samples"].astype(np.int64)) if self.uses_whisper else 0
         return text + whisper + index["reference_frames"] + index["target_frames"] + 2 * NUM_MARKER_COLUMNS
 
@@ -149,15 +174,26 @@ class SequenceBuilder:
         turns = len(headers["system"]) + 2 * len(headers["user"]) + 2 * len(headers["assistant"])
         return 1 + turns + 5 + 2 * 2  # begin of text, 5 end of turn, 2 x (audio_out_bos, audio_eos)
 
-    def _segments(self, sample: Sample) -> list[Segment]:
-        return self._clone(sample) if self.layout == "clone" else self._as_written(sample)
+    @property
+    def _voice_fixed_tokens(self) -> int:
+        headers = self._headers
+        turns = len(headers["system"]) + len(headers["user"]) + len(headers["assistant"])
+        voice = len(self._before_voice) + len(self._after_voice)
+        return (
+            1 + turns + voice + 3 + 2 * 2
+        )  # begin of text, 3 end of turn, 2 x (audio_bos or audio_out_bos, audio_eos)
+
+    def _segments(self, sample: Sample, with_reference_text: bool = True) -> list[Segment]:
+        if self.layout != "clone":
+            return self._as_written(sample)
+        has_text = bool(len(sample.text_item_ids(sample.facts.reference_text)))
+        without = self.reference_text_dropout and not (has_text and with_reference_text)
+        return self._clone_without_text(sample) if without else self._clone(sample)
 
     def _clone(self, sample: Sample) -> list[Segment]:
         """The released model's cloning prompt: the reference as an earlier assistant turn."""
         facts = sample.facts
-        system = self._system
-        if system is None:
-            system = sample.text_item_ids(facts.system_text) if facts.system_text is not None else _ids()
+        system = self._own_system(sample) if self._system is None else self._system
         return [
             Text(_ids(BEGIN_OF_TEXT)),
             Text(self._headers["system"]),
@@ -170,14 +206,40 @@ class SequenceBuilder:
             Text(_ids(AUDIO_OUT_BOS)),
             self._reference(sample),
             Text(_ids(AUDIO_EOS, EOT)),
+            *self._asked_and_said(sample),
+        ]
+
+    def _clone_without_text(self, sample: Sample) -> list[Segment]:
+        """The released examples' form for a voice without text: the reference in the scene of the system turn."""
+        return [
+            Text(_ids(BEGIN_OF_TEXT)),
+            Text(self._headers["system"]),
+            *([Text(self._own_system(sample))] if self._system is None else []),
+            Text(self._before_voice),
+            Text(_ids(AUDIO_BOS)),
+            self._reference(sample),
+            Text(_ids(AUDIO_EOS)),
+            Text(self._after_voice),
+            Text(_ids(EOT)),
+            *self._asked_and_said(sample),
+        ]
+
+    def _asked_and_said(self, sample: Sample) -> list[Segment]:
+        """The turns of the target, the same in both forms."""
+        return [
             Text(self._headers["user"]),
-            Text(sample.text_item_ids(facts.target_text)),
+            Text(sample.text_item_ids(sample.facts.target_text)),
             Text(_ids(EOT)),
             Text(self._headers["assistant"]),
             Text(_ids(AUDIO_OUT_BOS), learned=True),
             Audio(sample.target_codes, is_target=True),
             Text(_ids(AUDIO_EOS, EOT), learned=True),
         ]
+
+    def _own_system(self, sample: Sample) -> np.ndarray:
+        """Token ids [n] int32 of the row's own system text."""
+        item = sample.facts.system_text
+        return _ids() if item is None else sample.text_item_ids(item)
 
     def _as_written(self, sample: Sample) -> list[Segment]:
         """The ChatML turns as they stand, ids and text labels as boson's `prepare_chatml_sample`."""
@@ -263,6 +325,14 @@ def assemble(segments: list[Segment]) -> Sequence:
 
 
 # --- text -----------------------------------------------------------------------------------------------------------
+
+
+def around_voice(system_prompt: str) -> tuple[str, str]:
+    """The text before and behind a reference without text: inside the prompt's scene, or in one of its own behind it."""
+    end = f"\n{SCENE_END}"
+    if system_prompt.endswith(end) and SCENE_START in system_prompt:
+        return f"{system_prompt.removesuffix(end)}\n\n{VOICE}", end
+    return f"{system_prompt}\n\n{SCENE_START}\n{VOICE}", end
 
 
 def encode_text(tokenizer: Tokenizer, text: str) -> np.ndarray:

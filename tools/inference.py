@@ -210,7 +210,7 @@ class HiggsAudioInference:
         text = request.reference_text
         if isinstance(text, (list, tuple)):
             text = " ".join(text)
-        if text is None:
+        if text is None and not self.speaker.builder.reference_text_dropout:
             log.warning("no reference_text: clones are better with what is said in the reference, exactly")
         key = (text, *((one.measures.sample_rate, sha256(one.wave.tobytes()).digest()) for one in recordings))
         if key not in self._references:

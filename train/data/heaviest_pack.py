@@ -85,19 +85,25 @@ class PlannedPacks:
         self._first = index[:first_samples]
         self._builder = builder
         self._settings = settings
+        # In the shorter form more samples, with more targets, fill a pack; a pack of them alone is rare, but may come.
+        without = np.zeros(len(self._first), bool)
+        self._with_text = builder.lengths(self._first).sum() <= builder.lengths(self._first, without).sum()
+
+    def _lengths(self, rows: np.ndarray) -> np.ndarray:
+        return self._builder.lengths(rows, np.full(len(rows), self._with_text))
 
     def longest(self) -> int:
-        return int(self._builder.lengths(self._first).max())
+        return int(max(self._builder.lengths(self._first).max(), self._lengths(self._first).max()))
 
     def most_tokens(self) -> int:
         chunks = range(0, len(self._index), CHUNK)
-        total = sum(int(self._builder.lengths(self._index[start : start + CHUNK]).sum()) for start in chunks)
+        total = sum(int(self._lengths(self._index[start : start + CHUNK]).sum()) for start in chunks)
         return max(self.longest(), int(0.9 * total / self._settings.packs_per_step))  # packs are not quite full
 
     def heaviest_pack(self, batch_tokens: int, costs: PackCosts) -> PackedBatch:
         settings = dataclasses.replace(self._settings, batch_tokens=batch_tokens)
-        planner = Planner(self._first, self._builder.lengths, settings)
-        lengths = self._builder.lengths(self._first)
+        planner = Planner(self._first, self._lengths, settings)
+        lengths = self._lengths(self._first)
         targets = self._first["target_frames"].astype(np.int64) + NUM_MARKER_COLUMNS
         packs: list[np.ndarray] = []
         for epoch in range(MOST_EPOCHS):
@@ -105,7 +111,7 @@ class PlannedPacks:
             if len(packs) >= ENOUGH_PACKS:
                 break
         rows = max(packs, key=lambda rows: costs.of_pack(lengths[rows], targets[rows]))
-        return read_pack(self._reader, self._index, rows, self._builder, len(rows))
+        return read_pack(self._reader, self._index, rows, self._builder, len(rows), self._with_text)
 
 
 class StreamedPacks:

@@ -40,6 +40,7 @@ from train.data.loader_processes import (
     require_semaphores,
 )
 from train.data.plan import Planner
+from train.data.text_dropout import TextDropout
 from train.model.batch import PackedBatch, pack
 
 # One text and one audio position without targets: every branch of the model runs, and nothing is learned.
@@ -63,6 +64,7 @@ class RawSample(NamedTuple):
     length: int = 0  # positions that the plan counts on; 0 where there is no index
     epoch: int = 0
     pack_size: int = 1  # samples of the planned pack it belongs to; 0 marks an empty pack
+    with_text: bool = True  # whether it keeps its reference's text in this epoch
 
 
 class Fault(NamedTuple):
@@ -114,9 +116,11 @@ class PlannedSamples(torch.utils.data.IterableDataset):
         index: np.ndarray,
         packs: Callable[[], Iterator[tuple[int, np.ndarray]]],
         planner: Planner,
-        lengths: Callable[[np.ndarray], np.ndarray],
+        builder: SequenceBuilder,
+        dropout: TextDropout | None,
     ) -> None:
-        self._lengths = lengths
+        self._builder = builder
+        self._dropout = dropout
         self._reader = reader
         self._index = index
         self._packs = packs
@@ -128,8 +132,10 @@ class PlannedSamples(torch.utils.data.IterableDataset):
         for epoch, rows in itertools.islice(self._packs(), worker, None, num_workers):
             if not len(rows):
                 yield RawSample("", {}, epoch=epoch, pack_size=0)
-            lengths = self._lengths(self._index[rows])
-            for number, length in zip(rows.tolist(), lengths.tolist(), strict=True):
+            found = self._index[rows]
+            with_text = self._dropout.with_text(found, epoch) if self._dropout else np.ones(len(rows), bool)
+            lengths = self._builder.lengths(found, with_text)
+            for number, length, has_text in zip(rows.tolist(), lengths.tolist(), with_text.tolist(), strict=True):
                 row = self._index[number]
                 shard = str(shard_path(Path(), int(row["shard"]), ".tar"))
                 known = {"shard": shard, "speaker": int(row["speaker"]), "epoch": epoch, "pack_size": len(rows)}
@@ -139,11 +145,14 @@ class PlannedSamples(torch.utils.data.IterableDataset):
                     key = self._reader.key_of(row, self._planner.position_of(number))
                     yield RawSample(key, {}, reason=str(error), **known)
                 else:
-                    yield RawSample(members.pop("__key__"), members, length=length, **known)
+                    yield RawSample(members.pop("__key__"), members, length=length, with_text=has_text, **known)
 
 
-def build_sequences(builder: SequenceBuilder):
-    """Stage: raw members -> `BuiltSample`. A sample whose members do not fit together is damaged."""
+def build_sequences(builder: SequenceBuilder, dropout: TextDropout | None = None):
+    """Stage: raw members -> `BuiltSample`. A sample whose members do not fit together is damaged.
+
+    `dropout` decides for samples of a stream; of planned ones it is known already.
+    """
 
     def stage(raws: Iterable[RawSample]) -> Iterator[BuiltSample]:
         for raw in raws:
@@ -151,7 +160,8 @@ def build_sequences(builder: SequenceBuilder):
             if raw.pack_size and not reason:
                 try:
                     sample = unpack_sample(raw.key, raw.members)
-                    built = builder.training(sample)
+                    drawn = dropout is not None and not dropout.with_text_of(raw.shard, raw.key, raw.epoch)
+                    built = builder.training(sample, raw.with_text and not drawn)
                     if raw.length and len(built) != raw.length:  # a pack would be larger than memory was measured for
                         raise ShardError(f"{len(built)} positions, the index says {raw.length}")
                     sequence = built
@@ -189,14 +199,19 @@ def collate(group: list[BuiltSample], epoch: int) -> LoadedPack:
 
 
 def read_pack(
-    reader: SampleReader, index: np.ndarray, rows: np.ndarray, builder: SequenceBuilder, num_samples: int
+    reader: SampleReader,
+    index: np.ndarray,
+    rows: np.ndarray,
+    builder: SequenceBuilder,
+    num_samples: int,
+    with_text: bool = True,
 ) -> PackedBatch:
     """A pack of the first sound samples of these rows, read here and now. Raises ShardError when there is none."""
     found, reasons = [], []
     for row in rows:
         try:
             sample = reader.read(index[row])
-            sequence = builder.training(sample)
+            sequence = builder.training(sample, with_text)
         except (ShardError, ValueError, IndexError) as error:
             reasons.append(str(error))
             continue
@@ -229,13 +244,17 @@ def load_planned_packs(
     builder: SequenceBuilder,
     share: LoaderShare,
     on_window: Callable[[int, int], None] | None = None,
+    dropout: TextDropout | None = None,
 ) -> Iterator[LoadedPack]:
-    """One rank's packs of every step from `start_step` on, without end. Raises PipelineError."""
+    """One rank's packs of every step from `start_step` on, without end. Raises PipelineError.
+
+    `dropout`: the planner's; None: every sample has its text.
+    """
 
     def packs() -> Iterator[tuple[int, np.ndarray]]:
         return planner.rank_packs(start_step, share.rank, share.world_size, on_window)
 
-    source = PlannedSamples(reader, index, packs, planner, builder.lengths)
+    source = PlannedSamples(reader, index, packs, planner, builder, dropout)
     return run_pipeline(DataPipeline(source, build_sequences(builder), pack_planned), share.num_workers)
 
 

@@ -26,6 +26,7 @@ from shards.errors import ConfigError
 from shards.writer import write_json
 from train.data.mixing import EpochMix, Mixing, SetShare
 from train.data.packing import PlanSettings, best_fit
+from train.data.text_dropout import TextDropout
 
 PLAN_VERSION = 1  # raise it when the same settings give other packs: a cached or resumed plan is then refused
 CHUNK = 1 << 16  # rows read together, where all rows are read
@@ -55,15 +56,18 @@ class Planner:
         settings: PlanSettings,
         keep: Keep | None = None,
         mixing: Mixing | None = None,
+        dropout: TextDropout | None = None,
     ) -> None:
         """index [n] of INDEX_DTYPE, memory-mapped or not. `keep` picks the rows that take part (held-out data). `mixing`:
-        how often each comes in an epoch; None: once.
+        how often each comes in an epoch; None: once. `dropout`: where samples are shorter in some epochs; `lengths` are then
+        the longest.
 
         Raises ConfigError when no sample fits a pack.
         """
         self._index = index
         self._lengths = lengths
         self._keep = keep
+        self._dropout = dropout if dropout and dropout.is_on else None
         self.settings = settings
         self.num_samples = self.num_tokens = self.num_too_long = 0  # of one epoch; too long ones are skipped
         self.too_long_rows: list[int] = []  # the first of them
@@ -92,12 +96,14 @@ class Planner:
 
     def epoch_tokens(self, epoch: int) -> int:
         """Their tokens."""
-        if self._mix is None:
+        if self._mix is None and self._dropout is None:
             return self.num_tokens
-        counts = self._mix.counts(epoch)
-        chunks = range(0, len(self._index), CHUNK)
-        measured = ((start, self._measure(self._index[start : start + CHUNK])[1]) for start in chunks)
-        return sum(int((lengths * counts[start : start + CHUNK]).sum()) for start, lengths in measured)
+        total = 0
+        for start in range(0, len(self._index), CHUNK):
+            found = self._index[start : start + CHUNK]
+            fits, lengths, _ = self._measure(found, epoch)
+            total += int((lengths * (self._mix.counts(epoch)[start : start + CHUNK] if self._mix else fits)).sum())
+        return total
 
     def shares(self, epoch: int) -> list[SetShare]:
         """What each data set gives in an epoch; [] where every sample comes once."""
@@ -121,6 +127,8 @@ class Planner:
         digest.update(self._shard_starts.tobytes())
         if self._mixing:
             digest.update(repr(self._mixing).encode())
+        if self._dropout:
+            digest.update(repr(self._dropout).encode())
         return digest.hexdigest()
 
     def epoch_hash(self, epoch: int) -> str:
@@ -216,7 +224,7 @@ class Planner:
             by_length = self._by_length(epoch)
             rows = self._rows_by_length(window) if by_length else self._rows_of(self._windows(epoch)[window])
             found = self._index[rows]
-            fits, lengths, supervised = self._measure(found)
+            fits, lengths, supervised = self._measure(found, epoch)
             rows, lengths, supervised = rows[fits], lengths[fits], supervised[fits]
             if self._mix:
                 copies = self._mix.counts(epoch)[rows]
@@ -272,8 +280,11 @@ class Planner:
             found.append(start + rows[(place >= first) & (place < last)])
         return np.concatenate(found)
 
-    def _measure(self, found: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Index rows [n] -> which take part and fit a pack (bool), tokens, supervised columns (int64), each [n]."""
+    def _measure(self, found: np.ndarray, epoch: int | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Index rows [n] -> which take part and fit a pack (bool), tokens, supervised columns (int64), each [n].
+
+        Tokens are those of an epoch, or without one the most of all epochs, which decide whether a sample fits.
+        """
         lengths = np.asarray(self._lengths(found), np.int64)
         supervised = found["target_frames"].astype(np.int64) + NUM_MARKER_COLUMNS
         fits = lengths <= self.settings.batch_tokens
@@ -281,6 +292,8 @@ class Planner:
             fits &= supervised <= self.settings.max_supervised_tokens
         if self._keep is not None:
             fits &= self._keep(found)
+        if epoch is not None and self._dropout:
+            lengths = self._dropout.lengths(found, epoch)
         return fits, lengths, supervised
 
     def _taking_part(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -28,6 +28,7 @@ from train.data.plan import CHUNK, Keep, Planner, PlanSettings
 from train.data.remote import CachedReader, RemoteShards, is_remote
 from train.data.same_audio import without_places
 from train.data.source import HeldOut
+from train.data.text_dropout import TextDropout
 from train.data.validation_overlap import OpenData, learned_places, require_apart
 from train.data.validation_split import choose_samples, choose_speakers, of_speakers
 from train.model.batch import PackedBatch
@@ -96,7 +97,10 @@ class PlannedSource:
             speakers = choose_speakers(self.index, self._section.seed, fraction)
             keep = of_speakers(speakers, inside=False)
             self._held_out = self._without_trained(keep, of_speakers(speakers, inside=True), world)
-        self.planner = Planner(self.index, builder.lengths, plan_settings(self._section), keep)
+        self._dropout = TextDropout(builder, self._section.seed)
+        self.planner = Planner(
+            self.index, self._dropout.longest, plan_settings(self._section), keep, dropout=self._dropout
+        )
         self._require_room(self.planner)
         if counts_path and world.is_first:
             self.planner.load_counts(counts_path)
@@ -191,10 +195,10 @@ class PlannedSource:
         log.info(
             "%d samples, %d tokens: %d packs of up to %d tokens (%.1f %% full), %d steps an epoch, %d steps in all",
             planner.num_samples,
-            planner.num_tokens,
+            planner.epoch_tokens(0),
             num_packs,
             planner.settings.batch_tokens,
-            100 * planner.num_tokens / (num_packs * planner.settings.batch_tokens),
+            100 * planner.epoch_tokens(0) / (num_packs * planner.settings.batch_tokens),
             planner.num_steps(0),
             self.total_steps,
         )
@@ -217,7 +221,9 @@ class PlannedSource:
 
     def loaded_packs(self, first_step: int, share: LoaderShare) -> Iterator[LoadedPack]:
         on_window = self._fetches(self.planner)
-        return load_planned_packs(self.reader, self.index, self.planner, first_step, self._builder, share, on_window)
+        return load_planned_packs(
+            self.reader, self.index, self.planner, first_step, self._builder, share, on_window, self._dropout
+        )
 
     def _fetches(self, planner: Planner) -> Callable[[int, int], None] | None:
         """Called when a window begins: has its shards here and fetches the next ones."""

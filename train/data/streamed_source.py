@@ -44,6 +44,7 @@ from train.data.packing import OPEN_PACKS, OnlinePacks
 from train.data.planned_source import plan_settings, validation_source
 from train.data.shard_urls import read_shards, shard_urls
 from train.data.source import HeldOut
+from train.data.text_dropout import TextDropout
 from train.data.validation_overlap import data_of_shards, require_apart
 from train.model.batch import PackedBatch
 from train.model.conditioning import Conditioning
@@ -95,7 +96,7 @@ class StreamedSource:
 
     def heaviest_packs(self, builder: SequenceBuilder) -> PackSource:
         """Packs to measure memory with: of the first sound samples, in the order of the list."""
-        built = build_sequences(builder)(read_shards(self.urls))
+        built = build_sequences(builder, TextDropout(builder, self._section.seed))(read_shards(self.urls))
         return StreamedPacks(lambda: (item.sequence for item in built if item.sequence))
 
     def prepare(
@@ -128,7 +129,8 @@ class StreamedSource:
         passes = Passes()
         source = StreamedSamples(self.urls, self._section.seed, first_step, share, passes)
         mixed = shuffled(self._section.shuffle_buffer, self._section.seed, first_step, share.rank)
-        pipeline = DataPipeline(source, mixed, build_sequences(self._builder), pack_online(self._section, passes))
+        built = build_sequences(self._builder, TextDropout(self._builder, self._section.seed))
+        pipeline = DataPipeline(source, mixed, built, pack_online(self._section, passes))
         return run_pipeline(pipeline, share.num_workers)
 
     def preflight_batch(self, num_samples: int) -> PackedBatch:

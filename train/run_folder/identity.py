@@ -34,7 +34,7 @@ IDENTITY_FORMAT = 2  # 1 held neither codec, tokenizer, tower, held-out data nor
 # Sequences and the plan depend on these, and the shape of what is trained.
 MUST_BE_EQUAL = frozenset(
     {
-        "sequence.layout", "sequence.conditioning", "sequence.system_prompt",
+        "sequence.layout", "sequence.conditioning", "sequence.system_prompt", "sequence.reference_text_dropout",
         "lora.mode", "lora.targets", "lora.rank", "lora.alpha", "lora.dropout", "lora.use_rslora", "lora.use_dora",
         "lora.text_head",
         "train.seed", "train.batch_tokens", "train.packs_per_step", "train.max_supervised_tokens", "train.max_references",
@@ -66,6 +66,9 @@ MAY_CHANGE = frozenset(
 NO_EFFECT = frozenset(
     {"features.whisper", "train.tensorboard", "train.cache_dir", "train.cache_gb", "wandb.mode", "wandb.project"}
 )
+
+# With which value a checkpoint was trained that does not hold the key: it is older.
+NOT_HELD_BEFORE = {"sequence.reference_text_dropout": 0.0}
 
 BATCH_TOKENS = "train.batch_tokens"
 NAMED_BY = {
@@ -190,7 +193,7 @@ def differences(before: Identity, now: Identity) -> Iterator[tuple[str, str, str
     if before.plan_version != now.plan_version:
         yield "the way of planning", str(before.plan_version), str(now.plan_version)
     for key in sorted(before.settings.keys() | now.settings.keys()):
-        was, found = before.settings.get(key), now.settings.get(key)
+        was, found = (one.settings.get(key, NOT_HELD_BEFORE.get(key)) for one in (before, now))
         if was != found:
             yield key, shown(was), shown(found)
 
