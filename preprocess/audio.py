@@ -121,6 +121,11 @@ def _scale_of(peak: float) -> str:
     return "the samples are not audio, or damaged"
 
 
+def mixed(samples: np.ndarray) -> np.ndarray:
+    """samples [S, channels] -> [S]: the mean of the channels, or the loudest where they cancel."""
+    return _mix(samples)[0]
+
+
 def _mix(samples: np.ndarray) -> tuple[np.ndarray, bool]:
     """samples [S, channels] -> (the mean of the channels [S], False), or (the loudest, True) where the mean cancels them.
 

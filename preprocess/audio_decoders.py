@@ -77,7 +77,7 @@ def _read_samples(data: bytes, max_duration_s: float, segment: Segment) -> Decod
         raise AudioFault("audio_unreadable", detail) from None
 
 
-class _Stream(soundfile.SoundFile):
+class SoundStream(soundfile.SoundFile):
     """A sound file that is read from front to back.
 
     soundfile seeks after each read of a seekable file; libsndfile's MP3 decoder does not come back to the same samples, and
@@ -122,7 +122,7 @@ def _mpeg(data: bytes, frames: mpeg_frames.MpegFrames, max_duration_s: float, se
 
 
 def _by_libsndfile(data: bytes, max_duration_s: float, segment: Segment) -> Decoded:
-    with _Stream(io.BytesIO(data)) as file:
+    with SoundStream(io.BytesIO(data)) as file:
         if file.format not in KNOWN_FORMS:
             detail = f"{file.format_info}: nothing here checks whether it is complete; {CONVERT}"
             raise AudioFault("audio_unreadable", detail)

@@ -1,6 +1,6 @@
 """The `preprocess` command: parse, read the configuration, run, turn faults into one line.
 
-`preprocess DATA OUT` is the job itself; `finalize` and `convert` are its companions.
+`preprocess DATA OUT` is the job itself; `finalize`, `convert` and `slice` are its companions.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def run_command(
     command again to continue a job that was killed.
 
     Also: `preprocess finalize OUT` joins what an array of machines made; `preprocess convert KIND SOURCE LIST` makes a
-    ChatML list from other projects' data sets.
+    ChatML list from other projects' data sets; `preprocess slice FOLDER LIST` cuts raw recordings into clips.
     """
     if (task_index is None) != (num_tasks is None) or (task_index or 0) >= (num_tasks or 1):
         raise click.UsageError("--task-index I and --num-tasks N belong together, with I from 0 to N - 1")
@@ -153,6 +153,45 @@ def convert_command(
         if made.lonely_clips:
             first = made.lonely_clips[0]
             print_line(f"skipped: {len(made.lonely_clips)} clips whose speaker has no other clip; first {first}")
+
+
+@main.command("slice", context_settings={"show_default": True})
+@click.argument("folder", type=PATH)
+@click.argument("chatml", type=FileToWrite())
+@click.option("--pieces", type=PATH, help="Folder of the FLAC pieces; default: CHATML without its ending.")
+@click.option("--min-s", type=click.FloatRange(0.5, 30.0), default=3.0, help="Shortest piece.")
+@click.option("--max-s", type=click.FloatRange(1.0, 30.0), default=15.0, help="Longest piece.")
+@click.option(
+    "--min-pause", type=click.FloatRange(0.2, 5.0), default=0.3, help="Shortest pause that is cut at, seconds."
+)
+@click.option("--without-text", is_flag=True, help="Leave the texts empty, for somebody else's recognizer.")
+@click.option("--seed", default=0, help="Of drawing references.")
+def slice_command(
+    folder: Path,
+    chatml: Path,
+    pieces: Path | None,
+    min_s: float,
+    max_s: float,
+    min_pause: float,
+    without_text: bool,
+    seed: int,
+) -> None:
+    """Cut the recordings in FOLDER, in a folder per speaker, at pauses into clips and write the list CHATML."""
+    if 2 * min_s > max_s:
+        raise click.UsageError(
+            f"--max-s {max_s:g} must be at least twice --min-s {min_s:g}, or pauses cannot be chosen"
+        )
+    with explained(CONTINUES), ends_on_signals():
+        from preprocess.slicing.cutting import CutRules
+        from preprocess.slicing.run import SliceRequest, slice_folder
+
+        rules = CutRules(min_s, max_s, min_pause)
+        place = pieces or chatml.with_suffix("")
+        if place == chatml:
+            raise click.UsageError(f"{chatml}: give the list a name that ends in .jsonl or .json, or --pieces FOLDER")
+        slice_folder(
+            SliceRequest(source=folder, out=chatml, pieces=place, rules=rules, without_text=without_text, seed=seed)
+        )
 
 
 if __name__ == "__main__":

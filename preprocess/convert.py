@@ -36,6 +36,7 @@ class Clip(msgspec.Struct, frozen=True):
     audio: str
     text: str
     speaker: str | None  # None: the source names none
+    extra: dict[str, Any] = {}  # more of the target's row, to be kept
 
     def recording(self) -> str:
         """The same for a.wav and a.flac of one folder."""
@@ -60,8 +61,17 @@ def convert(
     clips = list(READERS[kind](source, ignored))
     if not clips:
         raise DataError(f"{source}: no clip found; expected {EXPECTED[kind]}")
+    rows, lonely, num_speakers = paired_rows(_with_speakers(clips, source, speaker, speaker_from_folder), seed)
+    if not rows:
+        raise DataError(f"{source}: every speaker has one clip only; cloning needs another clip as the reference")
+    write_list(out, rows)
+    return Conversion(len(rows), num_speakers, lonely, ignored)
+
+
+def paired_rows(clips: Iterable[Clip], seed: int) -> tuple[list[dict[str, Any]], list[str], int]:
+    """(ChatML rows, audio of clips without another recording of their speaker, number of speakers in the rows)."""
     by_speaker: dict[str, list[Clip]] = defaultdict(list)
-    for clip in _with_speakers(clips, source, speaker, speaker_from_folder):
+    for clip in clips:
         by_speaker[clip.speaker or ""].append(clip)
     rows: list[dict[str, Any]] = []
     lonely: list[str] = []
@@ -71,14 +81,16 @@ def convert(
         rows += [chat_row(reference, target) for reference, target in paired if reference]
         lonely += [target.audio for reference, target in paired if not reference]
         num_speakers += any(reference for reference, _ in paired)
-    if not rows:
-        raise DataError(f"{source}: every speaker has one clip only; cloning needs another clip as the reference")
+    return rows, lonely, num_speakers
+
+
+def write_list(out: Path, rows: list[dict[str, Any]]) -> None:
+    """JSON Lines for .jsonl, else a JSON array."""
     if out.suffix == ".jsonl":
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     else:
         text = json.dumps(rows, ensure_ascii=False, indent=1) + "\n"
     write_bytes(out, text.encode())
-    return Conversion(len(rows), num_speakers, lonely, ignored)
 
 
 def _with_speakers(clips: list[Clip], source: Path, speaker: str | None, from_folder: bool) -> Iterator[Clip]:
@@ -113,7 +125,7 @@ def pairs(clips: list[Clip], rng: np.random.Generator) -> Iterator[tuple[Clip | 
 
 def chat_row(reference: Clip, target: Clip) -> dict[str, Any]:
     messages = cloning_messages(reference.text, reference.audio, target.text, target.audio)
-    return {"messages": messages, "speaker": target.speaker}
+    return {"messages": messages, "speaker": target.speaker, **target.extra}
 
 
 # --- the neighbours' forms ------------------------------------------------------------------------------------------

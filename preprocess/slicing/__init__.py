@@ -1,0 +1,1 @@
+"""`preprocess slice`: raw recordings into clips, by the pauses of speech."""
