@@ -109,7 +109,7 @@ def test_the_cache_grows_by_buckets_and_keeps_what_it_holds(model):
     cache.write(1, cache.places(torch.tensor([7, 255])), rows)
     assert cache.reserve(257)
     assert cache.capacity == 512
-    held = cache._rows[1].clone()
+    held = cache._rows[1].transpose(1, 2).clone()  # [S, C, 2 G, E]
     assert torch.equal(held[0, 7], rows[0])
     assert torch.equal(held[1, 255], rows[1])
     held[0, 7] = held[1, 255] = 0

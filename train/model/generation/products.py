@@ -33,6 +33,18 @@ def joined(layers: Sequence[nn.Module], may_move: bool) -> Callable[[Tensor], Te
     return lambda x: torch.cat([layer(x) for layer in layers], dim=-1)
 
 
+def fast_product(layer: nn.Module) -> Callable[[Tensor], Tensor]:
+    """x [B, in] -> layer(x) [B, out]; on a CPU with a copy of the weight that lies the other way round.
+
+    For the head: MKL multiplies one row by a wide weight at 0.3 to 0.7 of the rate that its transposed copy allows (NOTES.md).
+    """
+    if is_plain(layer) and layer.weight.device.type == "cpu":
+        assert isinstance(layer.weight, Tensor)
+        transposed = layer.weight.detach().T.contiguous()
+        return lambda x: torch.mm(x, transposed)
+    return layer
+
+
 def added(layer: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
     """(rows [B, out], x [B, in]) -> rows + layer(x), the sum as part of the product."""
     if is_plain(layer):
