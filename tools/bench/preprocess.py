@@ -1,8 +1,8 @@
 """What `bench preprocess` measures; every comparison is made in the same run, each side in a process of its own.
 
-Intake: a generated list through stage one's reader, against json.load. Codec: audio seconds per core second of one thread,
-split into its parts. Jobs: the real `preprocess` code with 1..N workers over real clips, with and without shared clips,
-against a plain loop (decode, resample, mel and encode every use, one process).
+Intake: a generated list through stage one's reader, against json.load. Codec: audio seconds per core second of one thread
+at several lengths, against the encoder without its changes for a CPU. Jobs: the real `preprocess` code with 1..N workers over
+real clips, with and without shared clips, against a plain loop (decode, resample, mel and encode every use, one process).
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,9 @@ from typing import Any
 import numpy as np
 
 from shards.terminal import print_line, print_table
+from tools.bench.codec import FLOP_PER_AUDIO_S, LENGTHS_S, bench_codec
 
+BUSY_CORES = 0.1  # of other work: more of it is said beside the efficiency, which it lowers
 # Each times itself, so that imports and loading models do not count.
 CODE_OF_INTAKE = """
 import json, sys, time
@@ -84,6 +85,7 @@ class Settings:
     workers: int | None
     codec: str
     rounds: int
+    lengths_s: tuple[float, ...] = LENGTHS_S
 
 
 def bench(settings: Settings, out: Path) -> dict[str, Any]:
@@ -99,7 +101,7 @@ def bench(settings: Settings, out: Path) -> dict[str, Any]:
         }
         figures["settings"] = {**settings.__dict__, "speech": str(settings.speech)}
         figures["intake"] = bench_intake(settings, work)
-        figures["codec"] = bench_codec(work / "codec")
+        figures["codec"] = bench_codec(work / "codec", settings.rounds, settings.lengths_s)
         figures["jobs"] = bench_jobs(settings.workers or usable_cores(), settings.rounds, work, config, audio_s)
     write_json(out, figures)
     print_figures(figures, out)
@@ -157,13 +159,10 @@ def row_of(work: Path, kind: str, reference: int, target: int) -> dict[str, Any]
 
 
 def write_full_codec(folder: Path) -> None:
-    """Random weights in the released sizes (200 M parameters)."""
-    import torch
-
-    from shards.encoders.codec import codec_model, native_config, native_tensors
-    from shards.encoders.tensor_files import save_tensors
+    """Random weights in the released sizes (200 M parameters), with codebooks whose codes follow the sound."""
+    from shards.encoders.codec import native_config
     from shards.sequence import SAMPLE_RATE
-    from tools.tiny.codec import RATIOS
+    from tools.tiny.codec import RATIOS, calibrated_codec, save_codec
 
     config = native_config(
         {
@@ -175,11 +174,7 @@ def write_full_codec(folder: Path) -> None:
             "target_bandwidths": [0.5, 1, 1.5, 2],
         }
     )
-    torch.manual_seed(0)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.contiguous() for name, tensor in native_tensors(codec_model(config)).items()}
-    save_tensors(tensors, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    save_codec(folder, config, calibrated_codec(config, seed=0))
 
 
 # --- measuring ------------------------------------------------------------------------------------------------------
@@ -224,46 +219,10 @@ def bench_intake(settings: Settings, work: Path) -> dict[str, float]:
     }
 
 
-def bench_codec(folder: Path, seconds: float = 5.0, repeats: int = 3) -> dict[str, float]:
-    """Audio seconds per core second of one thread, and where the time goes."""
-    import torch
-
-    from shards.encoders.codec import load_codec
-    from shards.sequence import SAMPLE_RATE
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    codec = load_codec(folder)
-    wave = (0.1 * np.random.default_rng(0).standard_normal(int(seconds * SAMPLE_RATE))).astype(np.float32)
-    model = codec._model
-    batch = torch.from_numpy(wave)[None, None]
-    with torch.inference_mode():
-        semantic = model._extract_semantic_features(batch).transpose(1, 2)
-        times = {
-            "whole": _median_s(lambda: codec.encode(wave), repeats),
-            "hubert_and_resample": _median_s(lambda: model._extract_semantic_features(batch), repeats),
-            "semantic_encoder": _median_s(lambda: model.encoder_semantic(semantic), repeats),
-            "acoustic_encoder": _median_s(lambda: model.acoustic_encoder(batch), repeats),
-        }
-    torch.set_num_threads(threads)
-    split = {f"{name}_share": value / times["whole"] for name, value in times.items() if name != "whole"}
-    return {"audio_s_per_core_s": seconds / times["whole"], **split}
-
-
-def _median_s(call: Callable[[], Any], repeats: int) -> float:
-    call()
-    times = []
-    for _ in range(repeats):
-        started = time.process_time()
-        call()
-        times.append(time.process_time() - started)
-    return float(np.median(times))
-
-
 def bench_jobs(max_workers: int, rounds: int, work: Path, config: Path, audio_s: float) -> dict[str, Any]:
     """Whole jobs, one row a shard; rates are taken from the first finished shard to the last, so start-up does not count."""
     measured: dict[int, list[float]] = {workers: [] for workers in range(1, max_workers + 1)}
-    num_files, copies = 0, []
+    num_files, copies, before = 0, [], core_seconds()
     for number in range(rounds):  # in turn, so that a change of the machine's speed meets all of them
         for workers, rates in measured.items():
             result = run(CODE_OF_JOB, config, work / "shared.json", work / f"job-{workers}-{number}", workers).result
@@ -271,6 +230,7 @@ def bench_jobs(max_workers: int, rounds: int, work: Path, config: Path, audio_s:
             num_files = result["files"]
         result = run(CODE_OF_JOB, config, work / "copies.json", work / f"copies-{number}", max_workers).result
         copies.append(result["files"] / result["files_per_s"])
+    others_s, wall_s = (now - then for now, then in zip(core_seconds(), before, strict=True))
     rates = {workers: float(np.median(values)) for workers, values in measured.items()}
     loop_s = run(CODE_OF_PLAIN_LOOP, work / "shared.json", work / "codec").result["seconds"]
     seconds_per_file = audio_s / num_files
@@ -278,6 +238,7 @@ def bench_jobs(max_workers: int, rounds: int, work: Path, config: Path, audio_s:
     return {
         "distinct_audio_s": audio_s,
         "audio_s_per_s": {workers: rate * seconds_per_file for workers, rate in rates.items()},
+        "busy_cores": others_s / wall_s,
         "parallel_efficiency": {workers: rate / (workers * rates[1]) for workers, rate in rates.items()},
         "deduplication_gain": float(np.median(copies)) / steady_s,
         "files_per_s_of_all_rounds": measured,
@@ -286,7 +247,20 @@ def bench_jobs(max_workers: int, rounds: int, work: Path, config: Path, audio_s:
     }
 
 
-# --- telling --------------------------------------------------------------------------------------------------------
+def core_seconds() -> tuple[float, float]:
+    """(core seconds that other processes have used since the machine started, wall seconds): 0 where there is no /proc/stat."""
+    wall_s = time.monotonic()
+    try:
+        fields = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    except OSError:
+        return 0.0, wall_s
+    user, nice, system, _, _, irq, softirq, steal = fields
+    own = os.times()
+    busy_s = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+    return busy_s - own.user - own.system - own.children_user - own.children_system, wall_s
+
+
+# --- printing --------------------------------------------------------------------------------------------------------
 
 
 def print_figures(figures: dict[str, Any], out: Path) -> None:
@@ -300,12 +274,20 @@ def print_figures(figures: dict[str, Any], out: Path) -> None:
             f"json.load {intake['json_load_mb_per_s']:.0f} MB/s, peak {intake['json_load_peak_mb']:.0f} MB",
         )
     )
-    shares = ", ".join(
-        f"{name[:-6].replace('_', ' ')} {value:.0%}" for name, value in codec.items() if name.endswith("_share")
-    )
-    rows.append(("codec, one core", f"{codec['audio_s_per_core_s']:.2f} audio-s per core-s", shares))
+    for length_s, rate, gain in zip(
+        codec["lengths_s"], codec["audio_s_per_core_s"]["ours"], codec["gain"], strict=True
+    ):
+        beside = f"{gain:.2f} x the encoder without changes"
+        if figures["settings"]["codec"] == "full":
+            share = rate * FLOP_PER_AUDIO_S / 1e9 / codec["product_gflops"]
+            beside += f"; {share:.0%} of this core's {codec['product_gflops']:.0f} GFLOP/s"
+        rows.append((f"codec, one core, clips of {length_s:g} s", f"{rate:.2f} audio-s per core-s", beside))
+    different = f"{codec['num_codes_that_differ']} of {codec['num_codes']} codes"
+    peaks = f"peak {codec['peak_mb']['ours']:.0f} MB, {codec['peak_mb']['plain']:.0f} MB without changes"
+    rows.append(("codes that differ between the two", different, peaks))
+    busy = f"; {jobs['busy_cores']:.1f} cores were busy with other work" if jobs["busy_cores"] > BUSY_CORES else ""
     for workers, rate in jobs["audio_s_per_s"].items():
-        efficiency = f"efficiency {jobs['parallel_efficiency'][workers]:.0%}"
+        efficiency = f"efficiency {jobs['parallel_efficiency'][workers]:.0%}{busy}"
         rows.append((f"job with {workers} workers", f"{rate:.2f} distinct audio-s per s", efficiency))
     rows.append(("every clip used twice", f"{jobs['deduplication_gain']:.2f} x", "against encoding every use"))
     plain = f"plain loop {jobs['plain_loop_audio_s_per_s']:.2f} audio-s per s"

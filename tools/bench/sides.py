@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import Any
 
 
-def run_side(module: str, side: str, settings: dict[str, Any], threads: int) -> dict[str, Any]:
+def run_side(
+    module: str, side: str, settings: dict[str, Any], threads: int, environment: dict[str, str] | None = None
+) -> dict[str, Any]:
     """`python -m module SIDE SETTINGS` in a process of its own, so that its peak memory is its own; its last line is JSON."""
     from train.launch import allocator_settings
 
     root = Path(__file__).resolve().parents[2]
     env = {**os.environ, **allocator_settings(os.environ), "PYTHONPATH": str(root), "OMP_NUM_THREADS": str(threads)}
+    env.update(environment or {})
     command = [sys.executable, "-m", module, side, json.dumps(settings)]
     done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
     if done.returncode != 0:

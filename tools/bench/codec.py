@@ -1,0 +1,115 @@
+"""What `bench preprocess` measures of the codec: the encoder as the workers run it against the model as it is published.
+
+In: a codec folder. Out: audio seconds per core second of one thread at several lengths, the share of codes that differ, peak
+memory, and this core's float32 product rate, which bounds both sides. Each side runs in a process of its own, with the memory
+settings its users have: ours with those that stage one gives its workers, the plain one with none. Sides take turns, so that
+a change of the machine's speed meets both.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+LENGTHS_S = (2.0, 4.0, 8.0, 15.0, 30.0)
+SIDES = ("ours", "plain")
+FLOP_PER_AUDIO_S = 31.97e9  # of the released sizes, by torch.utils.flop_counter
+
+
+def bench_codec(folder: Path, rounds: int, lengths_s: tuple[float, ...] = LENGTHS_S) -> dict[str, Any]:
+    """Every side `rounds` times in turn; medians by length."""
+    from preprocess.workers import MALLOC_VARIABLES
+    from tools.bench.sides import run_side
+
+    results: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
+    settings = {"folder": str(folder.resolve()), "lengths_s": lengths_s}
+    for number in range(rounds):
+        for side in SIDES if number % 2 == 0 else SIDES[::-1]:
+            environment = MALLOC_VARIABLES if side == "ours" else {}
+            results[side].append(run_side("tools.bench.codec", side, settings, threads=1, environment=environment))
+    rates = {
+        side: [
+            float(np.median([result["rates"][place] for result in results[side]])) for place in range(len(lengths_s))
+        ]
+        for side in SIDES
+    }
+    ours, plain = (np.concatenate([np.ravel(codes) for codes in results[side][0]["codes"]]) for side in SIDES)
+    return {
+        "lengths_s": list(lengths_s),
+        "audio_s_per_core_s": rates,
+        "gain": [ours / plain for ours, plain in zip(rates["ours"], rates["plain"], strict=True)],
+        "num_codes": len(ours),
+        "num_codes_that_differ": int((ours != plain).sum()),
+        "num_distinct_codes": len(np.unique(ours)),
+        "peak_mb": {side: max(result["peak_mb"] for result in results[side]) for side in SIDES},
+        "product_gflops": float(np.median([result["product_gflops"] for result in results["ours"]])),
+        "all_rounds": {side: [result["rates"] for result in results[side]] for side in SIDES},
+    }
+
+
+def measure(side: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """One side in this process: audio seconds per second of processor time, once per length after one warm-up."""
+    import torch
+
+    from shards.encoders.codec import Codec, load_codec
+    from shards.sequence import SAMPLE_RATE
+
+    torch.set_num_threads(1)
+    folder = Path(settings["folder"])
+    codec: Codec = load_codec(folder) if side == "ours" else plain_codec(folder)
+    rates, codes = [], []
+    for place, length_s in enumerate(settings["lengths_s"]):
+        wave = speech_of(length_s, seed=place)
+        codec.encode(wave)
+        started = time.process_time()
+        codes.append(codec.encode(wave).tolist())
+        rates.append(len(wave) / SAMPLE_RATE / (time.process_time() - started))
+    return {
+        "rates": rates,
+        "codes": codes,
+        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "product_gflops": product_gflops(),
+    }
+
+
+def plain_codec(folder: Path) -> Any:
+    """The codec without the changes for a CPU."""
+    from shards.encoders import codec_on_cpu
+    from shards.encoders.codec import load_codec
+
+    codec_on_cpu.quicken = lambda *_: None  # pyright: ignore
+    return load_codec(folder)
+
+
+def speech_of(length_s: float, seed: int) -> np.ndarray:
+    """A wave [S] float32 that changes as speech does, so that codes are of many kinds."""
+    import torch
+
+    from shards.sequence import SAMPLE_RATE
+    from tools.tiny.codec import speech_like
+
+    wave = speech_like(torch.Generator().manual_seed(seed))[0, 0].numpy()
+    return np.resize(wave, int(length_s * SAMPLE_RATE))
+
+
+def product_gflops(size: int = 1024, repeats: int = 20) -> float:
+    """float32 products of this core by oneDNN, which encodes the convolutions: GFLOP/s."""
+    import torch
+
+    rows, weight = torch.randn(size, size).to_mkldnn(), torch.randn(size, size).to_mkldnn()
+    product = torch._C._nn.mkldnn_linear  # pyright: ignore
+    product(rows, weight, None)
+    started = time.process_time()
+    for _ in range(repeats):
+        product(rows, weight, None)
+    return 2 * size**3 * repeats / (time.process_time() - started) / 1e9
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(sys.argv[1], json.loads(sys.argv[2]))))
