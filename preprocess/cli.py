@@ -131,7 +131,7 @@ def finalize_command(out: Path, max_reject_fraction: float | None) -> None:
 
 
 @main.command("convert")
-@click.argument("kind", type=click.Choice(["metadata", "csv", "folder"]))
+@click.argument("kind", type=click.Choice(["metadata", "csv", "folder", "ljspeech", "commonvoice", "kaldi", "lhotse"]))
 @click.argument("source", type=PATH)
 @click.argument("chatml", type=FileToWrite())
 @click.option("--seed", default=0, show_default=True, help="Of drawing references.")

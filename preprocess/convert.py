@@ -3,6 +3,7 @@
     metadata   metadata.json of train-higgs-audio: {"samples": [{"audio_file", "transcript_file" or "transcript", "speaker_id"}]}
     csv        audio_file|text|speaker, as F5-TTS and Coqui use it; tab works too, and "," with a header
     folder     x.wav beside x.txt or x.lab; the speaker is the folder a file lies in
+    (of published corpora: convert_corpora.py)
 
 Every clip becomes a target; its reference is another clip of the same speaker, drawn with a seed, never itself nor the same
 recording under another suffix. A clip without another one of its speaker is skipped and counted. Nothing is guessed: a field
@@ -37,10 +38,17 @@ class Clip(msgspec.Struct, frozen=True):
     text: str
     speaker: str | None  # None: the source names none
     extra: dict[str, Any] = {}  # more of the target's row, to be kept
+    offset_s: float = 0.0
+    duration_s: float | None = None  # of the part of the file that is meant; None: to its end
 
     def recording(self) -> str:
-        """The same for a.wav and a.flac of one folder."""
-        return self.audio.removesuffix(Path(self.audio).suffix)
+        """The same for a.wav and a.flac of one folder, another one for each part of a file."""
+        whole = self.audio.removesuffix(Path(self.audio).suffix)
+        return whole if self.is_whole else f"{whole} {self.offset_s!r} {self.duration_s!r}"
+
+    @property
+    def is_whole(self) -> bool:
+        return self.offset_s == 0 and self.duration_s is None
 
 
 class Conversion(msgspec.Struct, frozen=True):
@@ -58,7 +66,7 @@ def convert(
     `speaker` is who speaks all clips, `speaker_from_folder` takes the folder of each clip: only for sources that name none.
     """
     ignored: list[str] = []
-    clips = list(READERS[kind](source, ignored))
+    clips = list(reader_of(kind)(source, ignored))
     if not clips:
         raise DataError(f"{source}: no clip found; expected {EXPECTED[kind]}")
     rows, lonely, num_speakers = paired_rows(_with_speakers(clips, source, speaker, speaker_from_folder), seed)
@@ -125,6 +133,11 @@ def pairs(clips: list[Clip], rng: np.random.Generator) -> Iterator[tuple[Clip | 
 
 def chat_row(reference: Clip, target: Clip) -> dict[str, Any]:
     messages = cloning_messages(reference.text, reference.audio, target.text, target.audio)
+    for clip, item in ((reference, messages[1]["content"][1]), (target, messages[2]["content"][1])):
+        if not clip.is_whole:
+            item["offset"] = clip.offset_s
+            if clip.duration_s is not None:
+                item["duration"] = clip.duration_s
     return {"messages": messages, "speaker": target.speaker, **target.extra}
 
 
@@ -134,7 +147,7 @@ def chat_row(reference: Clip, target: Clip) -> dict[str, Any]:
 def read_metadata(path: Path, ignored: list[str]) -> Iterator[Clip]:
     path = path / "metadata.json" if path.is_dir() else path
     try:
-        content = STRICT.decode(_read_text(path))
+        content = STRICT.decode(read_text(path))
     except (ValueError, RecursionError) as error:  # JSONDecodeError too
         raise DataError(f"{path}: not readable as metadata.json: {error}") from None
     samples = content.get("samples") if isinstance(content, dict) else content
@@ -172,7 +185,7 @@ def _one_of(fields: dict[str, Any], names: Iterable[str], where: str) -> str | N
 
 
 def read_csv(path: Path, ignored: list[str]) -> Iterator[Clip]:
-    lines = _read_text(path).split("\n")  # no other line end: U+2028 and its like stand inside texts
+    lines = read_text(path).split("\n")  # no other line end: U+2028 and its like stand inside texts
     first = next((line for line in lines if line.strip()), "")
     delimiter = next((d for d in ("|", "\t", ",") if d in first), "|")
     names: list[str] | None = None
@@ -255,7 +268,7 @@ def read_folder(path: Path, ignored: list[str]) -> Iterator[Clip]:
 
 def _transcript(path: Path, where: str) -> str:
     try:
-        text = _read_text(path).strip()
+        text = read_text(path).strip()
     except DataError as error:
         raise DataError(f"{where}: transcript {error}") from None
     if not text:
@@ -263,7 +276,7 @@ def _transcript(path: Path, where: str) -> str:
     return text
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
     """A UTF-8 file's text, lines ending in \\n. Raises DataError that names another encoding and its line."""
     try:
         if not path.is_dir() and not stat.S_ISREG(path.stat().st_mode):
@@ -284,10 +297,27 @@ def _read_text(path: Path) -> str:
 
 
 Reader = Callable[[Path, list[str]], Iterator[Clip]]  # adds the names of columns that mean nothing here to the list
-READERS: dict[str, Reader] = {"metadata": read_metadata, "csv": read_csv, "folder": read_folder}
 CSV_COLUMNS = ("audio_file", "text", "speaker", "speaker_name", "speaker_id")
 EXPECTED = {
     "metadata": '{"samples": [{"audio_file": ..., "transcript_file": ..., "speaker_id": ...}]}',
     "csv": "audio_file|text|speaker on every line",
     "folder": "x.wav beside x.txt or x.lab, a folder per speaker",
+    "ljspeech": "metadata.csv with id|text beside wavs/",
+    "commonvoice": "a .tsv with client_id, path and sentence beside clips/",
+    "kaldi": "a folder with wav.scp, text and utt2spk",
+    "lhotse": "cuts.jsonl.gz of MonoCuts",
 }
+
+
+def reader_of(kind: str) -> Reader:
+    from preprocess import convert_corpora  # it imports this module
+
+    return {
+        "metadata": read_metadata,
+        "csv": read_csv,
+        "folder": read_folder,
+        "ljspeech": convert_corpora.read_ljspeech,
+        "commonvoice": convert_corpora.read_common_voice,
+        "kaldi": convert_corpora.read_kaldi,
+        "lhotse": convert_corpora.read_lhotse,
+    }[kind]
