@@ -87,19 +87,15 @@ def alone(train_run) -> Path:
     ("gpus", "settings"),
     [
         (2, []),
-        (4, []),
-        (2, ["train.shard_base=true"]),
+        (4, ["train.shard_base=true"]),
         (2, ["train.activation_checkpointing=full"]),
         (2, ["train.shard_base=true", "train.activation_checkpointing=full", "train.compile=aot_eager"]),
-        (1, ["train.compile=aot_eager"]),
     ],
     ids=[
         "two",
-        "four",
-        "two-shard-base",
+        "four-shard-base",
         "two-recompute",
         "two-shard-base-recompute-compiled",
-        "compiled",
     ],
 )
 def test_ranks_accumulation_and_options_do_not_change_a_step(alone, train_run, gpus, settings, tmp_path):
