@@ -15,7 +15,6 @@ from __future__ import annotations
 import gc
 import hashlib
 import os
-import shutil
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,10 +25,10 @@ import msgspec
 import numpy as np
 
 from preprocess.config import PreprocessConfig, deciding_keys
+from preprocess.job_folder import is_half_removed, refuse_foreign_folder, remove_job
 from preprocess.reasons import reject
 from preprocess.sources import SourceRow, has_own_id, read_rows
 from shards.errors import DataError
-from shards.folder_lock import PREFIX as LOCK_PREFIX
 from shards.folder_lock import hold_folder
 from shards.index import hash64
 from shards.manifest import Fingerprints, Job, read_record
@@ -80,7 +79,7 @@ def identify_job(request: Request, config: PreprocessConfig, fingerprints: Finge
 def hold_out(request: Request, identity: JobIdentity | None) -> Iterator[None]:
     """OUT is ours alone; the tasks of one array (`identity`) share it. Raises PipelineError naming who else holds it."""
     out = request.out
-    if not (out / "job.json").is_file() and not _is_half_removed(out):
+    if not (out / "job.json").is_file() and not is_half_removed(out):
         refuse_foreign_folder(out)  # before a lock file is written there
     task = f"task {request.task_index} of {request.num_tasks}"
     shared = (identity.digest(), task) if identity and request.num_tasks > 1 else (None, None)
@@ -105,8 +104,8 @@ def _plan_job(request: Request, config: PreprocessConfig, identity: JobIdentity)
     if standing and not _starts_over(request, standing, identity):
         _refuse_other_job(out, standing, identity)
         return with_reject_limit(standing, config.preprocess.max_reject_fraction)
-    if standing or _is_half_removed(out):
-        _remove_job(out)
+    if standing or is_half_removed(out):
+        remove_job(out)
     refuse_foreign_folder(out)
     size = config.preprocess.samples_per_shard
     num_rows, num_valid = ingest(request, config.preprocess.seed)
@@ -157,11 +156,6 @@ def with_reject_limit(job: Job, max_reject_fraction: float) -> Job:
 
 def _identity_of(job: Job) -> JobIdentity:
     return JobIdentity(job.config, job.fingerprints, job.input_sha256)
-
-
-def _is_half_removed(out: Path) -> bool:
-    """A --new-job was killed between taking the old job away and planning the new one."""
-    return (out / "job.removed.json").is_file()
 
 
 class JobRows:
@@ -258,41 +252,6 @@ def _refuse_other_job(out: Path, job: Job, identity: JobIdentity) -> None:
             f"{out}: holds another job: {'; '.join(differing)}; give another OUT, or --new-job to delete it and start over "
             "(what it encoded of the same audio is reused until a job has succeeded)"
         )
-
-
-def refuse_foreign_folder(out: Path) -> None:
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise DataError(f"{out}: is a file; OUT must be a folder")
-    # Of --validate-only, or of a job whose planning was killed.
-    ours = (LOCK_PREFIX, "job", "report.json", "rejects.jsonl")
-    if _is_half_removed(out):
-        ours = (*ours, "encoded")
-    foreign = sorted(path.name for path in out.iterdir() if not path.name.startswith(ours))
-    if foreign:
-        raise DataError(
-            f"{out}: not empty ({', '.join(foreign[:3])} ...) and no job of ours; give an empty or new folder"
-        )
-
-
-def _remove_job(out: Path) -> None:
-    """Remove what a job writes but for its encodings, and only where a job stands: OUT may have a `shards` of its own.
-
-    job.json is first renamed, and that file stays until the next plan stands: a kill in between leaves no half-believable
-    job, and OUT is still known as ours.
-    """
-    removed = out / "job.removed.json"
-    if (out / "job.json").is_file():
-        read_record(out / "job.json", Job)  # somebody else's job.json is no licence to delete
-        (out / "job.json").replace(removed)
-    if not removed.is_file():
-        return
-    for name in ("dataset.json", "index.npy", "columns.npy", "rejects.jsonl", "report.json"):
-        (out / name).unlink(missing_ok=True)
-    for name in ("shards", "job"):
-        if (out / name).exists():
-            shutil.rmtree(out / name)  # what cannot be deleted is an error, not left under the next job
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -16,7 +16,7 @@ import zstandard
 
 from preprocess import report
 from preprocess.audio import AudioLimits, decode, read_bytes
-from preprocess.plan import _remove_job
+from preprocess.job_folder import remove_job
 from preprocess.reasons import AudioFault
 from preprocess.sources import SourceRow, read_rows
 from shards import writer
@@ -59,13 +59,13 @@ def test_new_job_deletes_nothing_of_a_folder_that_is_no_job(foreign, run_command
     assert names(foreign) == before
     (foreign / "job.json").write_text('{"somebody": "else"}')
     with pytest.raises(ShardError, match="unreadable Job record"):
-        _remove_job(foreign)
+        remove_job(foreign)
     assert names(foreign) == before | {"job.json"}
 
 
 def test_new_job_goes_on_where_it_was_killed(foreign):
     write_json(foreign / "job.removed.json", JOB)
-    _remove_job(foreign)
+    remove_job(foreign)
     assert names(foreign) == {"notes.txt", "encoded/mine.txt", "job.removed.json"}  # the last until a new plan stands
 
 

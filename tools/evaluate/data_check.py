@@ -19,22 +19,22 @@ import numpy as np
 from shards.printable import printable
 from shards.terminal import print_line
 from shards.writer import write_bytes, write_json
+from tools.evaluate.data_page import body
 from tools.evaluate.dataset_items import dataset_items, is_dataset
 from tools.evaluate.items import Item, Items, read_items
 from tools.evaluate.metric_passes import last, recognised_texts, scored_voices
 from tools.evaluate.request import Plan, Request
 from tools.evaluate.run import hold_plan
 from tools.evaluate.scoring import Scores, Similarity, measured
-from tools.evaluate.speaking import Spoken, speech_file, wave_name, write_recordings
+from tools.evaluate.speaking import Spoken, speech_file, write_recordings
 from tools.evaluate.systems import REFERENCE, EvaluateConfig, System, strangers
-from tools.evaluate.waves import failure_of, read_wave
-from tools.web_page.page import arabic, cell, escaped, listed, page, player, section, table
+from tools.evaluate.waves import failure_of
+from tools.web_page.page import page
 from train.evaluation.edits import Edits, character_edits, corpus
 from train.evaluation.text_protocols import HEADLINE, PROTOCOLS
 
 WORST_SHARE = 0.01  # of the rows, and at least one
 STRANGERS_QUANTILE = 0.95  # a row below this share of strangers' similarities is suspected
-MAX_PLAYERS = 100
 VALIDATED = ("ChatML list",)
 
 
@@ -280,64 +280,3 @@ def show(results: dict[str, Any], out: Path) -> None:
     for line in results["not_measured"]:
         print_line(f"skipped: {line}")
     print_line(f"{out}/data.json: the figures; {out}/data.html: the worst with sound; {out}/rows.jsonl: every row")
-
-
-def body(results: dict[str, Any], rows: list[Row], out: Path) -> str:
-    by_item = {row.item: row for row in rows}
-    parts = [
-        f"<p>{len(rows)} rows of {results['speakers']} speakers from {escaped(results['data']['source'])}.</p>",
-        section("Clips", figures_table(results["clips"])),
-        section("Reference and target: one voice?", figures_table(results["agreement"])),
-    ]
-    for name, found in results["worst"].items():
-        shown = [by_item[row["item"]] for row in found[:MAX_PLAYERS]]
-        parts.append(section(f"Worst 1 %, by {escaped(name)}", worst_table(shown, out)))
-    if results["validation"]:
-        counts = {key: value for key, value in results["validation"].items() if isinstance(value, int | float)}
-        parts.append(section("preprocess --validate-only", listed(f"{key}: {value}" for key, value in counts.items())))
-        parts.append(listed(f"{code}: {count}" for code, count in results["validation"]["rejects"].items()))
-    parts.append(section("Not measured", listed(results["not_measured"])))
-    return "\n".join(part for part in parts if part)
-
-
-def figures_table(parts: dict[str, dict[str, Any]]) -> str:
-    if not parts:
-        return ""
-    keys = list(next(iter(parts.values())))
-
-    def shown(value: Any) -> Any:
-        if isinstance(value, dict):
-            return ", ".join(f"{count} {what}" for what, count in value.items()) or "none"
-        return len(value) if isinstance(value, list) else value
-
-    return table(
-        ["", *keys], [[cell(name), *(cell(shown(found[key])) for key in keys)] for name, found in parts.items()]
-    )
-
-
-def worst_table(rows: list[Row], out: Path) -> str:
-    lines = []
-    for place, row in enumerate(rows, 1):
-        clip = row.target or row.reference
-        recognised = f"<br><small>recognised: {arabic(clip.recognised)}</small>" if clip.recognised else ""
-        alike = min(row.agreement.values(), default=None)
-        lines.append(
-            [
-                cell(place),
-                f"<td>{escaped(row.speaker)}<br><small>{escaped(row.item)}</small></td>",
-                f'<td class="text" dir="auto">{arabic(row.text)}{recognised}</td>',
-                cell(clip.characters.rate if clip.characters else None),
-                cell(alike),
-                *(f"<td>{sound(out, role, row)}</td>" for role in (REFERENCE, "real")),
-            ]
-        )
-    return table(["#", "speaker", "text", "CER", "voices", "reference", "target"], lines)
-
-
-def sound(out: Path, role: str, row: Row) -> str:
-    clip = row.reference if role == REFERENCE else row.target
-    if clip is None:
-        return "-"
-    wave, facts = read_wave(out / wave_name(role, 0, row.item))
-    fault = clip.error or facts.error or ("" if len(wave) else "empty")
-    return f'<span class="failure">{escaped(fault)}</span>' if fault else player(wave)

@@ -20,7 +20,8 @@ from tools.serve.api_errors import ApiError
 from tools.serve.service import Service
 from tools.serve.sound_formats import FORMATS, Encoder, encoded
 from tools.serve.speech_fields import SpeechFields
-from tools.serve.speech_queue import Ended, Event, Failed, Job, Sound, Started, stop_reason
+from tools.serve.speech_job import Ended, Event, Failed, Job, Sound, Started
+from tools.serve.speech_queue import stop_reason
 
 if TYPE_CHECKING:
     from tools.reference import Reference

@@ -13,7 +13,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -23,58 +22,16 @@ from shards.printable import first_line
 from shards.sequence import SAMPLE_RATE
 from tools.serve.api_errors import ApiError, full, unavailable
 from tools.serve.metrics import Metrics
-from tools.speech_request import SpeechPart, SpeechRequest
+from tools.serve.speech_job import Ended, Failed, Job, Sound, Started
 
 if TYPE_CHECKING:
-    from tools.reference import Reference
     from tools.speaker import Speaker
-    from tools.spoken_wave import SpokenWave
-    from tools.utterance import Utterance
 
 log = logging.getLogger("serve")
 State = Literal["loading", "ready", "stopping", "stopped", "failed"]
 MAX_FAULTS = 3  # in a row: then it is the device or the model, and /health says so
 RETRY_S = 2  # for one place in the queue
 NO_SOUND = "the model ended before its first sound; try another seed or a lower temperature"
-
-
-@dataclass(frozen=True)
-class Started:
-    """The text and the voice are sound, the first block has been spoken."""
-
-
-@dataclass(frozen=True, eq=False)
-class Sound:
-    wave: np.ndarray  # [S] float32, never empty
-
-
-@dataclass(frozen=True, eq=False)
-class Ended:
-    parts: list[SpeechPart]
-    is_complete: bool
-
-
-@dataclass(frozen=True)
-class Failed:
-    error: ApiError
-
-
-Event = Started | Sound | Ended | Failed
-
-
-@dataclass(eq=False)
-class Job:
-    """One utterance, from its acceptance to its last event, which is Ended or Failed unless it was cancelled."""
-
-    request: SpeechRequest  # without its reference
-    reference: Callable[[Speaker], Reference]  # called in the thread of the queue
-    deliver: Callable[[Event], None]  # as well
-    in_windows: bool  # sound while it is spoken; else part by part
-    accepted: float = field(default_factory=time.monotonic)
-    is_cancelled: bool = False
-    utterance: Utterance | None = None
-    spoken: SpokenWave | None = None
-    has_sound: bool = False
 
 
 class SpeechQueue:
