@@ -95,10 +95,18 @@ def to_toml(config: msgspec.Struct) -> str:
     lines: list[str] = []
     for section, values in redact_values(msgspec.to_builtins(config)).items():
         lines.append(f"[{section}]")
-        # JSON strings, numbers, booleans and flat lists are valid TOML values.
-        lines += [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]
+        lines += [f"{key} = {_toml_value(value)}" for key, value in values.items()]
         lines.append("")
     return "\n".join(lines)
+
+
+def _toml_value(value: Any) -> str:
+    """JSON's strings, numbers, booleans and lists are TOML as well; its objects are not."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {_toml_value(part)}" for key, part in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml_value, value)) + "]"
+    return json.dumps(value, ensure_ascii=False)
 
 
 def parse_toml(text: str) -> dict[str, Any]:

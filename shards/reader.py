@@ -84,6 +84,10 @@ class SampleReader:
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             return None
 
+    def shard_name(self, row: Any) -> str:
+        """How messages name the shard of a row: its path inside the data set."""
+        return str(shard_path(Path(), int(row["shard"]), ".tar"))
+
     def read_all(self, index: np.ndarray) -> Iterator[Sample]:
         for row in index:
             yield self.read(row)

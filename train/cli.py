@@ -7,15 +7,18 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from shards.terminal import make_stray_lines_printable, print_line, system_fault
 
+if TYPE_CHECKING:
+    from train.config import TrainConfig
+
 
 @click.command(context_settings={"show_default": True})
-@click.argument("shards")
+@click.argument("shards", nargs=-1)
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--config", "config_path", type=click.Path(path_type=Path), help="Default: ./pipeline.toml if it exists.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key, e.g. train.seed=1.")
@@ -34,7 +37,7 @@ from shards.terminal import make_stray_lines_printable, print_line, system_fault
 @click.option("--dry-run", is_flag=True, help="Check everything, load the model, train nothing.")
 @click.option("--skip-preflight", is_flag=True, help="Train even if the checks before the first step would fail.")
 def main(
-    shards: str,
+    shards: tuple[str, ...],
     run: Path,
     config_path: Path | None,
     overrides: tuple[str, ...],
@@ -45,7 +48,8 @@ def main(
     gradient_accumulation_steps: int | None,
     **flags: Any,
 ) -> None:
-    """Train LoRA adapters on SHARDS (the OUT folder of `preprocess`, or its URL) into the folder RUN."""
+    """Train LoRA adapters on SHARDS (the OUT folder of `preprocess`, or its URL; several are trained on together) into the
+    folder RUN. Without SHARDS the data sets are those of [[train.data]] in the configuration."""
     from shards.config import read_config
     from shards.errors import PipelineError
     from shards.parent_death import die_with_parent
@@ -70,10 +74,13 @@ def main(
             size = int(os.environ["WORLD_SIZE"]) if is_worker() else num_processes(gpus, config.train.device)
             overrides = (*overrides, f"train.packs_per_step={gradient_accumulation_steps * size}")
             config = read_config(TrainConfig, config_path, overrides)
-        if config.train.loader == "plan" and "://" not in shards:
+        config = with_data(config, shards, run)
+        if config.train.loader == "plan":
             from shards.manifest import open_dataset
 
-            open_dataset(Path(shards))  # before torch is imported: a mistyped folder is answered at once
+            for location in [source.path for source in config.train.data] or shards:
+                if "://" not in location:
+                    open_dataset(Path(location))  # before torch is imported: a mistyped folder is answered at once
         if is_worker():
             die_with_parent()
         else:
@@ -83,7 +90,9 @@ def main(
                 return
         from train.loop import RunOptions, train
 
-        checkpoint = train(config, shards, run, RunOptions(resume, dry_run, skip_preflight))
+        checkpoint = train(
+            config, shards[0] if len(shards) == 1 else "", run, RunOptions(resume, dry_run, skip_preflight)
+        )
     except WorkerFailed as error:
         if error.exitcode == STOPPED:
             sys.exit(STOPPED)
@@ -96,6 +105,31 @@ def main(
     mark_well_ended()
     if checkpoint and os.environ.get("RANK", "0") == "0":
         print_line(f"done: {checkpoint}; next: checkpoints merge {shlex.quote(str(run))} OUT")
+
+
+def with_data(config: TrainConfig, shards: tuple[str, ...], run: Path) -> TrainConfig:
+    """The configuration with the data sets of the command, where there are several. Raises ConfigError."""
+    from msgspec.structs import replace
+
+    from shards.errors import ConfigError
+    from train.config import DataSource
+
+    named = config.train.data
+    if not shards and not named:
+        raise ConfigError(
+            f"{run}: one argument is not enough: give SHARDS and RUN, or name data sets in [[train.data]] of the "
+            "configuration and give RUN alone"
+        )
+    if shards and named:
+        raise ConfigError(
+            f"data sets are named twice: {', '.join(shards)} in the command and "
+            f"{', '.join(source.path for source in named)} in train.data; give RUN alone, or remove train.data"
+        )
+    if (run / "dataset.json").is_file():
+        raise ConfigError(f"RUN {run} is a data set; the last argument is the folder that the run is written to")
+    if len(shards) < 2:
+        return config
+    return replace(config, train=replace(config.train, data=[DataSource(path=path) for path in shards]))
 
 
 def exit_with(error: Exception, message: str) -> NoReturn:

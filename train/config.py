@@ -17,6 +17,13 @@ CodebookWeights = Annotated[
 ]
 
 
+class DataSource(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One entry of [[train.data]]."""
+
+    path: Annotated[str, msgspec.Meta(min_length=1)]  # the OUT folder of `preprocess`, or its URL; shards for a stream
+    weight: Annotated[float, msgspec.Meta(gt=0.0)] | None = None  # share of the audio, against the others' weights
+
+
 class LoraSection(msgspec.Struct, frozen=True, kw_only=True):
     mode: Literal["comprehensive", "audio_focused", "attention_only", "custom"] = "comprehensive"
     targets: list[str] = []  # module suffixes, for mode "custom"
@@ -38,6 +45,11 @@ class LossSection(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TrainSection(msgspec.Struct, frozen=True, kw_only=True):
+    # Data sets, where the command names none or several
+    data: list[DataSource] = []
+    data_temperature: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] = 1.0  # share of a data set ~ hours ** this
+    speaker_temperature: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] = 1.0  # the same of a speaker within one
+
     # Packs and steps
     seed: NonNegative = 0
     batch_tokens: Positive | Literal["auto"] = 16384  # "auto": the most that fits

@@ -219,7 +219,7 @@ def begin(
 
 
 def open_source(location: str, section: TrainSection) -> Source:
-    """Raises ShardError or ConfigError when there is no data."""
+    """`location`: "" where train.data names the data. Raises ShardError or ConfigError when there is no data."""
     return PlannedSource(location, section) if section.loader == "plan" else StreamedSource(location, section)
 
 

@@ -77,12 +77,12 @@ class PlannedPacks:
         index: np.ndarray,
         builder: SequenceBuilder,
         settings: PlanSettings,
-        first_samples: int = FIRST_SAMPLES,
+        first: np.ndarray | None = None,
     ) -> None:
-        """`settings`: their budget is replaced by whichever is asked for. `first_samples`: how many are read."""
+        """`settings`: their budget is replaced by whichever is asked for. `first`: the index rows that packs are made of."""
         self._reader = reader
         self._index = index
-        self._first = index[:first_samples]
+        self._first = index[:FIRST_SAMPLES] if first is None else first
         self._builder = builder
         self._settings = settings
         # In the shorter form more samples, with more targets, fill a pack; a pack of them alone is rare, but may come.
@@ -111,7 +111,7 @@ class PlannedPacks:
             if len(packs) >= ENOUGH_PACKS:
                 break
         rows = max(packs, key=lambda rows: costs.of_pack(lengths[rows], targets[rows]))
-        return read_pack(self._reader, self._index, rows, self._builder, len(rows), self._with_text)
+        return read_pack(self._reader, self._first, rows, self._builder, len(rows), self._with_text)
 
 
 class StreamedPacks:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -31,7 +30,6 @@ from shards.printable import first_line, printable
 from shards.reader import SampleReader
 from shards.sample import unpack_sample
 from shards.sequence import AUDIO_OUT, BEGIN_OF_TEXT, Sequence, SequenceBuilder
-from shards.writer import shard_path
 from train.data.loader_processes import (
     FULL_SHARED_MEMORY,
     dead_loader,
@@ -137,7 +135,7 @@ class PlannedSamples(torch.utils.data.IterableDataset):
             lengths = self._builder.lengths(found, with_text)
             for number, length, has_text in zip(rows.tolist(), lengths.tolist(), with_text.tolist(), strict=True):
                 row = self._index[number]
-                shard = str(shard_path(Path(), int(row["shard"]), ".tar"))
+                shard = self._reader.shard_name(row)
                 known = {"shard": shard, "speaker": int(row["speaker"]), "epoch": epoch, "pack_size": len(rows)}
                 try:
                     members = self._reader.read_raw(row)

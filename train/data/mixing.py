@@ -34,7 +34,8 @@ class Mixing:
     @property
     def is_natural(self) -> bool:
         """Whether every sample comes once an epoch."""
-        return not self.weights and self.data_temperature == 1 and self.speaker_temperature == 1
+        are_sets_natural = len(self.names) == 1 or (not self.weights and self.data_temperature == 1)
+        return are_sets_natural and self.speaker_temperature == 1
 
 
 class SetShare(NamedTuple):

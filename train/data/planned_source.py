@@ -1,31 +1,32 @@
 """Where training's packs come from: a planned data set, or a stream of shards. Both answer the same questions.
 
-In: SHARDS as the user wrote it and the [train] section. Out: loaded_packs for any step, the number of steps, a small batch
-for the preflight, and what the ranks must have in common. `loader = "plan"` needs the index that stage one wrote and gives
-exact epochs and resume; `loader = "stream"` takes any tars with the documented members and gives neither.
+In: SHARDS as the user wrote it or the data sets of train.data, and the [train] section. Out: loaded_packs for any step, the
+number of steps, a small batch for the preflight, and what the ranks must have in common. `loader = "plan"` needs the index that
+stage one wrote and gives exact epochs and resume; `loader = "stream"` takes any tars with the documented members and gives
+neither.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 import msgspec
 import numpy as np
 
 from shards.errors import ConfigError
-from shards.manifest import Fingerprints, check_fingerprints, open_dataset, text_rules
-from shards.reader import SampleReader
+from shards.manifest import Fingerprints, check_fingerprints
 from shards.sample import Sample
 from shards.sequence import SequenceBuilder
 from train.config import TrainSection
+from train.data.data_sets import common_text_rules, join, mixing_of, open_set
 from train.data.feed import DamageLimits
 from train.data.heaviest_pack import FIRST_REMOTE_SAMPLES, FIRST_SAMPLES, PackSource, PlannedPacks
+from train.data.linked_speakers import choose_linked_speakers
 from train.data.loader import LoadedPack, LoaderShare, load_planned_packs, read_pack
 from train.data.plan import CHUNK, Keep, Planner, PlanSettings
-from train.data.remote import CachedReader, RemoteShards, is_remote
 from train.data.same_audio import without_places
 from train.data.source import HeldOut
 from train.data.text_dropout import TextDropout
@@ -39,46 +40,61 @@ log = logging.getLogger("train")
 
 
 class PlannedSource:
-    """A data set with an index: every step of every epoch is known beforehand."""
+    """Data sets with an index: every step of every epoch is known beforehand."""
 
     def __init__(self, location: str, section: TrainSection) -> None:
-        """Raises ShardError when there is no data set."""
+        """`location`: of the one data set; "" where train.data names them. Raises ShardError when there is none."""
+        if location:
+            section = msgspec.structs.replace(section, data=[])
         self._section = section
-        self._location = location
-        self._remote: RemoteShards | None = None
-        if is_remote(location):
-            self._remote = RemoteShards(location, Path(section.cache_dir), int(section.cache_gb * 1e9))
-            self.dataset, self.index = self._remote.open()
-            self.reader: SampleReader = CachedReader(self._remote)
-        else:
-            self.dataset, self.index = open_dataset(Path(location))
-            self.reader = SampleReader(Path(location))
-        self.digest = self.dataset.digest
-        self.text_rules = text_rules(self.dataset)
+        locations = [location] if location else [source.path for source in section.data]
+        self._data = join([open_set(one, section) for one in locations])
+        self._sets = self._data.sets
+        self._is_remote = any(one.remote for one in self._sets)
+        self.mixing = mixing_of(section, self._data)
+        self.index, self.reader = self._data.index, self._data.reader
+        self.digest = self._data.digest
+        self.text_rules = common_text_rules(self._data)
         self._validation = validation_source(section)
         self.validation_digest = self._validation.digest if self._validation else ""
         self._held_out: Keep | None = None  # of validation_fraction
 
     def check(self, expected: Fingerprints, conditioning: Conditioning) -> Conditioning:
         """Refuse shards that were not made for this model; settle what the reference enters as."""
-        check_fingerprints(self.dataset, expected)
-        settled = fit_to_shards(conditioning, self.dataset, self.index)
+        found: list[Conditioning] = []
+        for one in self._sets:
+            check_fingerprints(one.dataset, expected)
+            found.append(fit_to_shards(conditioning, one.dataset, one.index))
+        settled = found[0]
+        if other := next((i for i, one in enumerate(found) if one.runs_tower != settled.runs_tower), 0):
+            raise ConfigError(
+                f"train.data: one of {self._sets[0].location} and {self._sets[other].location} holds mels, the other states of "
+                "a Whisper encoder; run preprocess with one features.whisper for both, or set sequence.conditioning = "
+                '"codes"'
+            )
         if self._validation and self._validation.check(expected, conditioning).runs_tower:
             return conditioning  # held-out shards hold mels, whatever those trained on hold: the tower is needed
         return settled
 
     def require_apart(self) -> None:
         if self._validation:
-            require_apart(self.open_data(), self._validation.open_data())
+            for data in self.open_data():
+                for held_out in self._validation.open_data():
+                    require_apart(data, held_out)
 
-    def open_data(self) -> OpenData:
-        return OpenData(self._location, self.dataset, self.index, None if self._remote else self.reader)
+    def open_data(self) -> list[OpenData]:
+        return [
+            OpenData(one.location, one.dataset, one.index, None if one.remote else one.reader) for one in self._sets
+        ]
 
     def heaviest_packs(self, builder: SequenceBuilder) -> PackSource:
         """Packs to measure memory with, before anything is planned."""
         section = msgspec.structs.replace(self._section, batch_tokens=1)
-        first_samples = FIRST_REMOTE_SAMPLES if self._remote else FIRST_SAMPLES
-        return PlannedPacks(self.reader, self.index, builder, plan_settings(section), first_samples)
+        first_samples = (FIRST_REMOTE_SAMPLES if self._is_remote else FIRST_SAMPLES) // len(self._sets)
+        starts = self._data.first_rows
+        parts = [self.index[start : min(end, start + first_samples)] for start, end in pairwise(starts)]
+        first = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return PlannedPacks(self.reader, self.index, builder, plan_settings(section), first)
 
     def prepare(
         self,
@@ -94,12 +110,10 @@ class PlannedSource:
             self._section = msgspec.structs.replace(self._section, batch_tokens=batch_tokens)
         fraction, keep = self._section.validation_fraction, None
         if fraction:
-            speakers = choose_speakers(self.index, self._section.seed, fraction)
-            keep = of_speakers(speakers, inside=False)
-            self._held_out = self._without_trained(keep, of_speakers(speakers, inside=True), world)
+            keep, self._held_out = self._hold_out(fraction, world)
         self._dropout = TextDropout(builder, self._section.seed)
         self.planner = Planner(
-            self.index, self._dropout.longest, plan_settings(self._section), keep, dropout=self._dropout
+            self.index, self._dropout.longest, plan_settings(self._section), keep, self.mixing, self._dropout
         )
         self._require_room(self.planner)
         if counts_path and world.is_first:
@@ -111,6 +125,16 @@ class PlannedSource:
             counts_path.parent.mkdir(parents=True, exist_ok=True)
             self.planner.save_counts(counts_path)
 
+    def _hold_out(self, fraction: float, world: World) -> tuple[Keep, Keep]:
+        """Filters of the rows trained on and of those held out: whole speakers, of all data sets by their names."""
+        seed = self._section.seed
+        if len(self._sets) > 1 and (columns := self._data.columns()) is not None:
+            speakers = choose_linked_speakers(self.index, columns, seed, fraction)
+            return of_speakers(speakers, inside=False), of_speakers(speakers, inside=True)
+        speakers = choose_speakers(self.index, seed, fraction)
+        keep = of_speakers(speakers, inside=False)
+        return keep, self._without_trained(keep, of_speakers(speakers, inside=True), world)
+
     def _without_trained(self, trained: Keep, held_out: Keep, world: World) -> Keep:
         """Of held-out speakers' rows those whose audio no other speaker's row has as well; the others are logged.
 
@@ -118,8 +142,9 @@ class PlannedSource:
         """
         places: list[int] = []
         names: list[str] = []
-        if world.is_first and not self._remote:
-            places, names = learned_places(self._location, self.reader, self.index, trained, held_out)
+        if world.is_first and not self._is_remote:
+            name = ", ".join(one.location for one in self._sets)
+            places, names = learned_places(name, self.reader, self.index, trained, held_out)
         places, names = world.gather((places, names))[0]
         if not places:
             return held_out
@@ -163,9 +188,11 @@ class PlannedSource:
         planner = Planner(self.index, builder.lengths, settings, keep)
         share = LoaderShare(world.rank, world.size)
         on_window = self._fetches(planner)
-        if self._remote and keep:
-            everything = [shard.shard for shard in self.dataset.shards]
-            self._remote.require_room(everything, "held-out speakers lie in all shards")
+        if keep:
+            for one in self._sets:
+                if one.remote:
+                    everything = [shard.shard for shard in one.dataset.shards]
+                    one.remote.require_room(everything, "held-out speakers lie in all shards")
 
         def one_pass() -> Iterator[LoadedPack]:
             packs = load_planned_packs(self.reader, self.index, planner, 0, builder, share, on_window)
@@ -192,16 +219,19 @@ class PlannedSource:
     def describe(self) -> None:
         planner, section = self.planner, self._section
         num_packs = planner.num_packs(0)
+        num_tokens = planner.epoch_tokens(0)
         log.info(
             "%d samples, %d tokens: %d packs of up to %d tokens (%.1f %% full), %d steps an epoch, %d steps in all",
-            planner.num_samples,
-            planner.epoch_tokens(0),
+            planner.epoch_samples(0),
+            num_tokens,
             num_packs,
             planner.settings.batch_tokens,
-            100 * planner.epoch_tokens(0) / (num_packs * planner.settings.batch_tokens),
+            100 * num_tokens / (num_packs * planner.settings.batch_tokens),
             planner.num_steps(0),
             self.total_steps,
         )
+        for share in planner.shares(0):
+            log.info("the first epoch has of %s", share)
         fillers = planner.num_steps(0) * section.packs_per_step - num_packs
         if fillers:
             log.info("the last step of the first epoch is filled up with %d empty packs", fillers)
@@ -227,23 +257,29 @@ class PlannedSource:
 
     def _fetches(self, planner: Planner) -> Callable[[int, int], None] | None:
         """Called when a window begins: has its shards here and fetches the next ones."""
-        remote = self._remote
-        if remote is None:
+        if not self._is_remote:
             return None
 
         def enter(epoch: int, window: int) -> None:
-            following = planner.window_shards(*planner.following(epoch, window))
-            remote.enter(planner.window_shards(epoch, window), following)
+            present, following = (
+                planner.window_shards(*place) for place in ((epoch, window), planner.following(epoch, window))
+            )
+            for number, one in enumerate(self._sets):
+                if one.remote:
+                    one.remote.enter(self._data.of_set(present, number), self._data.of_set(following, number))
 
         return enter
 
     def _require_room(self, planner: Planner) -> None:
         """A remote data set needs two windows at a time on this disk. Raises ConfigError."""
-        if self._remote:
-            for window in range(planner.num_windows(0)):
+        for number, one in enumerate(self._sets):
+            for window in range(planner.num_windows(0)) if one.remote else ():
                 places = (0, window), planner.following(0, window)
-                shards = {int(shard) for place in places for shard in planner.window_shards(*place)}
-                self._remote.require_room(shards, f"windows {window} and {window + 1}")
+                shards = {
+                    int(shard) for place in places for shard in self._data.of_set(planner.window_shards(*place), number)
+                }
+                assert one.remote
+                one.remote.require_room(shards, f"windows {window} and {window + 1}")
 
     def preflight_batch(self, num_samples: int) -> PackedBatch:
         """The first sound samples of the first step. Raises ShardError when there is none."""
@@ -251,7 +287,7 @@ class PlannedSource:
         return read_pack(self.reader, self.index, np.concatenate(packs), self._builder, num_samples)
 
     def limits(self) -> DamageLimits:
-        return DamageLimits(self._section.max_bad_fraction, self.planner.num_samples, self.facts)
+        return DamageLimits(self._section.max_bad_fraction, self.planner.epoch_samples(0), self.facts)
 
     def facts(self, epoch: int) -> dict[str, str]:
         """What all ranks must have in common when an epoch begins."""
@@ -267,7 +303,7 @@ def validation_source(section: TrainSection) -> PlannedSource | None:
             f"train.validation_data = {section.validation_data!r} and train.validation_fraction = "
             f"{section.validation_fraction}: held-out data come from one of them; set the other to its default"
         )
-    return PlannedSource(section.validation_data, msgspec.structs.replace(section, validation_data=""))
+    return PlannedSource(section.validation_data, msgspec.structs.replace(section, validation_data="", data=[]))
 
 
 def plan_settings(section: TrainSection) -> PlanSettings:

@@ -1,9 +1,9 @@
 """`loader = "stream"`: any list of WebDataset shards with the documented members.
 
-In: a folder, globs, brace lists or URLs; no index is needed. Out: the same loaded_packs as a plan gives, packed on line under
-the same budgets. The order of shards is drawn anew for every pass and then split among ranks and workers, and there is no
-end: `train.max_steps` says how long, so every rank takes as many steps. The price: no exact epochs, a shuffle within a
-buffer only, and a resumed run draws a new order from the same statistics.
+In: a folder, globs, brace lists or URLs, or several of them in train.data; no index is needed. Out: the same loaded_packs as a
+plan gives, packed on line under the same budgets. The order of shards is drawn anew for every pass and then split among ranks
+and workers, and there is no end: `train.max_steps` says how long, so every rank takes as many steps. The price: no exact
+epochs, a shuffle within a buffer only, and a resumed run draws a new order from the same statistics.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from webdataset.pipeline import DataPipeline
 
 from shards.errors import ConfigError, PipelineError, ShardError
 from shards.label_shift import IGNORE
-from shards.manifest import Fingerprints, check_fingerprints, open_dataset, text_rules
+from shards.manifest import Dataset, Fingerprints, check_fingerprints, open_dataset, text_rules
 from shards.sample import Sample, unpack_sample
 from shards.sequence import SequenceBuilder
 from train.config import TrainSection
@@ -44,6 +44,7 @@ from train.data.packing import OPEN_PACKS, OnlinePacks
 from train.data.planned_source import plan_settings, validation_source
 from train.data.shard_urls import read_shards, shard_urls
 from train.data.source import HeldOut
+from train.data.stream_mixing import MixedSamples, stream_weights
 from train.data.text_dropout import TextDropout
 from train.data.validation_overlap import data_of_shards, require_apart
 from train.model.batch import PackedBatch
@@ -56,10 +57,13 @@ log = logging.getLogger("train")
 
 
 class StreamedSource:
-    """A list of shards without an index."""
+    """Lists of shards without an index."""
 
     def __init__(self, location: str, section: TrainSection) -> None:
-        """Raises ConfigError when there are no shards, or when a setting needs an index."""
+        """`location`: of the one list; "" where train.data names them.
+
+        Raises ConfigError when there are no shards, or when a setting needs an index.
+        """
         if not section.max_steps:
             raise ConfigError('train.loader = "stream" knows no epochs: say how long with train.max_steps')
         if section.validation_fraction or section.order != "random":
@@ -67,9 +71,18 @@ class StreamedSource:
                 'train.loader = "stream" has no index: train.validation_fraction must be 0 (name a data set in '
                 'train.validation_data instead) and train.order "random"'
             )
+        if section.speaker_temperature != 1:
+            raise ConfigError(
+                f'train.loader = "stream" has no index, so it cannot balance speakers: train.speaker_temperature = '
+                f'{section.speaker_temperature:g} must be 1, or train.loader "plan"'
+            )
+        if location:
+            section = msgspec.structs.replace(section, data=[])
         self._section = section
-        self._location = location
-        self.urls = shard_urls(location)
+        self._locations = [location] if location else [source.path for source in section.data]
+        self._lists = [shard_urls(one) for one in self._locations]
+        self._weights = stream_weights(section, self._datasets())
+        self.urls = [url for urls in self._lists for url in urls]
         self.digest = hashlib.sha256("\n".join(self.urls).encode()).hexdigest()
         self.text_rules: list[str] | None = None
         self._validation = validation_source(section)
@@ -77,20 +90,28 @@ class StreamedSource:
 
     def check(self, expected: Fingerprints, conditioning: Conditioning) -> Conditioning:
         """Hold fingerprints against the model where there are any: foreign shards have none."""
-        if (Path(self._location) / "dataset.json").is_file():
-            dataset, _ = open_dataset(Path(self._location))
-            check_fingerprints(dataset, expected)
-            self.text_rules = text_rules(dataset)
+        for dataset in self._datasets().values():
+            if dataset:
+                check_fingerprints(dataset, expected)
+                self.text_rules = self.text_rules or text_rules(dataset)
         if self._validation:
             self._validation.check(expected, conditioning)
         return conditioning
+
+    def _datasets(self) -> dict[str, Dataset | None]:
+        """dataset.json of each list that is a folder of stage one; None for others."""
+        return {
+            one: open_dataset(Path(one))[0] if (Path(one) / "dataset.json").is_file() else None
+            for one in self._locations
+        }
 
     def require_apart(self) -> None:
         """Of shards that stage one made here; foreign ones say nothing about what is in them."""
         if self._validation:
             known = data_of_shards(self.urls)
             for data in known:
-                require_apart(data, self._validation.open_data())
+                for held_out in self._validation.open_data():
+                    require_apart(data, held_out)
             if not known:
                 log.info("train.validation_data is not compared with the stream: its shards have no index")
 
@@ -114,6 +135,11 @@ class StreamedSource:
 
     def describe(self) -> None:
         log.info("stream of %d shards, %d steps; codec and tokenizer are not checked", len(self.urls), self.total_steps)
+        if self._weights:
+            for location, weight in zip(self._locations, self._weights, strict=True):
+                log.info(
+                    "%s: %.1f %% of the audio, as often as that takes", location, 100 * weight / sum(self._weights)
+                )
 
     def loaded_packs(self, first_step: int, share: LoaderShare) -> Iterator[LoadedPack]:
         if self._section.packs_per_step % share.world_size:
@@ -121,13 +147,19 @@ class StreamedSource:
                 f"train.packs_per_step = {self._section.packs_per_step} cannot be shared by {share.world_size} ranks"
             )
         readers = share.world_size * max(1, share.num_workers)
-        if len(self.urls) < readers:
+        lists = self._lists if self._weights else [self.urls]
+        where = " in one of train.data" if len(lists) > 1 else ""
+        fewest = min(len(urls) for urls in lists)
+        if fewest < readers:
             raise ConfigError(
-                f"{len(self.urls)} shards for {readers} readers ({share.world_size} ranks of {max(1, share.num_workers)} "
+                f"{fewest} shards{where} for {readers} readers ({share.world_size} ranks of {max(1, share.num_workers)} "
                 "loader processes): every reader needs a shard of its own; lower train.num_workers or write smaller shards"
             )
         passes = Passes()
-        source = StreamedSamples(self.urls, self._section.seed, first_step, share, passes)
+        streams: list[Iterable[RawSample]] = [
+            StreamedSamples(urls, self._section.seed, first_step, share, passes) for urls in lists
+        ]
+        source = MixedSamples(streams, self._weights) if self._weights else streams[0]
         mixed = shuffled(self._section.shuffle_buffer, self._section.seed, first_step, share.rank)
         built = build_sequences(self._builder, TextDropout(self._builder, self._section.seed))
         pipeline = DataPipeline(source, mixed, built, pack_online(self._section, passes))

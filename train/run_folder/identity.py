@@ -39,13 +39,16 @@ MUST_BE_EQUAL = frozenset(
         "lora.text_head",
         "train.seed", "train.batch_tokens", "train.packs_per_step", "train.max_supervised_tokens", "train.max_references",
         "train.loader", "train.order", "train.shuffle_window", "train.validation_fraction",
+        "train.data_temperature", "train.speaker_temperature",
     }
 )  # fmt: skip
+# Of these, keys that came later are kept only with another value than the default: older checkpoints are without them.
+CAME_LATER = {"sequence.reference_text_dropout": 0.0, "train.data_temperature": 1.0, "train.speaker_temperature": 1.0}
 # What they name must be equal; where it lies may change, which is logged.
 BY_CONTENT = frozenset(
     {
         "model.base", "model.revision", "model.codec", "model.codec_revision", "features.whisper_model",
-        "features.whisper_revision", "train.validation_data",
+        "features.whisper_revision", "train.validation_data", "train.data",
     }
 )  # fmt: skip
 # Logged when a run goes on with another value.
@@ -66,9 +69,6 @@ MAY_CHANGE = frozenset(
 NO_EFFECT = frozenset(
     {"features.whisper", "train.tensorboard", "train.cache_dir", "train.cache_gb", "wandb.mode", "wandb.project"}
 )
-
-# With which value a checkpoint was trained that does not hold the key: it is older.
-NOT_HELD_BEFORE = {"sequence.reference_text_dropout": 0.0}
 
 BATCH_TOKENS = "train.batch_tokens"
 NAMED_BY = {
@@ -101,6 +101,7 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
     validation_digest: str  # of train.validation_data; "" without
     plan_version: int
     settings: dict[str, Any]  # values of MUST_BE_EQUAL
+    data_weights: list[float] | msgspec.UnsetType = msgspec.UNSET  # of [[train.data]], in order; unset: none were given
 
     @property
     def batch_tokens(self) -> int:
@@ -131,12 +132,16 @@ def make_identity(
     """`config` with a number for train.batch_tokens and the conditioning that is in force."""
     values = config_values(config)
     assert values[BATCH_TOKENS] != "auto", "settled before"
+    weights = [source.weight for source in config.train.data if source.weight is not None]
     return Identity(
         model=model,
         dataset_digest=dataset_digest,
         validation_digest=validation_digest,
         plan_version=plan_version,
-        settings={key: values[key] for key in sorted(MUST_BE_EQUAL)},
+        settings={
+            key: values[key] for key in sorted(MUST_BE_EQUAL) if key not in CAME_LATER or values[key] != CAME_LATER[key]
+        },
+        data_weights=[weight / sum(weights) for weight in weights] if weights else msgspec.UNSET,
     )
 
 
@@ -192,10 +197,17 @@ def differences(before: Identity, now: Identity) -> Iterator[tuple[str, str, str
         yield "train.validation_data", before.validation_digest[:16] or none, now.validation_digest[:16] or none
     if before.plan_version != now.plan_version:
         yield "the way of planning", str(before.plan_version), str(now.plan_version)
+    if before.data_weights != now.data_weights:
+        yield "the weights of train.data", _shown_weights(before), _shown_weights(now)
     for key in sorted(before.settings.keys() | now.settings.keys()):
-        was, found = (one.settings.get(key, NOT_HELD_BEFORE.get(key)) for one in (before, now))
+        was, found = (one.settings.get(key, CAME_LATER.get(key)) for one in (before, now))
         if was != found:
             yield key, shown(was), shown(found)
+
+
+def _shown_weights(identity: Identity) -> str:
+    weights = identity.data_weights
+    return "none" if weights is msgspec.UNSET else " : ".join(f"{weight:.4g}" for weight in weights)
 
 
 def model_differences(before: ModelFiles, now: ModelFiles) -> Iterator[tuple[str, str, str, str]]:
