@@ -193,6 +193,7 @@ def test_no_held_out_audio_or_speaker_is_in_training(seed, same_people, builder)
     source = prepared(asked, builder)
     columns = source._data.columns()
     assert columns is not None
+    assert source._held_out is not None
     held_out = source._held_out(source.index)
     assert held_out.any()
     trained = np.zeros(len(source.index), bool)

@@ -84,6 +84,7 @@ class TrainSection(msgspec.Struct, frozen=True, kw_only=True):
     # Order and loading of data
     loader: Literal["plan", "stream"] = "plan"
     order: Literal["random", "short_to_long"] = "random"
+    reference: Literal["as_listed", "same_speaker"] = "as_listed"  # "same_speaker": another clip each epoch
     shuffle_window: Positive = 1048576  # samples
     shuffle_buffer: Positive = 2000  # samples, per loader process of a stream
     num_workers: NonNegative = 2

@@ -28,7 +28,7 @@ from shards.index import hash64
 from shards.label_shift import IGNORE
 from shards.printable import first_line, printable
 from shards.reader import SampleReader
-from shards.sample import unpack_sample
+from shards.sample import Sample, unpack_sample
 from shards.sequence import AUDIO_OUT, BEGIN_OF_TEXT, Sequence, SequenceBuilder
 from train.data.loader_processes import (
     FULL_SHARED_MEMORY,
@@ -38,6 +38,7 @@ from train.data.loader_processes import (
     require_semaphores,
 )
 from train.data.plan import Planner
+from train.data.references import LISTED, with_reference
 from train.data.text_dropout import TextDropout
 from train.model.batch import PackedBatch, pack
 
@@ -49,6 +50,14 @@ FILLER = Sequence(
     next_codes=np.full((NUM_CODEBOOKS, 1), IGNORE, np.int16),
     target_columns=(1, 1),
 )
+
+
+class Donor(NamedTuple):
+    """Another sample, of which one clip is the reference in this epoch."""
+
+    key: str
+    members: dict[str, bytes]
+    is_target: bool  # which of its clips
 
 
 class RawSample(NamedTuple):
@@ -63,6 +72,7 @@ class RawSample(NamedTuple):
     epoch: int = 0
     pack_size: int = 1  # samples of the planned pack it belongs to; 0 marks an empty pack
     with_text: bool = True  # whether it keeps its reference's text in this epoch
+    donor: Donor | None = None  # of its reference; None: its own
 
 
 class Fault(NamedTuple):
@@ -130,20 +140,46 @@ class PlannedSamples(torch.utils.data.IterableDataset):
         for epoch, rows in itertools.islice(self._packs(), worker, None, num_workers):
             if not len(rows):
                 yield RawSample("", {}, epoch=epoch, pack_size=0)
-            found = self._index[rows]
+            references, clips, found = self._planner.references, np.full(len(rows), LISTED), self._index[rows]
+            if references:
+                clips = references.clips(epoch, rows)
+                found = references.with_clips(rows, clips)
             with_text = self._dropout.with_text(found, epoch) if self._dropout else np.ones(len(rows), bool)
             lengths = self._builder.lengths(found, with_text)
-            for number, length, has_text in zip(rows.tolist(), lengths.tolist(), with_text.tolist(), strict=True):
+            planned = zip(rows.tolist(), clips.tolist(), lengths.tolist(), with_text.tolist(), strict=True)
+            for number, clip, length, has_text in planned:
                 row = self._index[number]
                 shard = self._reader.shard_name(row)
                 known = {"shard": shard, "speaker": int(row["speaker"]), "epoch": epoch, "pack_size": len(rows)}
                 try:
                     members = self._reader.read_raw(row)
+                    donor = self._read_donor(clip)
                 except ShardError as error:
                     key = self._reader.key_of(row, self._planner.position_of(number))
                     yield RawSample(key, {}, reason=str(error), **known)
                 else:
-                    yield RawSample(members.pop("__key__"), members, length=length, with_text=has_text, **known)
+                    heard = {"with_text": has_text, "donor": donor}
+                    yield RawSample(members.pop("__key__"), members, length=length, **heard, **known)
+
+    def _read_donor(self, clip: int) -> Donor | None:
+        """Raises ShardError."""
+        if clip == LISTED:
+            return None
+        try:
+            members = self._reader.read_raw(self._index[clip >> 1])
+        except ShardError as error:
+            raise ShardError(f"its reference of this epoch: {error}") from None
+        return Donor(members.pop("__key__"), members, is_target=clip % 2 == 1)
+
+
+def with_donor(sample: Sample, donor: Donor | None) -> Sample:
+    """The sample with its reference of this epoch. Raises ShardError."""
+    if donor is None:
+        return sample
+    try:
+        return with_reference(sample, unpack_sample(donor.key, donor.members), donor.is_target)
+    except ShardError as error:
+        raise ShardError(f"its reference of this epoch: {error}") from None
 
 
 def build_sequences(builder: SequenceBuilder, dropout: TextDropout | None = None):
@@ -157,7 +193,7 @@ def build_sequences(builder: SequenceBuilder, dropout: TextDropout | None = None
             speaker, sequence, reason = raw.speaker, None, raw.reason
             if raw.pack_size and not reason:
                 try:
-                    sample = unpack_sample(raw.key, raw.members)
+                    sample = with_donor(unpack_sample(raw.key, raw.members), raw.donor)
                     drawn = dropout is not None and not dropout.with_text_of(raw.shard, raw.key, raw.epoch)
                     built = builder.training(sample, raw.with_text and not drawn)
                     if raw.length and len(built) != raw.length:  # a pack would be larger than memory was measured for

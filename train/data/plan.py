@@ -26,6 +26,7 @@ from shards.errors import ConfigError
 from shards.writer import write_json
 from train.data.mixing import EpochMix, Mixing, SetShare
 from train.data.packing import PlanSettings, best_fit
+from train.data.references import SpeakerReferences
 from train.data.text_dropout import TextDropout
 
 PLAN_VERSION = 1  # raise it when the same settings give other packs: a cached or resumed plan is then refused
@@ -57,10 +58,11 @@ class Planner:
         keep: Keep | None = None,
         mixing: Mixing | None = None,
         dropout: TextDropout | None = None,
+        references: SpeakerReferences | None = None,
     ) -> None:
         """index [n] of INDEX_DTYPE, memory-mapped or not. `keep` picks the rows that take part (held-out data). `mixing`:
         how often each comes in an epoch; None: once. `dropout`: where samples are shorter in some epochs; `lengths` are then
-        the longest.
+        the longest. `references`: drawn anew each epoch; None: those of the list.
 
         Raises ConfigError when no sample fits a pack.
         """
@@ -68,6 +70,7 @@ class Planner:
         self._lengths = lengths
         self._keep = keep
         self._dropout = dropout if dropout and dropout.is_on else None
+        self.references = references
         self.settings = settings
         self.num_samples = self.num_tokens = self.num_too_long = 0  # of one epoch; too long ones are skipped
         self.too_long_rows: list[int] = []  # the first of them
@@ -96,12 +99,15 @@ class Planner:
 
     def epoch_tokens(self, epoch: int) -> int:
         """Their tokens."""
-        if self._mix is None and self._dropout is None:
+        if self._mix is None and self._dropout is None and self.references is None:
             return self.num_tokens
         total = 0
         for start in range(0, len(self._index), CHUNK):
             found = self._index[start : start + CHUNK]
             fits, lengths, _ = self._measure(found, epoch)
+            if self.references:
+                drawn = self.references.found(epoch, start + np.flatnonzero(fits))
+                lengths[fits] = self._measure(drawn, epoch)[1]
             total += int((lengths * (self._mix.counts(epoch)[start : start + CHUNK] if self._mix else fits)).sum())
         return total
 
@@ -129,6 +135,8 @@ class Planner:
             digest.update(repr(self._mixing).encode())
         if self._dropout:
             digest.update(repr(self._dropout).encode())
+        if self.references:
+            digest.update(b"references drawn")
         return digest.hexdigest()
 
     def epoch_hash(self, epoch: int) -> str:
@@ -137,6 +145,8 @@ class Planner:
         digest = hashlib.sha256(f"{self.fingerprint()} {epoch}".encode())
         digest.update(window.rows.tobytes())
         digest.update(window.ends.tobytes())
+        if self.references:
+            digest.update(self.references.clips(epoch, window.rows).tobytes())
         return digest.hexdigest()
 
     def load_counts(self, path: Path) -> None:
@@ -226,6 +236,8 @@ class Planner:
             found = self._index[rows]
             fits, lengths, supervised = self._measure(found, epoch)
             rows, lengths, supervised = rows[fits], lengths[fits], supervised[fits]
+            if self.references:
+                lengths = self._measure(self.references.found(epoch, rows), epoch)[1]
             if self._mix:
                 copies = self._mix.counts(epoch)[rows]
                 rows, lengths, supervised = (np.repeat(values, copies) for values in (rows, lengths, supervised))

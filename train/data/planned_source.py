@@ -27,6 +27,7 @@ from train.data.heaviest_pack import FIRST_REMOTE_SAMPLES, FIRST_SAMPLES, PackSo
 from train.data.linked_speakers import choose_linked_speakers
 from train.data.loader import LoadedPack, LoaderShare, load_planned_packs, read_pack
 from train.data.plan import CHUNK, Keep, Planner, PlanSettings
+from train.data.references import SpeakerReferences
 from train.data.same_audio import without_places
 from train.data.source import HeldOut
 from train.data.text_dropout import TextDropout
@@ -109,11 +110,18 @@ class PlannedSource:
         if batch_tokens:
             self._section = msgspec.structs.replace(self._section, batch_tokens=batch_tokens)
         fraction, keep = self._section.validation_fraction, None
+        self._require_drawable(builder)
         if fraction:
             keep, self._held_out = self._hold_out(fraction, world)
         self._dropout = TextDropout(builder, self._section.seed)
         self.planner = Planner(
-            self.index, self._dropout.longest, plan_settings(self._section), keep, self.mixing, self._dropout
+            self.index,
+            self._dropout.longest,
+            plan_settings(self._section),
+            keep,
+            self.mixing,
+            self._dropout,
+            self._drawn_references(builder, keep),
         )
         self._require_room(self.planner)
         if counts_path and world.is_first:
@@ -128,12 +136,50 @@ class PlannedSource:
     def _hold_out(self, fraction: float, world: World) -> tuple[Keep, Keep]:
         """Filters of the rows trained on and of those held out: whole speakers, of all data sets by their names."""
         seed = self._section.seed
-        if len(self._sets) > 1 and (columns := self._data.columns()) is not None:
+        draws = self._section.reference != "as_listed"
+        if (len(self._sets) > 1 or draws) and (columns := self._data.columns()) is not None:
             speakers = choose_linked_speakers(self.index, columns, seed, fraction)
             return of_speakers(speakers, inside=False), of_speakers(speakers, inside=True)
         speakers = choose_speakers(self.index, seed, fraction)
         keep = of_speakers(speakers, inside=False)
         return keep, self._without_trained(keep, of_speakers(speakers, inside=True), world)
+
+    def _require_drawable(self, builder: SequenceBuilder) -> None:
+        """Raises ConfigError where references cannot be drawn as train.reference asks."""
+        if self._section.reference == "as_listed":
+            return
+        if self._is_remote:
+            raise ConfigError(
+                'train.reference = "same_speaker" reads clips from all shards at any time, and those behind a URL are fetched '
+                'window by window: copy the data set to a local disk, or set it to "as_listed"'
+            )
+        if builder.layout == "as_written":
+            raise ConfigError(
+                'train.reference = "same_speaker" needs sequence.layout "clone": turns of layout "as_written" stay as they '
+                'were written, with their own reference; set it to "as_listed"'
+            )
+
+    def _drawn_references(self, builder: SequenceBuilder, keep: Keep | None) -> SpeakerReferences | None:
+        if self._section.reference == "as_listed":
+            return None
+        chunks = range(0, len(self.index), CHUNK) if keep else ()
+        is_trained = np.ones(len(self.index), bool)
+        for start in chunks:
+            is_trained[start : start + CHUNK] = keep(self.index[start : start + CHUNK]) if keep else True
+        settings = plan_settings(self._section)
+        held_out = self._validation._data.columns() if self._validation else None
+        return SpeakerReferences(
+            self.index,
+            [one.columns() for one in self._sets],
+            self._data.first_rows,
+            is_trained,
+            settings.seed,
+            lambda rows: self._dropout.longest(rows) <= settings.batch_tokens,
+            with_targets=not builder.uses_whisper,
+            barred=None
+            if held_out is None
+            else np.concatenate([held_out["target_audio"], held_out["reference_audio"]]),
+        )
 
     def _without_trained(self, trained: Keep, held_out: Keep, world: World) -> Keep:
         """Of held-out speakers' rows those whose audio no other speaker's row has as well; the others are logged.
@@ -232,6 +278,13 @@ class PlannedSource:
         )
         for share in planner.shares(0):
             log.info("the first epoch has of %s", share)
+        if references := planner.references:
+            log.info(
+                "references are drawn each epoch; %d of %d samples keep the reference of the list: their speaker has no "
+                "other clip",
+                references.num_listed,
+                references.num_trained,
+            )
         fillers = planner.num_steps(0) * section.packs_per_step - num_packs
         if fillers:
             log.info("the last step of the first epoch is filled up with %d empty packs", fillers)
@@ -303,7 +356,9 @@ def validation_source(section: TrainSection) -> PlannedSource | None:
             f"train.validation_data = {section.validation_data!r} and train.validation_fraction = "
             f"{section.validation_fraction}: held-out data come from one of them; set the other to its default"
         )
-    return PlannedSource(section.validation_data, msgspec.structs.replace(section, validation_data="", data=[]))
+    return PlannedSource(
+        section.validation_data, msgspec.structs.replace(section, validation_data="", data=[], reference="as_listed")
+    )
 
 
 def plan_settings(section: TrainSection) -> PlanSettings:

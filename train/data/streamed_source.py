@@ -71,6 +71,11 @@ class StreamedSource:
                 'train.loader = "stream" has no index: train.validation_fraction must be 0 (name a data set in '
                 'train.validation_data instead) and train.order "random"'
             )
+        if section.reference != "as_listed":
+            raise ConfigError(
+                'train.reference = "same_speaker" needs an index of the speakers\' clips, and train.loader = "stream" has none: '
+                'set it to "as_listed", or train.loader to "plan"'
+            )
         if section.speaker_temperature != 1:
             raise ConfigError(
                 f'train.loader = "stream" has no index, so it cannot balance speakers: train.speaker_temperature = '

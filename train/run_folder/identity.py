@@ -39,11 +39,16 @@ MUST_BE_EQUAL = frozenset(
         "lora.text_head",
         "train.seed", "train.batch_tokens", "train.packs_per_step", "train.max_supervised_tokens", "train.max_references",
         "train.loader", "train.order", "train.shuffle_window", "train.validation_fraction",
-        "train.data_temperature", "train.speaker_temperature",
+        "train.data_temperature", "train.speaker_temperature", "train.reference",
     }
 )  # fmt: skip
 # Of these, keys that came later are kept only with another value than the default: older checkpoints are without them.
-CAME_LATER = {"sequence.reference_text_dropout": 0.0, "train.data_temperature": 1.0, "train.speaker_temperature": 1.0}
+CAME_LATER = {
+    "sequence.reference_text_dropout": 0.0,
+    "train.data_temperature": 1.0,
+    "train.speaker_temperature": 1.0,
+    "train.reference": "as_listed",
+}
 # What they name must be equal; where it lies may change, which is logged.
 BY_CONTENT = frozenset(
     {
