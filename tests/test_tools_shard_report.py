@@ -26,6 +26,7 @@ from tools.inspect_shards.figures import code_figures, dataset_columns, histogra
 from tools.inspect_shards.opened import open_data
 from tools.inspect_shards.readiness import ELSEWHERE, nearest, suggestion
 from tools.inspect_shards.summary import histogram_lines
+from tools.web_page.charts import round_ticks
 from tools.web_page.page import POLICY
 from train.config import TrainSection
 
@@ -269,3 +270,15 @@ def test_suggestions_grow_with_the_data():
     assert small["learning_rate"] < large["learning_rate"]
     assert small["steps"] == 300 < large["steps"]
     assert "viterbox" in " ".join(nearest(60))
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0, 1), (0.5, 6.56), (-22.98, -12.31), (10.25, 10.5), (0, 10.5), (3, 3.0), (1e-6, 2e-6), (0, 9e8)]
+)
+def test_ticks_are_round_and_lie_inside(low: float, high: float):
+    ticks = round_ticks(low, high)
+    assert all(low - 1e-9 <= tick <= high + 1e-9 for tick in ticks)
+    assert len(ticks) <= 10
+    if high > low:
+        assert len(ticks) >= 3
+        assert len({f"{tick:g}" for tick in ticks}) == len(ticks)

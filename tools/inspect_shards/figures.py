@@ -96,7 +96,8 @@ def histograms(record: Dataset, index: np.ndarray, columns: Columns) -> dict[str
         )
     for name, title, unit, values in sound_values(table):
         if np.isfinite(values).any():
-            found[name] = histogram(title, unit, values[np.isfinite(values)], {})
+            known = values[np.isfinite(values)]
+            found[name] = histogram(title, unit, known, {}, 0.0 if name == "bandwidth_khz" else None)
     return found
 
 
@@ -109,11 +110,13 @@ def sound_values(table: np.ndarray) -> list[tuple[str, str, str, np.ndarray]]:
     ]
 
 
-def histogram(title: str, unit: str, values: np.ndarray, limits: dict[str, float]) -> Histogram:
-    """NUM_BARS bars from the least to the most; a limit that is near belongs to the picture."""
+def histogram(
+    title: str, unit: str, values: np.ndarray, limits: dict[str, float], begin: float | None = None
+) -> Histogram:
+    """NUM_BARS bars from `begin`, or the least, to the most; a limit that is near belongs to the picture."""
     if not len(values):
         return Histogram(title, unit, [0.0, 1.0], [0], limits)
-    low, high = float(values.min()), float(values.max())
+    low, high = float(values.min()) if begin is None else begin, float(values.max())
     near = [limit for limit in limits.values() if low - (high - low) <= limit <= high + (high - low)]
     low, high = min([low, *near]), max([high, *near])
     if high <= low:

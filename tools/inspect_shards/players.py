@@ -33,7 +33,9 @@ class Players:
     def __init__(self, record: Dataset, config_path: Path | None, overrides: tuple[str, ...], num: int = 1) -> None:
         self._codec: Any = None
         self.fault = ""
-        self.note = "From the codes: what the model hears and learns. Beside it the recording it was made of."
+        self.note = (
+            "Above, from the codes: what the model hears and learns. Below it the recording that they were made of."
+        )
         if not num:
             return
         try:

@@ -186,8 +186,8 @@ def warnings(record: Dataset, index: np.ndarray, shares: dict[str, float], sound
         return ["no sample: nothing can be trained"]
     if record.target_hours < FEW_HOURS:
         found.append(
-            f"{record.target_hours:.2f} h of targets: of {FEW_HOURS:g} h and less one report ends "
-            "unintelligible (SWivid/F5-TTS issue 715), one was released (Sada-TTS v1.2)"
+            f"{record.target_hours:.2f} h of targets is little: with 5 h one report ends unintelligible "
+            "(SWivid/F5-TTS issue 715), with 4.6 h another was released (Sada-TTS v1.2)"
         )
     top = max(record.speakers.values(), default=0) / num
     if len(record.speakers) == 1:

@@ -168,7 +168,7 @@ def rejects_part(rejected: dict[str, dict[str, Any]]) -> str:
 
 
 def listening_table(rows: list[list[str]]) -> str:
-    headings = ["sample", "text", "reference, codes", "reference, file", "target, codes", "target, file", "warnings"]
+    headings = ["sample", "text", "reference", "target", "warnings"]
     return table(headings, rows, "listen")
 
 
@@ -180,7 +180,9 @@ def player_row(sample: Sample, why: str, players: Players) -> list[str]:
         f'<td class="text"><small>reference</small> {arabic(texts[0])}<br><small>target</small> {arabic(texts[1])}</td>',
     ]
     for codes, audio in ((sample.reference_codes, facts.reference), (sample.target_codes, facts.target)):
-        cells += [f"<td>{players.of_codes(codes)}</td>", f"<td>{players.of_file(audio)}</td>"]
+        cells.append(
+            f"<td><small>from its codes</small>{players.of_codes(codes)}<br><small>the file</small>{players.of_file(audio)}</td>"
+        )
     return [*cells, f"<td>{escaped(', '.join(facts.warnings))}</td>"]
 
 

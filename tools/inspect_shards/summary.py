@@ -95,8 +95,10 @@ def rows_of(values: dict[str, Any]) -> list[str]:
 
 
 def histogram_lines(part: dict[str, Any]) -> Iterator[str]:
-    """A bar per line; a limit stands as a line of its own where it lies."""
+    """A bar per line, each of two of the page's; a limit stands as a line of its own where it lies."""
     edges, counts = part["edges"], part["counts"]
+    if len(counts) % 2 == 0:  # one of no values has a single bar
+        edges, counts = edges[::2], [sum(counts[place : place + 2]) for place in range(0, len(counts), 2)]
     limits = sorted(part["limits"].items(), key=lambda limit: limit[1])
     most = max([*counts, 1])
     yield f"{part['title']}, {part['unit']}"

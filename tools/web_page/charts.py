@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 import struct
 import zlib
 from collections.abc import Sequence
@@ -36,14 +37,22 @@ def svg_histogram(
             parts.append(
                 f'<text class="limit" x="{x:.1f}" y="{HEAD - 4}" text-anchor="{anchor}">{escaped(name)} {value:g}</text>'
             )
-    for place in (0.0, 0.25, 0.5, 0.75, 1.0):
-        anchor = {0.0: "start", 1.0: "end"}.get(place, "middle")
-        at = low + place * (high - low)
-        parts.append(f'<text x="{place * WIDTH:.0f}" y="{HEAD + HEIGHT + 14}" text-anchor="{anchor}">{at:.4g}</text>')
+    for at in round_ticks(low, high):
+        x = (at - low) * scale
+        anchor = "start" if x < 10 else "end" if x > WIDTH - 10 else "middle"
+        parts.append(f'<text x="{x:.0f}" y="{HEAD + HEIGHT + 14}" text-anchor="{anchor}">{at:g}</text>')
     label = f'<text x="{WIDTH / 2:.0f}" y="{HEAD + HEIGHT + 29}" text-anchor="middle">{escaped(unit)}; tallest: {most}</text>'
     size = f'viewBox="-4 0 {WIDTH + 8} {HEAD + HEIGHT + FOOT}" width="{WIDTH + 8}"'
     drawn = "".join(parts) + label
     return f'<figure><figcaption>{escaped(title)}</figcaption><svg {size} role="img">{drawn}</svg></figure>'
+
+
+def round_ticks(low: float, high: float) -> list[float]:
+    """Three to ten round numbers from `low` to `high`."""
+    step = 10.0 ** math.floor(math.log10((high - low) / 3)) if high > low else 1.0
+    step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) < 9)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [round(number * step, 10) + 0.0 for number in range(first, last + 1)]
 
 
 def svg_bars(title: str, values: dict[str, float], unit: str) -> str:
