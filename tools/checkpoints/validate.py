@@ -25,6 +25,7 @@ from shards.manifest import Fingerprints, check_fingerprints, open_dataset
 from shards.reader import SampleReader
 from shards.sequence import SequenceBuilder
 from tools.checkpoints.card import AVERAGE
+from tools.checkpoints.evaluations import run_of
 from tools.checkpoints.findings import Failed, Finding, all_checked, some
 from tools.checkpoints.merge import CheckpointConfig, require_config
 from tools.evaluate.systems import run_data
@@ -177,9 +178,9 @@ class _Checkpoint:
         return f"{len(batch.keys)} samples: {verdict.found}"
 
     def _own_data(self) -> Path | None:
-        run = self._folder.resolve().parents[1]
+        run = run_of(self._folder)
         try:
-            return run_data(run) if (run / "environment.json").is_file() else None
+            return run_data(run) if run and (run / "environment.json").is_file() else None
         except (PipelineError, msgspec.DecodeError):
             return None
 
