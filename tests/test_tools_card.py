@@ -132,7 +132,7 @@ def test_damage_is_one_line(finished, tmp_path):
     copied = shutil.copytree(finished / "checkpoints" / "checkpoint-2", tmp_path / "copied")
     (copied / "config.toml").write_text("model = 3")
     broken = CliRunner().invoke(main, ["card", str(copied), out])
-    assert (broken.exit_code, "config.toml: not readable" in broken.stderr) == (1, True)
+    assert (broken.exit_code, "damaged: config.toml" in broken.stderr) == (1, True)
     elsewhere = CliRunner().invoke(main, ["card", str(finished), out, "--evaluation", str(tmp_path)])
     assert (elsewhere.exit_code, "results.json: not readable" in elsewhere.stderr) == (1, True)
     assert not Path(out).exists()

@@ -228,6 +228,7 @@ def test_what_has_no_average_is_refused(finished, tmp_path):
 
     nan = spoiled("nan", lambda tensors: next(iter(tensors.values())).fill_(float("nan")))
     lost = spoiled("lost", lambda tensors: tensors.pop(next(name for name in tensors if "lora_B" in name)))
+    orphan = spoiled("orphan", lambda tensors: tensors.pop(next(name for name in tensors if "lora_A" in name)))
     fewer = spoiled("fewer", lambda tensors: [tensors.pop(name) for name in list(tensors) if "q_proj" in name])
     dora = shutil.copytree(four, tmp_path / "dora")
     config = json.loads((dora / "adapter" / "adapter_config.json").read_text())
@@ -242,6 +243,7 @@ def test_what_has_no_average_is_refused(finished, tmp_path):
     for folder, text in [
         (nan, "not finite"),
         (lost, "has no B of its rank"),
+        (orphan, "has no A; give a sound checkpoint"),
         (fewer, "do not change the same modules"),
         (dora, "trained with DoRA"),
         (other, "were trained on other models: base"),

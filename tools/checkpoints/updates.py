@@ -92,6 +92,9 @@ def read_update(folder: Path) -> Update:
             factors[module.removesuffix(A)] = Factors(tensor.double(), up.double(), scale)
         elif not name.endswith((B, LENGTHS)):
             whole[module] = tensor
+    lonely = [name for name in tensors if name.endswith(B) and f"{name.removesuffix(B)}{A}" not in tensors]
+    if lonely:
+        raise CheckpointError(f"{path}: {lonely[0]} has no A; give a sound checkpoint")
     if not factors:
         raise CheckpointError(f"{path}: holds no LoRA layer; give a checkpoint of `train`")
     return Update(config, factors, whole, any(name.endswith(LENGTHS) for name in tensors) or config.use_dora)
