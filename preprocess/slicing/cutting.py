@@ -63,12 +63,7 @@ class Skipped:
 SKIP_REASONS = {
     "no_pause": "longer than the longest piece without a pause to cut at",
     "too_short": "shorter than the shortest piece, and too far from its neighbours",
-    "two_speakers": "more than one speaker by the RTTM, without a pause between them",
-    "no_speaker": "no speaker by the RTTM",
-    "no_text": "no text by the transcript",
-    "asr_log_prob": "the recognizer's mean log-probability is below the limit",
-    "asr_no_speech": "the recognizer hears no speech",
-    "asr_repeats": "the recognizer repeats itself (compression ratio)",
+    "no_text": "the transcript has no text for it, or for less than half of it",
 }
 
 

@@ -34,7 +34,7 @@ class CutPiece(msgspec.Struct, frozen=True):
     start_s: float
     end_s: float
     speaker: str
-    text: str | None = None  # None: nobody has written it down yet
+    text: str = ""  # empty: nobody has written it down yet
 
 
 class SkippedPart(msgspec.Struct, frozen=True):

@@ -16,9 +16,10 @@ import numpy as np
 
 from preprocess.convert import AUDIO_SUFFIXES, Clip, paired_rows, write_list
 from preprocess.reasons import AudioFault
-from preprocess.slicing.cutting import SKIP_REASONS, CutRules, Piece, cut, units_of
+from preprocess.slicing.cutting import SKIP_REASONS, CutRules, Piece, Skipped, Unit, cut, units_of
 from preprocess.slicing.pieces_folder import CutPiece, CutRecording, PiecesFolder, SkippedPart, digest_of
 from preprocess.slicing.recording import Recording, open_recording, sha256_of
+from preprocess.slicing.transcripts import SUFFIXES, read_transcript, texts_of_speech, transcript_of
 from preprocess.slicing.voice_activity import FRAME_S, VoiceActivity, speech_stretches
 from shards.errors import DataError
 from shards.folder_lock import hold_folder
@@ -46,12 +47,15 @@ class Source:
     relative: str
     folder: str
     name: str
+    transcript: Path | None = None
 
 
 def slice_folder(request: SliceRequest) -> None:
     """Cut every recording under the folder and write the list. Raises PipelineError."""
     # 1. The recordings, and what says where speech is.
     sources = find_recordings(request.source)
+    if not request.without_text:
+        sources = with_transcripts(sources)
     voice = VoiceActivity()
     folder = PiecesFolder(request.pieces)
     with hold_folder(request.pieces):
@@ -129,6 +133,21 @@ def find_recordings(folder: Path) -> list[Source]:
     return sources
 
 
+def with_transcripts(sources: list[Source]) -> list[Source]:
+    """Each with the file that says what is said. Raises DataError where one has none, before anything is cut."""
+    found = [dataclasses.replace(source, transcript=transcript_of(source.path)) for source in sources]
+    lacking = [source.path for source in found if source.transcript is None]
+    if lacking:
+        raise DataError(
+            f"{len(lacking)} of {len(found)} recordings have no transcript, first {lacking[0]}; put one of its name beside it "
+            f"({' '.join(end for end in SUFFIXES if end != '.textgrid')}), or give --without-text"
+        )
+    for source in found:
+        if source.transcript:
+            read_transcript(source.transcript)
+    return found
+
+
 def cut_recording(
     source: Source, recording: Recording, request: SliceRequest, voice: VoiceActivity, folder: PiecesFolder, key: str
 ) -> CutRecording:
@@ -139,14 +158,22 @@ def cut_recording(
         duration_s = min(duration_s, recording.num_samples / recording.sample_rate)
     units = units_of(speech_stretches(probabilities, levels), request.rules.min_pause_s)
     units = [dataclasses.replace(unit, end_s=min(unit.end_s, duration_s), label=source.folder) for unit in units]
+    texts: dict[Unit, str] = {}
+    if source.transcript:
+        units, texts = _with_texts(units, source.transcript)
     pieces, skipped = cut(units, duration_s, request.rules)
+    # Speech without a label was cut apart from the rest so that it is in no other piece.
+    silent = [piece for piece in pieces if not piece.units[0].label]
+    skipped += [Skipped(piece.units[0].start_s, piece.units[-1].end_s, "no_text") for piece in silent]
+    skipped.sort(key=lambda part: part.start_s)
     written: list[CutPiece] = []
-    for number, (piece, samples) in enumerate(pieces_of(recording, pieces)):
+    for number, (piece, samples) in enumerate(
+        pieces_of(recording, [piece for piece in pieces if piece.units[0].label])
+    ):
         file = str(Path(source.folder) / f"{source.name}-{number:06d}.flac")
         num_bytes = folder.write_piece(file, samples, recording.sample_rate, recording.is_wide)
-        speaker = piece.units[0].label
-        text = "" if request.without_text else None
-        written.append(CutPiece(file, num_bytes, round(piece.start_s, 4), round(piece.end_s, 4), speaker, text))
+        text = " ".join(filter(None, (texts.get(unit, "") for unit in piece.units)))
+        written.append(CutPiece(file, num_bytes, round(piece.start_s, 4), round(piece.end_s, 4), source.folder, text))
     done = CutRecording(
         key=key,
         recording=source.relative,
@@ -157,6 +184,21 @@ def cut_recording(
     )
     folder.finish(done)
     return done
+
+
+def _with_texts(units: list[Unit], transcript: Path) -> tuple[list[Unit], dict[Unit, str]]:
+    """Units without a text, or with one for a part of them only, lose their label; a sentence keeps its units together."""
+    spoken = texts_of_speech(read_transcript(transcript), [(unit.start_s, unit.end_s) for unit in units])
+    labelled: list[Unit] = []
+    texts: dict[Unit, str] = {}
+    goes_on = False
+    for unit, said in zip(units, spoken, strict=True):
+        is_known = said.is_covered and (bool(said.text) or goes_on)
+        unit = dataclasses.replace(unit, label=unit.label if is_known else "", goes_on=said.goes_on)
+        texts[unit] = said.text
+        goes_on = said.goes_on
+        labelled.append(unit)
+    return labelled, texts
 
 
 def pieces_of(recording: Recording, pieces: list[Piece]) -> Iterator[tuple[Piece, np.ndarray]]:
@@ -185,14 +227,15 @@ def pieces_of(recording: Recording, pieces: list[Piece]) -> Iterator[tuple[Piece
 
 def _key(source: Source, request: SliceRequest, voice: VoiceActivity) -> str:
     rules = dataclasses.asdict(request.rules)
-    return digest_of([SLICE_RULES, voice.version, rules, request.without_text, source.folder, sha256_of(source.path)])
+    files = [sha256_of(path) for path in (source.path, source.transcript) if path]
+    return digest_of([SLICE_RULES, voice.version, rules, request.without_text, source.folder, files])
 
 
 def _clips(cuts: list[CutRecording], request: SliceRequest) -> Iterator[Clip]:
     for item in cuts:
         for piece in item.pieces:
             extra = {"recording": item.recording, "recording_start_s": piece.start_s, "recording_end_s": piece.end_s}
-            yield Clip(str(request.pieces / piece.file), piece.text or "", piece.speaker, extra)
+            yield Clip(str(request.pieces / piece.file), piece.text, piece.speaker, extra)
 
 
 def _skipped(cuts: list[CutRecording]) -> str:

@@ -1,0 +1,217 @@
+"""What is said in a slice: the files beside a recording give every piece the texts of its own clips, or are refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from preprocess.slicing.run import SliceRequest, slice_folder
+from preprocess.slicing.transcripts import Cue, read_transcript, texts_of_speech
+from preprocess.sources import SourceRow, find_pair, read_rows
+from shards.errors import DataError
+
+RATE = 24000
+PAUSE_S = 0.6
+Sentences = list[tuple[float, float, str]]
+
+
+def stamp(seconds: float, point: str) -> str:
+    ms = round(seconds * 1000)
+    return f"{ms // 3600000:02d}:{ms // 60000 % 60:02d}:{ms // 1000 % 60:02d}{point}{ms % 1000:03d}"
+
+
+def srt(sentences: Sentences) -> bytes:
+    blocks = [
+        f"{n}\n{stamp(a, ',')} --> {stamp(b, ',')}\n<i>{text}</i>\n" for n, (a, b, text) in enumerate(sentences, 1)
+    ]
+    return "\r\n".join("\n".join(blocks).split("\n")).encode("utf-8-sig")
+
+
+def vtt(sentences: Sentences) -> bytes:
+    blocks = [f"{stamp(a, '.')} --> {stamp(b, '.')} align:start\n<v Amal>{text}\n" for a, b, text in sentences]
+    return ("WEBVTT - talk\n\nNOTE --\nnothing\n\n" + "\n".join(blocks)).encode()
+
+
+def whisperx(sentences: Sentences) -> bytes:
+    segments = []
+    for start, end, text in sentences:
+        words = text.split()
+        step = (end - start) / len(words)
+        timed = [
+            {"word": word, "start": start + n * step, "end": start + (n + 0.9) * step} for n, word in enumerate(words)
+        ]
+        timed[1] = {"word": words[1]}  # as digits are: without times
+        segments.append({"start": start, "end": end, "text": f" {text}", "words": timed})
+    return json.dumps({"segments": segments, "language": "ar"}).encode()
+
+
+def text_grid(sentences: Sentences) -> bytes:
+    end = sentences[-1][1] + 1
+    lines = [
+        'File type = "ooTextFile"',
+        'Object class = "TextGrid"',
+        "",
+        "xmin = 0 ",
+        f"xmax = {end} ",
+        "tiers? <exists> ",
+    ]
+    lines += ["size = 1 ", "item []: ", "    item [1]:", '        class = "IntervalTier" ', '        name = "نص" ']
+    lines += ["        xmin = 0 ", f"        xmax = {end} ", f"        intervals: size = {2 * len(sentences)} "]
+    before = 0.0
+    for number, (start, stop, text) in enumerate(sentences):
+        for place, (a, b, said) in enumerate(((before, start, ""), (start, stop, text)), 2 * number + 1):
+            lines += [f"        intervals [{place}]:", f"            xmin = {a} ", f"            xmax = {b} "]
+            lines += [f'            text = "{said}" ']
+        before = stop
+    return "\n".join(lines).encode("utf-16")
+
+
+FORMS: dict[str, Callable[[Sentences], bytes]] = {"srt": srt, "vtt": vtt, "json": whisperx, "TextGrid": text_grid}
+
+
+@pytest.fixture(scope="module")
+def sentences(repository: Path) -> dict[str, tuple[np.ndarray, Sentences]]:
+    """A recording of each of two speakers, and its sentences with their times 0.1 s off."""
+    data = repository / "tests" / "data" / "arabic-mini"
+    texts = {}
+    for row in json.loads((data / "chatml.json").read_text()):
+        item = row["messages"][2]["content"]
+        texts[Path(item[1]["audio_url"]).stem] = item[0]["text"]
+    made = {}
+    for speaker in ("spk_05", "spk_06"):
+        parts, spans, place = [], [], 0.0
+        for clip in sorted(data.glob(f"{speaker}_*.flac")):
+            wave, _ = soundfile.read(clip)
+            parts += [wave, np.zeros(round(PAUSE_S * RATE))]
+            spans.append((place + 0.1, place + len(wave) / RATE - 0.1, texts[clip.stem]))
+            place += len(wave) / RATE + PAUSE_S
+        made[speaker] = np.concatenate(parts), spans
+    return made
+
+
+def write(root: Path, sentences: dict[str, tuple[np.ndarray, Sentences]], form: str) -> None:
+    for speaker, (wave, spans) in sentences.items():
+        (root / speaker).mkdir(parents=True)
+        soundfile.write(root / speaker / "talk.flac", wave, RATE)
+        (root / speaker / f"talk.{form}").write_bytes(FORMS[form](spans))
+
+
+def cut(source: Path) -> list[SourceRow]:
+    out = source.parent / "list.jsonl"
+    slice_folder(SliceRequest(source=source, out=out, pieces=source.parent / "list"))
+    rows = [row for row in read_rows(out) if isinstance(row, SourceRow)]
+    return sorted(rows, key=lambda row: (row.chat.speaker or "", row.extra["recording_start_s"]))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_piece_has_the_text_of_its_clips(sentences, tmp_path: Path, form: str):
+    write(tmp_path / "source", sentences, form)
+    rows = cut(tmp_path / "source")
+    for speaker, (_, spans) in sentences.items():
+        mine = [row for row in rows if row.chat.speaker == speaker]
+        assert len(mine) >= 2
+        assert " ".join(find_pair(row.chat).target_text for row in mine) == " ".join(text for *_, text in spans)
+        for row in mine:
+            first, last = row.extra["recording_start_s"], row.extra["recording_end_s"]
+            inside = [text for a, b, text in spans if first < (a + b) / 2 < last]
+            if form != "json":
+                assert find_pair(row.chat).target_text == " ".join(inside)
+
+
+def test_stage_one_takes_the_list(sentences, tmp_path: Path, run_command, tiny_dir: Path):
+    write(tmp_path / "source", sentences, "srt")
+    rows = cut(tmp_path / "source")
+    config = ("--config", tiny_dir / "pipeline.toml", "--set", "preprocess.workers=1")
+    result = run_command("preprocess", tmp_path / "list.jsonl", tmp_path / "out", *config)
+    assert result.returncode == 0, result.stderr
+    record = json.loads((tmp_path / "out" / "dataset.json").read_bytes())
+    assert (record["num_samples"], record["rejects"]) == (len(rows), {})
+    assert set(record["speakers"]) == {"spk_05", "spk_06"}
+
+
+def test_speech_without_a_text_is_in_no_piece(sentences, tmp_path: Path, capsys):
+    lacking = {speaker: (wave, spans[:2] + spans[3:]) for speaker, (wave, spans) in sentences.items()}
+    write(tmp_path / "source", lacking, "srt")
+    rows = cut(tmp_path / "source")
+    assert "no_text" in capsys.readouterr().err
+    for speaker, (_, spans) in sentences.items():
+        middle = (spans[2][0] + spans[2][1]) / 2
+        for row in rows:
+            if row.chat.speaker == speaker:
+                assert not row.extra["recording_start_s"] < middle < row.extra["recording_end_s"]
+
+
+def test_a_sentence_keeps_its_pauses(tmp_path: Path):
+    said = texts_of_speech([Cue(0.9, 6.1, "one sentence"), Cue(6.9, 9, "another")], [(1, 3), (4, 6), (7, 9), (20, 21)])
+    assert [(part.text, part.goes_on) for part in said] == [
+        ("one sentence", True),
+        ("", False),
+        ("another", False),
+        ("", False),
+    ]
+    assert [part.is_covered for part in said] == [True, True, True, False]
+
+
+def test_a_corrected_transcript_gives_new_texts(sentences, tmp_path: Path):
+    write(tmp_path / "source", sentences, "srt")
+    cut(tmp_path / "source")
+    path = tmp_path / "source" / "spk_05" / "talk.srt"
+    path.write_bytes(path.read_bytes().replace(b"<i>", "<i>جديد ".encode()))
+    texts = [find_pair(row.chat).target_text for row in cut(tmp_path / "source")]
+    assert any("جديد" in text for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.srt", "", "no text in it"),
+        ("x.srt", "just words\n", "expected 00:00:01,000"),
+        ("x.srt", "1\n00:00:01 --> 00:00:02\ntext\n", "expected 00:00:01,000"),
+        (
+            "x.srt",
+            "1\n00:00:01,000 --> 00:00:02,000\na\n2\n00:00:02,000 --> 00:00:03,000\nb\n",
+            "expected 00:00:01,000",
+        ),
+        ("x.srt", "1\n00:00:03,000 --> 00:00:02,000\na\n", "expected a span"),
+        ("x.srt", "1\n00:00:01,000 --> 00:00:05,000\na\n\n2\n00:00:02,000 --> 00:00:06,000\nb\n", "overlap"),
+        ("x.vtt", "WEBVTT\n\n00:01.000 --> nowhere\na\n", "expected 00:00:01,000"),
+        ("x.json", "[1]", "expected WhisperX"),
+        ("x.json", '{"segments": [{"start": 1, "text": "a"}]}', "expected WhisperX"),
+        ("x.json", '{"segments": [{"start": 1, "end": NaN, "text": "a"}]}', "expected WhisperX"),
+        ("x.json", "[" * 100000, "expected WhisperX"),
+        ("x.TextGrid", "not a grid", "not a whole TextGrid"),
+        (
+            "x.TextGrid",
+            '"ooTextFile" "TextGrid" 0 1 <exists> 1 "IntervalTier" "a" 0 1 2 0 1 "x"',
+            "not a whole TextGrid",
+        ),
+        ("x.TextGrid", '"ooTextFile" "TextGrid" 0 1 2 "TextTier" "a" 0 1 0 "TextTier" "b" 0 1 0', "tiers none"),
+        (
+            "x.TextGrid",
+            '"ooTextFile" "TextGrid" 0 1 2 "IntervalTier" "a" 0 1 1 0 1 "x" "IntervalTier" "b" 0 1 1 0 1 "y"',
+            "tiers a, b",
+        ),
+    ],
+)
+def test_transcripts_that_are_not_understood_are_one_line(tmp_path: Path, name: str, content: str, message: str):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=message) as fault:
+        read_transcript(tmp_path / name)
+    assert "\n" not in str(fault.value)
+
+
+def test_missing_and_double_transcripts_are_refused_first(sentences, tmp_path: Path):
+    write(tmp_path / "source", sentences, "srt")
+    (tmp_path / "source" / "spk_05" / "talk.vtt").write_bytes(b"WEBVTT\n")
+    with pytest.raises(DataError, match="leave one"):
+        cut(tmp_path / "source")
+    for path in (tmp_path / "source" / "spk_05").glob("talk.[sv]*t"):
+        path.unlink()
+    with pytest.raises(DataError, match="1 of 2 recordings have no transcript"):
+        cut(tmp_path / "source")
+    assert not (tmp_path / "list").exists()
