@@ -16,8 +16,12 @@ from preprocess.text import TextSection
 from shards.config import FeaturesSection, ModelSection, SequenceSection
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from tools.checkpoints.merge_proof import MergeProof
-    from tools.checkpoints.model_folder import Layout
+    from tools.checkpoints.model_folder import Layout, Voice
+    from train.model.conditioning import Conditioning
+    from train.model.config import ModelConfig
 
 
 AUTO, BASE_DTYPE = "auto", "base"
@@ -52,6 +56,37 @@ class MovedTo:
         return msgspec.structs.replace(config, model=model, features=features)
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """A sound checkpoint whose base, codec and tower are those that it was trained with."""
+
+    folder: Path
+    why: str
+    step: int
+    config: CheckpointConfig
+    base_dir: Path
+    codec_dir: Path
+    conditioning: Conditioning
+
+    def voice(self) -> Voice:
+        """What the merged folder must remember, to speak as was trained."""
+        from shards.artifacts import codec_fingerprint
+        from tools.checkpoints.model_folder import Voice
+
+        model = self.config.model
+        return Voice(
+            base=model.base,
+            base_revision=model.revision,
+            adapter=str(self.folder / "adapter"),
+            step=self.step,
+            codec=model.codec,
+            codec_revision=model.codec_revision,
+            codec_fingerprint=codec_fingerprint(self.codec_dir),
+            sequence=self.config.sequence,
+            normalize=self.config.text.normalize,
+        )
+
+
 def merge_checkpoint(
     run: Path,
     out: Path,
@@ -66,25 +101,37 @@ def merge_checkpoint(
     """
     import dataclasses
 
-    import torch
+    from shards.terminal import print_line
+    from tools.checkpoints.model_folder import check_empty, write_model_folder
 
-    from shards.artifacts import codec_fingerprint, resolve
+    folder, why = choose_checkpoint(run, which)
+    check_empty(out)
+    chosen = open_checkpoint(folder, why, moved_to)
+    print_line(f"merging step {chosen.step} ({why}): loading, merging and proving it takes a minute for a model of 3B")
+    state, model_config, proof = merged_and_proven(chosen, dtype)
+    write_model_folder(
+        out,
+        state,
+        dataclasses.replace(model_config, is_random=False),
+        layout,
+        tokenizer_dir=chosen.base_dir,
+        codec=chosen.config.model.codec,
+        voice=chosen.voice(),
+        proof=proof,
+        texts=card_files(folder),
+    )
+    return proof
+
+
+def open_checkpoint(folder: Path, why: str, moved_to: MovedTo) -> Chosen:
+    """The checkpoint and the files it was trained on. Raises CheckpointError where it is damaged or they are others."""
+    from shards.artifacts import resolve
     from shards.config import read_config
     from shards.errors import CheckpointError
-    from shards.terminal import print_line
-    from tools.checkpoints.merge_proof import MergeProof, Rounding, check_logits, greedy_codes
-    from tools.checkpoints.model_folder import Voice, check_empty, merged_state, write_model_folder
-    from tools.checkpoints.quantize_effect import same_frames
     from train.model.conditioning import decide_conditioning
-    from train.model.lora import load_adapter
-    from train.model.probe import probe_logits
-    from train.model.weights import load_model, stored_dtype
     from train.run_folder.checkpoint_folders import damage, read_step
     from train.run_folder.identity import check_model_files, find_model_files
 
-    # 1. The checkpoint, and the base it was trained on.
-    folder, chosen = choose_checkpoint(run, which)
-    check_empty(out)
     step = read_step(folder)
     faults = damage(folder)
     if faults:
@@ -93,51 +140,38 @@ def merge_checkpoint(
     base_dir = resolve(config.model.base, config.model.revision, "model.base")
     codec_dir = resolve(config.model.codec, config.model.codec_revision, "model.codec")
     conditioning = decide_conditioning(config.sequence, config.features, base_dir)
-    check_model_files(
-        folder, find_model_files(base_dir, codec_dir, conditioning), config.model, config.features, NAME_THEM
-    )
+    files = find_model_files(base_dir, codec_dir, conditioning)
+    check_model_files(folder, files, config.model, config.features, NAME_THEM)
+    return Chosen(folder, why, step, config, base_dir, codec_dir, conditioning)
 
-    print_line(f"merging step {step} ({chosen}): loading, merging and proving it takes a minute for a model of 3B")
 
-    # 2. Base + adapter, in the dtype asked for; the merged model must say what both together say.
+def merged_and_proven(chosen: Chosen, dtype: str) -> tuple[dict[str, Tensor], ModelConfig, MergeProof]:
+    """Base + adapter in the dtype asked for, the base's settings, and that the merged model says what both together say.
+
+    Raises CheckpointError where it does not.
+    """
+    import torch
+
+    from tools.checkpoints.merge_proof import MergeProof, Rounding, check_logits, greedy_codes
+    from tools.checkpoints.model_folder import merged_state
+    from tools.checkpoints.quantize_effect import same_frames
+    from train.model.lora import load_adapter
+    from train.model.probe import probe_logits
+    from train.model.weights import load_model, stored_dtype
+
+    base_dir = chosen.base_dir
     wanted = stored_dtype(base_dir) if dtype == BASE_DTYPE else getattr(torch, dtype)
-    model = load_model(base_dir, wanted, conditioning=conditioning).eval()
+    model = load_model(base_dir, wanted, conditioning=chosen.conditioning).eval()
     base_logits = probe_logits(model)
-    load_adapter(model, folder / "adapter")
+    load_adapter(model, chosen.folder / "adapter")
     adapted_logits, adapted_codes = probe_logits(model), greedy_codes(model, base_dir)
     rounding = Rounding()
     state = merged_state(model, rounding)
     changes, differs = check_logits(base_logits, adapted_logits, probe_logits(model), wanted)
     equal, said = same_frames(adapted_codes, greedy_codes(model, base_dir))
-    proof = MergeProof(
-        step, chosen, str(wanted).removeprefix("torch."), changes, differs, rounding.groups(), said, equal
-    )
-
-    # 3. A folder of its own, complete or not there.
-    voice = Voice(
-        base=config.model.base,
-        base_revision=config.model.revision,
-        adapter=str(folder / "adapter"),
-        step=step,
-        codec=config.model.codec,
-        codec_revision=config.model.codec_revision,
-        codec_fingerprint=codec_fingerprint(codec_dir),
-        sequence=config.sequence,
-        normalize=config.text.normalize,
-    )
-    trained = dataclasses.replace(model.config, is_random=False)
-    write_model_folder(
-        out,
-        state,
-        trained,
-        layout,
-        tokenizer_dir=base_dir,
-        codec=config.model.codec,
-        voice=voice,
-        proof=proof,
-        texts=card_files(folder),
-    )
-    return proof
+    name = str(wanted).removeprefix("torch.")
+    proof = MergeProof(chosen.step, chosen.why, name, changes, differs, rounding.groups(), said, equal)
+    return state, model.config, proof
 
 
 def card_files(checkpoint: Path) -> dict[str, str]:
