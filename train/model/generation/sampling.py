@@ -20,6 +20,7 @@ from train.model.generation.request import Sampling
 NARROW = 64  # candidates that are sorted if every slot's top_k allows it; else all are
 HIGHEST = 1 - 2**-20  # of the uniform numbers: a product with a sum must stay below the sum after rounding
 SMALLEST_WINDOW = 8
+SMALLEST_SHARE = 2.0**-126  # a top_p that is more than 0 in float32
 
 
 class Rules:
@@ -46,7 +47,8 @@ class Rules:
             return
         self.temperature[slot] = sampling.temperature
         self.top_k[slot] = sampling.top_k or self._vocab
-        self.top_p[slot] = sampling.top_p if sampling.top_p < 1 else 2.0  # sums may round to more than 1
+        # Sums may round to more than 1, and a share below float32's smallest to 0, which would leave no candidate at all.
+        self.top_p[slot] = max(sampling.top_p, SMALLEST_SHARE) if sampling.top_p < 1 else 2.0
         self.max_repeats[slot] = sampling.ras_max_repeats
         if sampling.ras_window > len(self.in_window):
             wider = self.in_window.new_zeros(sampling.ras_window, *self.in_window.shape[1:])
