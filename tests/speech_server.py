@@ -19,9 +19,18 @@ WITHIN_S = 60.0
 
 
 class SpeechServer:
-    """Use it in a `with`. Settings are those of Service, Rules and Limits by name."""
+    """Use it in a `with`. Settings are those of Service, Rules and Limits by name, and a `Patience`."""
 
-    def __init__(self, speaker: Any, voices: Path, *, num_slots: int = 4, has_voice: bool = True, **given: Any) -> None:
+    def __init__(
+        self,
+        speaker: Any,
+        voices: Path,
+        *,
+        num_slots: int = 4,
+        has_voice: bool = True,
+        patience: Any = None,
+        **given: Any,
+    ) -> None:
         from tools.serve import speech_fields
         from tools.serve.app import make_app
         from tools.serve.guard import Rules
@@ -44,7 +53,7 @@ class SpeechServer:
         self._has_voice = has_voice
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
-        self._server = make_server(self.app, self.queue, 10.0, self.url)
+        self._server = make_server(self.app, self.queue, 10.0, self.url, patience)
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def _run(self) -> None:
@@ -66,6 +75,7 @@ class SpeechServer:
         self._thread.join(WITHIN_S)
         self.queue.end()
         self._listener.close()
+        self.service.voices.close()
 
     def wait(self, holds: Any, within_s: float = WITHIN_S) -> None:
         end = time.monotonic() + within_s

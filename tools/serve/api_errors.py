@@ -6,9 +6,13 @@ In: a status and a line that says what was expected. Out: `{"error": {"message",
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
-from shards.printable import printable
+from shards.errors import PipelineError
+from shards.printable import first_line, printable
+
+log = logging.getLogger("serve")
 
 KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 MAX_MESSAGE_CHARS = 600
@@ -45,3 +49,13 @@ def full(retry_after_s: int) -> ApiError:
 
 def unavailable(why: str, retry_after_s: int = 5) -> ApiError:
     return ApiError(503, why, code="unavailable", headers={"Retry-After": str(retry_after_s)})
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """A fault of the request as 400; one of ours as 500, logged, whose words stay here."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, PipelineError):
+        return ApiError(400, first_line(error))
+    log.error("a request met a fault: %s", type(error).__name__, exc_info=error)
+    return ApiError(500, f"a fault of the server: {type(error).__name__}")

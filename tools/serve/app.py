@@ -13,7 +13,6 @@ from tools.serve.guard import Guard, Rules, send_error
 from tools.serve.page import page_routes
 from tools.serve.routes import SpeechRoutes
 from tools.serve.service import Service
-from tools.serve.speech_queue import as_api_error
 from tools.serve.voice_routes import VoiceRoutes
 
 if TYPE_CHECKING:
@@ -34,8 +33,7 @@ def make_app(service: Service, rules: Rules) -> Guard:
     speech, voices = SpeechRoutes(service), VoiceRoutes(service)
     routes: list[BaseRoute] = [
         Route("/v1/audio/speech", speech.speech, methods=["POST"]),
-        Route("/v1/audio/voices", voices.voices, methods=["GET"]),
-        Route("/v1/audio/voices", voices.upload, methods=["POST"]),
+        Route("/v1/audio/voices", voices.collection, methods=["GET", "POST"]),
         Route("/v1/audio/voices/{name}", voices.delete, methods=["DELETE"]),
         Route("/v1/audio/models", speech.models, methods=["GET"]),
         Route("/v1/models", speech.models, methods=["GET"]),
@@ -51,10 +49,13 @@ def make_app(service: Service, rules: Rules) -> Guard:
         if isinstance(error, HTTPException):
             message = {404: "no such address", 405: "not with this method"}.get(error.status_code, str(error.detail))
             error = ApiError(error.status_code, message, headers=dict(error.headers or {}))
-        return ErrorAnswer(as_api_error(error))
+        elif not isinstance(error, ApiError):  # it goes on to the guard, which logs it
+            error = ApiError(500, f"a fault of the server: {type(error).__name__}")
+        return ErrorAnswer(error)
 
     app.add_exception_handler(ApiError, refused)  # pyright: ignore[reportArgumentType]
     app.add_exception_handler(HTTPException, refused)  # pyright: ignore[reportArgumentType]
+    app.add_exception_handler(Exception, refused)  # pyright: ignore[reportArgumentType]
     return Guard(app, rules, service.metrics)  # pyright: ignore[reportArgumentType]
 
 

@@ -1,4 +1,7 @@
-"""A multipart form, held in memory: the guard has bounded its body. In: a request. Out: its texts and files by field name."""
+"""A multipart form, held in memory: the guard has bounded its body. In: a request. Out: its texts and files by field name.
+
+Starlette would put a file of more than a megabyte on disk, where a full one ends the request and a stranger's recording may stay.
+"""
 
 from __future__ import annotations
 
@@ -27,16 +30,22 @@ class Form:
 async def read_form(request: Request) -> Form:
     """Raises ApiError."""
     from starlette.datastructures import UploadFile
-    from starlette.exceptions import HTTPException
+    from starlette.formparsers import MultiPartException, MultiPartParser
 
     if not request.headers.get("content-type", "").lower().startswith("multipart/form-data"):
         raise ApiError(415, "expected a form: multipart/form-data")
     try:
-        given = await request.form(max_files=MAX_FORM_PARTS, max_fields=MAX_FORM_PARTS, max_part_size=MAX_FIELD_BYTES)
-    except ApiError:
-        raise
-    except HTTPException as error:
-        raise ApiError(400, f"the form cannot be read: {error.detail}") from None
+        parser = MultiPartParser(
+            request.headers,
+            request.stream(),
+            max_files=MAX_FORM_PARTS,
+            max_fields=MAX_FORM_PARTS,
+            max_part_size=MAX_FIELD_BYTES,
+        )
+        parser.spool_max_size = 1 << 40
+        given = await parser.parse()
+    except MultiPartException as error:
+        raise ApiError(400, f"the form cannot be read: {error.message}") from None
     except (ValueError, KeyError, AssertionError, LookupError) as error:
         raise ApiError(400, f"the form cannot be read: {type(error).__name__}") from None
     form = Form()

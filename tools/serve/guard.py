@@ -21,8 +21,8 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from tools.serve.api_errors import ApiError
-from tools.serve.limits import Limits
+from tools.serve.api_errors import ApiError, as_api_error, unavailable
+from tools.serve.limits import BODIES_AT_ONCE, Limits
 from tools.serve.metrics import Metrics
 from tools.serve.speech_answer import Broken, ClientLeft
 
@@ -64,6 +64,7 @@ class Rules:
 class Guard:
     def __init__(self, app: App, rules: Rules, metrics: Metrics) -> None:
         self._app, self._rules, self._metrics = app, rules, metrics
+        self._held_bytes = 0  # of bodies, until their requests are answered
 
     async def __call__(self, scope: dict[str, Any], receive: Callable, send: Callable) -> None:
         if scope["type"] != "http":
@@ -78,9 +79,12 @@ class Guard:
         request_id = given if REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
         scope.setdefault("state", {})["request_id"] = request_id
         started, status = time.monotonic(), 0
+        body = Body(self, receive)
 
         async def answer(message: dict[str, Any]) -> None:
             nonlocal status
+            if body.has_left:
+                raise ClientLeft
             if message["type"] == "http.response.start":
                 status = message["status"]
                 more = [(b"x-request-id", request_id.encode()), (b"x-content-type-options", b"nosniff")]
@@ -95,7 +99,7 @@ class Guard:
                     await answer({"type": "http.response.start", "status": 204, "headers": preflight()})
                     await answer({"type": "http.response.body", "body": b""})
                 else:
-                    await self._app(scope, self._counted(receive), answer)
+                    await self._app(scope, body.receive, answer)
             except ApiError as error:
                 if status:
                     raise Broken(error.message) from None
@@ -105,7 +109,16 @@ class Guard:
         except (ClientLeft, Broken) as error:
             status = status or 499
             log.info("%s %s", request_id, "the client left" if isinstance(error, ClientLeft) else "cut off")
+        except Exception as error:
+            fault = as_api_error(error)
+            if not status:
+                await send_error(answer, fault)
+        except asyncio.CancelledError:  # the server ends and has waited long enough for this body
+            if not status:
+                await send_error(answer, unavailable("the server is stopping"))
+            raise
         finally:
+            self._held_bytes -= body.num_bytes
             route = known_route(scope["path"])
             self._metrics.count("requests_total", route=route, status=str(status))
             took_ms = (time.monotonic() - started) * 1000
@@ -134,21 +147,7 @@ class Guard:
             raise ApiError(415, "bodies are not decompressed; send it as it is")
         length = headers.get("content-length", "0")
         if length.isascii() and length.isdigit() and int(length) > rules.limits.max_body_bytes:
-            raise self._too_long()
-
-    def _counted(self, receive: Callable) -> Callable:
-        """A body without a stated length is counted while it comes."""
-        total = 0
-
-        async def counted() -> dict[str, Any]:
-            nonlocal total
-            message = await receive()
-            total += len(message.get("body", b""))
-            if total > self._rules.limits.max_body_bytes:
-                raise self._too_long()
-            return message
-
-        return counted
+            raise too_long(rules.limits)
 
     async def _drain(self, receive: Callable) -> None:
         """Read on for a while: a connection that is closed with unread bytes is reset, and its answer lost."""
@@ -161,10 +160,6 @@ class Guard:
                     if not message.get("more_body", False):
                         return
 
-    def _too_long(self) -> ApiError:
-        most = f"{self._rules.limits.max_body_bytes / (1 << 20):.1f} MB"
-        return ApiError(413, f"the body has more than {most}", code="too_large", headers={"Connection": "close"})
-
     def _cors(self, headers: dict[str, str]) -> list[tuple[bytes, bytes]]:
         origin = headers.get("origin")
         if origin is None or origin not in self._rules.cors_origins:
@@ -174,6 +169,45 @@ class Guard:
             (b"access-control-expose-headers", EXPOSED.encode()),
             (b"vary", b"Origin"),
         ]
+
+
+class Body:
+    """A request's body while it comes: counted, because its length may not be stated, and not waited for without end."""
+
+    def __init__(self, guard: Guard, receive: Callable) -> None:
+        self._guard, self._receive, self._limits = guard, receive, guard._rules.limits
+        self._ends = time.monotonic() + self._limits.max_body_s
+        self._is_whole = False
+        self.has_left = False  # before the body was whole
+        self.num_bytes = 0
+
+    async def receive(self) -> dict[str, Any]:
+        """Raises ApiError, and ClientLeft where the client goes before the body is whole."""
+        if self._is_whole:
+            return await self._receive()
+        try:
+            async with asyncio.timeout(min(self._limits.max_body_pause_s, self._ends - time.monotonic())):
+                message = await self._receive()
+        except TimeoutError:
+            told = "the body did not come in time; send it again, on a better line or smaller"
+            raise ApiError(408, told, code="slow_body", headers={"Connection": "close"}) from None
+        if message["type"] == "http.disconnect":
+            self.has_left = True
+            raise ClientLeft
+        self._is_whole = not message.get("more_body", False)
+        size = len(message.get("body", b""))
+        self.num_bytes += size
+        self._guard._held_bytes += size
+        if self.num_bytes > self._limits.max_body_bytes:
+            raise too_long(self._limits)
+        if self._guard._held_bytes > BODIES_AT_ONCE * self._limits.max_body_bytes:
+            raise unavailable("too many uploads at once")
+        return message
+
+
+def too_long(limits: Limits) -> ApiError:
+    most = f"{limits.max_body_bytes / (1 << 20):.1f} MB"
+    return ApiError(413, f"the body has more than {most}", code="too_large", headers={"Connection": "close"})
 
 
 def known_route(path: str) -> str:

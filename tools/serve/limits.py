@@ -11,6 +11,7 @@ from dataclasses import dataclass
 MAX_SAMPLES_PER_S = 400_000  # rate times channels: 192 kHz stereo and below
 MAX_FIELD_BYTES = 64 << 10  # of a form's text field
 MAX_FORM_PARTS = 20
+BODIES_AT_ONCE = 32  # of the largest size, in memory together; more get a 503
 BODY_SPARE_BYTES = 1 << 20  # what may stand around an upload: JSON, field names, boundaries
 
 
@@ -22,6 +23,8 @@ class Limits:
     max_speech_s: float = 600.0
     max_waiting: int = 32
     max_voices: int = 1000
+    max_body_pause_s: float = 30.0  # between two pieces of a body
+    max_body_s: float = 300.0  # of a whole one
 
     @property
     def max_body_bytes(self) -> int:

@@ -6,14 +6,16 @@ of the request is ever opened; an address is fetched only from hosts that the op
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import io
 import re
-import threading
+import time
 import urllib.error
 import urllib.request
-from typing import TYPE_CHECKING
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from shards.errors import DataError
@@ -25,7 +27,14 @@ if TYPE_CHECKING:
 
 DATA_URL = re.compile(r"data:(?P<type>[^,;]{0,100})(?P<parameters>(?:;[^,;]{0,100}){0,4}),", re.ASCII)
 FETCH_TIMEOUT_S = 10.0
-AT_ONCE = threading.Semaphore(2)  # decodes: what they hold in memory adds up
+# What decodes hold in memory adds up; and sound is encoded in other threads, so no stream waits for uploads.
+DECODING = ThreadPoolExecutor(2, "upload")
+FETCHING = ThreadPoolExecutor(4, "fetch")
+
+
+async def checked_upload(data: bytes, limits: Limits, param: str) -> AudioFile:
+    """Raises ApiError."""
+    return await asyncio.get_running_loop().run_in_executor(DECODING, read_upload, data, limits, param)
 
 
 def read_upload(data: bytes, limits: Limits, param: str) -> AudioFile:
@@ -46,12 +55,11 @@ def read_upload(data: bytes, limits: Limits, param: str) -> AudioFile:
     if samples_per_s > MAX_SAMPLES_PER_S:
         problem = f"{param}: {samples_per_s} samples a second in its header, at most {MAX_SAMPLES_PER_S}"
         raise ApiError(400, f"{problem}; convert it to 24 kHz mono", param=param)
-    with AT_ONCE:
-        try:
-            audio = read_recordings([data])[0]
-        except DataError as error:
-            detail = str(error).removeprefix("reference number 1: ")
-            raise ApiError(400, f"{param}: {detail}", param=param, code="unusable_audio") from None
+    try:
+        audio = read_recordings([data])[0]
+    except DataError as error:
+        detail = str(error).removeprefix("reference number 1: ")
+        raise ApiError(400, f"{param}: {detail}", param=param, code="unusable_audio") from None
     if audio.measures.duration_s > limits.max_reference_s:
         problem = f"{param}: {audio.measures.duration_s:.1f} s, at most {limits.max_reference_s:g} s here"
         raise ApiError(400, f"{problem}; cut out the clip of the voice", param=param)
@@ -63,13 +71,17 @@ def too_large(param: str, limits: Limits) -> ApiError:
     return ApiError(413, f"{param}: more than {most}; cut out the clip of the voice", param=param, code="too_large")
 
 
-def referenced_bytes(address: str, limits: Limits, allowed_hosts: frozenset[str]) -> bytes:
+async def referenced_bytes(address: str, limits: Limits, allowed_hosts: frozenset[str]) -> bytes:
     """What `ref_audio` names: a `data:` URL, or an address at an allowed host. Raises ApiError."""
     if address[:5].lower() == "data:":
         return data_url_bytes(address, limits)
     scheme = address.partition(":")[0].lower()
     if scheme in ("http", "https"):
-        return fetched(address, limits, allowed_hosts)
+        fetching = asyncio.get_running_loop().run_in_executor(FETCHING, fetched, address, limits, allowed_hosts)
+        try:
+            return await asyncio.wait_for(fetching, FETCH_TIMEOUT_S)
+        except TimeoutError:
+            raise ApiError(400, f"ref_audio: not fetched within {FETCH_TIMEOUT_S:g} s", param="ref_audio") from None
     raise ApiError(
         400, "ref_audio: expected a data: URL with base64; no file or address of a request is opened", param="ref_audio"
     )
@@ -93,6 +105,19 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
+def read_within(answer: Any, most: int) -> bytes:
+    """A host that sends byte by byte is given up as well; a socket's timeout would begin anew with every byte."""
+    end, data = time.monotonic() + FETCH_TIMEOUT_S, bytearray()
+    while len(data) < most and time.monotonic() < end:
+        piece = answer.read1(min(1 << 16, most - len(data)))
+        if not piece:
+            return bytes(data)
+        data += piece
+    if len(data) < most:
+        raise TimeoutError
+    return bytes(data)
+
+
 def fetched(address: str, limits: Limits, allowed_hosts: frozenset[str]) -> bytes:
     """For a thread that may wait. Raises ApiError."""
     try:
@@ -108,7 +133,7 @@ def fetched(address: str, limits: Limits, allowed_hosts: frozenset[str]) -> byte
     opener = urllib.request.build_opener(_NoRedirect, urllib.request.ProxyHandler({}))
     try:
         with opener.open(urllib.request.Request(address), timeout=FETCH_TIMEOUT_S) as answer:
-            data = answer.read(limits.max_upload_bytes + 1)
+            data = read_within(answer, limits.max_upload_bytes + 1)
     except urllib.error.HTTPError as error:
         raise ApiError(400, f"ref_audio: its host answered {error.code}", param="ref_audio") from None
     except (OSError, ValueError, urllib.error.URLError) as error:

@@ -6,16 +6,16 @@ and parse it themselves, because FastAPI's own parsing would refuse what clients
 
 from __future__ import annotations
 
-import asyncio
 import re
 from typing import TYPE_CHECKING, Any
 
 from tools.serve.api_errors import ApiError
 from tools.serve.form import read_form
-from tools.serve.reference_upload import read_upload
+from tools.serve.reference_upload import checked_upload
 from tools.serve.service import Service
 from tools.serve.speech_answer import SpeechAnswer
-from tools.serve.speech_fields import SAMPLER, from_json, speech_fields
+from tools.serve.speech_fields import SAMPLER, a_text, from_json, speech_fields
+from tools.serve.voice_store import MAX_REF_TEXT_CHARS
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -51,7 +51,9 @@ class SpeechRoutes:
         given: dict[str, Any] = {**request.query_params, **form.texts}
         if "reference_audio" not in form.files:
             raise ApiError(400, "reference_audio is missing: a recording of the voice", param="reference_audio")
-        given["input"] = given.get("target_text")
+        if not str(given.get("target_text") or "").strip():
+            raise ApiError(400, "target_text is missing: the text to be said", param="target_text")
+        given["input"], text = given["target_text"], a_text(given, "reference_text", MAX_REF_TEXT_CHARS)
         given["response_format"] = given.get("response_format") or "wav"
         for name in (*SAMPLER, "max_seconds", "max_new_tokens"):
             if name in given:
@@ -59,11 +61,10 @@ class SpeechRoutes:
         given["stream"] = str(given.get("stream", "")).lower() in ("1", "true", "yes")
         fields = speech_fields({**given, "ref_audio": None, "voice": None, "speed": None}, self._service.limits)
         self._service.check_text(fields.request.target_text, "target_text")
-        text = given.get("reference_text") or None
         if text is not None:
             self._service.check_text(text, "reference_text")
         upload = form.files["reference_audio"]
-        audio = await asyncio.to_thread(read_upload, upload.data, self._service.limits, "reference_audio")
+        audio = await checked_upload(upload.data, self._service.limits, "reference_audio")
         return SpeechAnswer(self._service, fields, self._service.made_from(audio, text), {})
 
     async def models(self, request: Request) -> Response:

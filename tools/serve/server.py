@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from shards.errors import ConfigError, PipelineError
 from shards.terminal import print_line
+from tools.serve.connection import Patience, make_protocol
 from tools.serve.guard import LOOPBACK
 from tools.serve.speech_queue import SpeechQueue
 
@@ -60,7 +61,9 @@ def run_server(app: Any, queue: SpeechQueue, listener: socket.socket, grace_s: f
         raise PipelineError(f"the model failed: {type(queue.fault).__name__}: {queue.fault}") from queue.fault
 
 
-def make_server(app: Any, queue: SpeechQueue, grace_s: float, address: str) -> uvicorn.Server:
+def make_server(
+    app: Any, queue: SpeechQueue, grace_s: float, address: str, patience: Patience | None = None
+) -> uvicorn.Server:
     import uvicorn
 
     class Server(uvicorn.Server):
@@ -104,7 +107,7 @@ def make_server(app: Any, queue: SpeechQueue, grace_s: float, address: str) -> u
         timeout_keep_alive=20,
         timeout_graceful_shutdown=10,
         h11_max_incomplete_event_size=64 << 10,
-        http="h11",
+        http=make_protocol(patience or Patience()),
         ws="none",
         lifespan="off",
         backlog=BACKLOG,

@@ -12,13 +12,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from tools.serve.api_errors import ApiError, unavailable
+from tools.serve.api_errors import ApiError, as_api_error, unavailable
 from tools.serve.limits import Limits
 from tools.serve.metrics import Metrics
-from tools.serve.reference_upload import read_upload, referenced_bytes
+from tools.serve.reference_upload import checked_upload, referenced_bytes
 from tools.serve.speech_fields import SpeechFields
-from tools.serve.speech_queue import SpeechQueue, as_api_error
-from tools.serve.voice_store import OPENAI_VOICES, VoiceFacts, VoiceStore, no_such_voice
+from tools.serve.speech_queue import SpeechQueue
+from tools.serve.voice_names import OPENAI_VOICES
+from tools.serve.voice_store import VoiceFacts, VoiceStore, no_such_voice
 
 if TYPE_CHECKING:
     from preprocess.audio import AudioFile
@@ -67,8 +68,8 @@ class Service:
         if fields.ref_audio is not None:
             if fields.ref_text is not None:
                 self.check_text(fields.ref_text, "ref_text")
-            data = await asyncio.to_thread(referenced_bytes, fields.ref_audio, self.limits, self.allowed_hosts)
-            audio = await asyncio.to_thread(read_upload, data, self.limits, "ref_audio")
+            data = await referenced_bytes(fields.ref_audio, self.limits, self.allowed_hosts)
+            audio = await checked_upload(data, self.limits, "ref_audio")
             return self.made_from(audio, fields.ref_text), None, False
         facts, is_stand_in = self.voice(fields.voice)
         return lambda speaker: self.voices.reference(facts, speaker), facts, is_stand_in

@@ -9,6 +9,7 @@ and players believe the first frame's count. The price: an MP3 is up to 0.1 s lo
 from __future__ import annotations
 
 import io
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -39,13 +40,18 @@ NOT_MADE = {"aac": "aac is not made here: no encoder for it comes with the depen
 
 
 class Encoder:
-    """One body, piece by piece: `feed` the waves, then `finish`. Never used by two threads at once."""
+    """One body, piece by piece: `feed` the waves, then `finish`.
+
+    A client may leave while a thread is encoding for it: `close` waits for that thread, because libsndfile does not survive a
+    file that is closed under its writer. What is fed afterwards is dropped.
+    """
 
     def __init__(self, name: str) -> None:
         self._name = name
         self._sink = Sink()
         self._file = None
         self._begun = False
+        self._lock = threading.Lock()
         if kind := FORMATS[name].kind:
             import soundfile
 
@@ -60,21 +66,26 @@ class Encoder:
             self._begun = True
             return header + pcm16(wave)
         clipped = np.clip(wave, -1, 1)
-        for start in range(0, len(clipped), BLOCK):
-            self._file.write(clipped[start : start + BLOCK])
-        return self._sent(self._sink.take())
+        with self._lock:
+            if self._file.closed:
+                return b""
+            for start in range(0, len(clipped), BLOCK):
+                self._file.write(clipped[start : start + BLOCK])
+            return self._sent(self._sink.take())
 
     def finish(self) -> bytes:
         """The rest: the container is closed."""
         if self._file is None:
             return self.feed(np.zeros(0, np.float32)) if not self._begun else b""
-        self._file.close()
-        return self._sent(self._sink.take())
+        with self._lock:
+            self._file.close()
+            return self._sent(self._sink.take())
 
     def close(self) -> None:
         """Give up; what libsndfile holds is released."""
-        if self._file is not None and not self._file.closed:
-            self._file.close()
+        if self._file is not None:
+            with self._lock:
+                self._file.close()
 
     def _sent(self, data: bytes) -> bytes:
         """Without the frame that is kept for MP3's count: the first bytes of the first piece."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +21,7 @@ from tools.serve.api_errors import ApiError
 from tools.serve.service import Service
 from tools.serve.sound_formats import FORMATS, Encoder, encoded
 from tools.serve.speech_fields import SpeechFields
-from tools.serve.speech_job import Ended, Event, Failed, Job, Sound, Started
-from tools.serve.speech_queue import stop_reason
+from tools.serve.speech_job import Ended, Event, Failed, Job, Sound, Started, stop_reason
 
 if TYPE_CHECKING:
     from tools.reference import Reference
@@ -55,7 +55,7 @@ class SpeechAnswer:
         loop = asyncio.get_running_loop()
 
         def deliver(event: Event) -> None:
-            if not loop.is_closed():
+            with contextlib.suppress(RuntimeError):  # the loop has ended, and whoever waited in it
                 loop.call_soon_threadsafe(self._events.put_nowait, event)
 
         self._job = Job(fields.request, reference, deliver, in_windows=fields.stream is not None)

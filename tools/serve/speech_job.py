@@ -1,6 +1,6 @@
-"""A job of the speech queue and its events: what a request handler gives, and what it gets.
+"""One utterance on its way through the queue, and what is told of it.
 
-In: the request, and two functions that the queue's thread calls. Out: Started, Sound..., then Ended or Failed.
+In: a checked request. Out: events, called in the queue's thread: Started, Sounds, then Ended or Failed, unless it was cancelled.
 """
 
 from __future__ import annotations
@@ -59,3 +59,8 @@ class Job:
     utterance: Utterance | None = None
     spoken: SpokenWave | None = None
     has_sound: bool = False
+
+
+def stop_reason(ended: Ended) -> str:
+    """ "end", or why the first part that did not end by itself was cut."""
+    return next((part.stop_reason for part in ended.parts if part.stop_reason != "end"), "end")

@@ -17,12 +17,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from shards.errors import PipelineError
-from shards.printable import first_line
 from shards.sequence import SAMPLE_RATE
-from tools.serve.api_errors import ApiError, full, unavailable
+from tools.serve.api_errors import ApiError, as_api_error, full, unavailable
 from tools.serve.metrics import Metrics
-from tools.serve.speech_job import Ended, Failed, Job, Sound, Started
+from tools.serve.speech_job import Ended, Failed, Job, Sound, Started, stop_reason
 
 if TYPE_CHECKING:
     from tools.speaker import Speaker
@@ -283,18 +281,3 @@ def warm(speaker: Speaker, engine: Any) -> None:
     for _ in engine.run():
         pass
     speaker.codec.decode(rng.integers(0, CODEBOOK_SIZE, (NUM_CODEBOOKS, 40)).astype(np.uint16))
-
-
-def stop_reason(ended: Ended) -> str:
-    """ "end", or why the first part that did not end by itself was cut."""
-    return next((part.stop_reason for part in ended.parts if part.stop_reason != "end"), "end")
-
-
-def as_api_error(error: Exception) -> ApiError:
-    """A fault of the request as 400; one of ours as 500, logged, whose words stay here."""
-    if isinstance(error, ApiError):
-        return error
-    if isinstance(error, PipelineError):
-        return ApiError(400, first_line(error))
-    log.error("a request met a fault: %s", type(error).__name__, exc_info=error)
-    return ApiError(500, f"a fault of the server: {type(error).__name__}")

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 from tools.serve.api_errors import ApiError
 from tools.serve.form import read_form
 from tools.serve.guard import has_key
-from tools.serve.reference_upload import read_upload
+from tools.serve.reference_upload import checked_upload
 from tools.serve.routes import json
 from tools.serve.service import Service
-from tools.serve.voice_store import MAX_DESCRIPTION_CHARS, MAX_NAME_CHARS, MAX_REF_TEXT_CHARS, VoiceFacts, new_facts
+from tools.serve.voice_names import MAX_NAME_CHARS
+from tools.serve.voice_store import MAX_DESCRIPTION_CHARS, MAX_REF_TEXT_CHARS, VoiceFacts, new_facts
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
 class VoiceRoutes:
     def __init__(self, service: Service) -> None:
         self._service = service
+
+    async def collection(self, request: Request) -> Response:
+        """One route for both methods: the answer to a third one names them all."""
+        return await (self.upload(request) if request.method == "POST" else self.voices(request))
 
     async def voices(self, request: Request) -> Response:
         """GET /v1/audio/voices"""
@@ -46,7 +51,7 @@ class VoiceRoutes:
         if ref_text is not None:
             service.check_text(ref_text, "ref_text")
         upload = form.files["audio_sample"]
-        audio = await asyncio.to_thread(read_upload, upload.data, service.limits, "audio_sample")
+        audio = await checked_upload(upload.data, service.limits, "audio_sample")
         make = service.made_from(audio, ref_text)
         reference, codec = await service.in_model_thread(lambda speaker: (make(speaker), service.voices.probe(speaker)))
         facts = new_facts(
