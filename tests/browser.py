@@ -58,6 +58,11 @@ class Page:
             while not await self.value(expression):
                 await asyncio.sleep(0.05)
 
+    async def spoken_tree(self) -> list[tuple[str, str]]:
+        """(role, name) of what a screen reader is given."""
+        nodes = (await self.send("Accessibility.getFullAXTree"))["nodes"]
+        return [(one["role"]["value"], one.get("name", {}).get("value", "")) for one in nodes if not one["ignored"]]
+
     async def choose_file(self, selector: str, path: Path) -> None:
         root = (await self.send("DOM.getDocument"))["root"]["nodeId"]
         node = (await self.send("DOM.querySelector", nodeId=root, selector=selector))["nodeId"]
@@ -65,8 +70,11 @@ class Page:
 
     async def key(self, name: str) -> None:
         code = {"Tab": 9, "Enter": 13}[name]
-        for kind in ("rawKeyDown", "keyUp"):
-            await self.send("Input.dispatchKeyEvent", type=kind, key=name, code=name, windowsVirtualKeyCode=code)
+        text = {"text": "\r"} if name == "Enter" else {}  # without its text it presses no button
+        await self.send(
+            "Input.dispatchKeyEvent", type="keyDown", key=name, code=name, windowsVirtualKeyCode=code, **text
+        )
+        await self.send("Input.dispatchKeyEvent", type="keyUp", key=name, code=name, windowsVirtualKeyCode=code)
 
     async def picture(self, path: Path) -> None:
         answer = await self.send("Page.captureScreenshot", captureBeyondViewport=True)
@@ -74,10 +82,17 @@ class Page:
 
 
 @contextlib.asynccontextmanager
-async def opened(address: str, folder: Path, width: int = 1000) -> AsyncIterator[Page]:
-    """A page in a browser of its own."""
+async def opened(address: str, folder: Path, width: int = 1000, flags: tuple[str, ...] = ()) -> AsyncIterator[Page]:
+    """A page in a browser of its own; `flags` are Chromium's."""
     assert CHROMIUM is not None
-    command = [CHROMIUM, *FLAGS.split(), f"--user-data-dir={folder}", f"--window-size={width},1400", "about:blank"]
+    command = [
+        CHROMIUM,
+        *FLAGS.split(),
+        *flags,
+        f"--user-data-dir={folder}",
+        f"--window-size={width},1400",
+        "about:blank",
+    ]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         port = folder / "DevToolsActivePort"

@@ -12,6 +12,7 @@ from browser import CHROMIUM, Page, opened
 from speech_server import CLIP, CLIP_TEXT, SpeechServer
 
 PAGE = Path("tools/serve/page")
+CONTROLS = {"button", "link", "textbox", "combobox", "checkbox", "image", "Audio", "DisclosureTriangle", "slider"}
 WORDS = {
     "en": ("ltr", "Speak", "Ready", "No voice yet: add one", "The voice is stored", "Done"),
     "ar": ("rtl", "انطق", "جاهز", "لا يوجد صوت بعد: أضف صوتا", "حفظ الصوت", "انتهى"),
@@ -82,9 +83,63 @@ async def use(server: SpeechServer, folder: Path, language: str) -> None:
         await page.value("document.getElementById('language').click()")
         assert await page.value("getComputedStyle(document.body).direction") != direction
         assert await page.value("document.documentElement.scrollWidth <= innerWidth")
+        lacking = [role for role, name in await page.spoken_tree() if role in CONTROLS and not name.strip()]
+        assert lacking == [], "controls without a name"
+        await page.send("Emulation.setDeviceMetricsOverride", width=340, height=900, deviceScaleFactor=1, mobile=True)
+        await page.value("document.getElementById('new-voice').open = true")
+        assert await page.value("document.documentElement.scrollWidth <= innerWidth"), "a telephone scrolls sideways"
         foreign = [one for one in page.asked if not one.startswith((server.url, "data:", "blob:", "about:"))]
         assert foreign == []
         assert page.faults == []
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+def test_a_recording_by_microphone_becomes_a_voice(tiny_speaker, tmp_path):
+    """Chromium's own microphone beeps; all by keyboard, in the order of the page, and what is lacking is told in its place."""
+    flags = ("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream")
+
+    async def use_microphone(server: SpeechServer) -> None:
+        async with opened(f"{server.url}/?lang=en", tmp_path / "profile", flags=flags) as page:
+            await page.until("document.getElementById('state').textContent === 'No voice yet: add one'")
+            order = []
+            for _ in range(9):
+                await page.key("Tab")
+                order.append(await page.value("document.activeElement.id || document.activeElement.className"))
+            assert order[:2] == ["skip", "language"]
+            # One stop each, but for the buttons without an id: the summary of the form and its last button.
+            assert [one for one in order if one] == [
+                "skip",
+                "language",
+                "file",
+                "record",
+                "ref-text",
+                "name",
+                "consent",
+            ]
+            await page.key("Enter")
+            lacking = "document.getElementById('upload-message').textContent"
+            await page.until(f"{lacking} === 'Choose a recording or make one'")
+            await page.value("document.getElementById('record').click()")
+            await page.until("document.getElementById('record').getAttribute('aria-pressed') === 'true'")
+            await asyncio.sleep(2.5)
+            await page.value("document.getElementById('record').click()")
+            await page.until("document.getElementById('sample').duration > 1")
+            await fill(page, "name", "المجهر")
+            send = "document.querySelector('#upload button[type=submit]').click()"
+            await page.value(send)
+            await page.until(f"{lacking} === 'The person who is heard must agree'")
+            await page.value("document.getElementById('consent').click()")
+            await page.value(send)
+            await page.until("document.getElementById('state').textContent === 'The voice is stored'")
+            assert await page.value(lacking) == ""
+            (voice,) = server.service.voices.all()
+            assert voice.name == "المجهر"
+            assert 1 < voice.duration_s < 30
+            assert page.faults == []
+
+    with SpeechServer(tiny_speaker, tmp_path / "voices", has_voice=False) as server:
+        server.wait(lambda: server.queue.state == "ready")
+        asyncio.run(use_microphone(server))
 
 
 async def fill(page: Page, name: str, text: str) -> None:

@@ -16,6 +16,7 @@ const LABELS = {
     noText: "Write what is to be said", noConsent: "The person who is heard must agree", noMicrophone: "No microphone can be used here",
     confirmDelete: "Delete this voice?", firstSound: "First sound", whole: "Everything", length: "Length", usedSeed: "Seed",
     seconds: "s", wave: "Waveform", mel: "Mel spectrogram", replay: "Play", recording: "Recording",
+    nothing: "Nothing has been spoken yet", noSound: "Nothing was recorded; try again", sample: "The recording of the voice", player: "The speech",
   },
   ar: {
     title: "تحويل النص إلى كلام", skip: "إلى النص", voice: "الصوت", chooseVoice: "الصوت", delete: "حذف", newVoice: "إضافة صوت",
@@ -29,6 +30,7 @@ const LABELS = {
     noText: "اكتب النص المطلوب نطقه", noConsent: "لا بد من موافقة صاحب الصوت", noMicrophone: "لا يمكن استخدام ميكروفون هنا",
     confirmDelete: "هل تريد حذف هذا الصوت؟", firstSound: "أول صوت", whole: "المدة الكاملة", length: "طول الكلام", usedSeed: "البذرة",
     seconds: "ث", wave: "شكل الموجة", mel: "طيف ميل", replay: "تشغيل", recording: "تسجيل جار",
+    nothing: "لم ينطق شيء بعد", noSound: "لم يسجل شيء، حاول مرة أخرى", sample: "تسجيل الصوت", player: "الكلام المنطوق",
   },
 };
 const RATE = 24000;
@@ -55,8 +57,8 @@ function setLanguage(next) {
   if (recorder) $("record").textContent = label("stopRecording");
   $("language").textContent = next === "ar" ? "English" : "العربية";
   $("language").lang = next === "ar" ? "en" : "ar";
-  $("wave").setAttribute("aria-label", label("wave"));
-  $("mel").setAttribute("aria-label", label("mel"));
+  for (const name of ["wave", "mel", "sample", "player"]) $(name).setAttribute("aria-label", label(name));
+  if ($("voice").disabled) $("voice").replaceChildren(new Option(label("noVoice"), ""));
   try { localStorage.setItem("language", next); } catch { /* private windows have none */ }
   showState(stateName);
   showTakes();
@@ -67,8 +69,9 @@ function showState(name) {
   $("state").textContent = label(name);
 }
 
-function fail(text) {
-  $("message").textContent = text;
+function fail(text, place = "message") { // beside what was pressed; read out, because both places are alerts
+  $("message").textContent = $("upload-message").textContent = "";
+  $(place).textContent = text;
 }
 
 function headers(more = {}) {
@@ -79,9 +82,10 @@ function headers(more = {}) {
 async function request(address, options = {}) {
   const answer = await fetch(address, { ...options, headers: headers(options.headers) });
   if (answer.ok) return answer;
-  let told = `${answer.status}`;
-  try { told = (await answer.json()).error.message; } catch { /* not ours */ }
-  throw new Error(told);
+  let text = `${answer.status}`;
+  try { text = (await answer.json()).error.message; } catch { /* not ours */ }
+  if (answer.status === 401) $("key").focus();
+  throw new Error(text);
 }
 
 async function loadVoices(chosen) {
@@ -89,8 +93,11 @@ async function loadVoices(chosen) {
   const select = $("voice");
   const before = chosen || select.value;
   select.replaceChildren(...voices.map(({ id, name }) => new Option(name, id, false, id === before)));
-  $("delete").disabled = $("say").disabled = voices.length === 0;
-  if (voices.length === 0) $("new-voice").open = true;
+  $("voice").disabled = $("delete").disabled = $("say").disabled = voices.length === 0;
+  if (voices.length === 0) {
+    select.append(new Option(label("noVoice"), ""));
+    $("new-voice").open = true;
+  }
   return voices.length;
 }
 
@@ -109,7 +116,7 @@ async function watch() {
 async function toggleRecording() {
   if (recorder) { recorder.stop(); return; }
   let stream;
-  try { stream = await navigator.mediaDevices.getUserMedia({ audio: true }); } catch { fail(label("noMicrophone")); return; }
+  try { stream = await navigator.mediaDevices.getUserMedia({ audio: true }); } catch { fail(label("noMicrophone"), "upload-message"); return; }
   fail("");
   const pieces = [];
   recorder = new MediaRecorder(stream);
@@ -119,9 +126,9 @@ async function toggleRecording() {
     recorder = null;
     $("record").setAttribute("aria-pressed", "false");
     $("record").textContent = label("record");
-    const bytes = await new Blob(pieces).arrayBuffer();
-    const context = new OfflineAudioContext(1, 1, RATE);
-    const sound = await context.decodeAudioData(bytes);
+    let sound;
+    try { sound = await new OfflineAudioContext(1, 1, RATE).decodeAudioData(await new Blob(pieces).arrayBuffer()); }
+    catch { fail(label("noSound"), "upload-message"); return; } // stopped before anything came
     recorded = new Blob([wavOf(sound.getChannelData(0))], { type: "audio/wav" });
     $("file").value = "";
     showSample(recorded);
@@ -150,8 +157,8 @@ function showSample(blob) {
 async function upload(event) {
   event.preventDefault();
   const sample = $("file").files[0] || recorded;
-  if (!sample) { fail(label("noRecording")); return; }
-  if (!$("consent").checked) { fail(label("noConsent")); return; }
+  if (!sample) { fail(label("noRecording"), "upload-message"); $("file").focus(); return; }
+  if (!$("consent").checked) { fail(label("noConsent"), "upload-message"); $("consent").focus(); return; }
   const form = new FormData();
   form.append("audio_sample", sample, "sample");
   form.append("name", $("name").value);
@@ -167,7 +174,7 @@ async function upload(event) {
     showState("stored");
     $("new-voice").open = false;
     $("text").focus();
-  } catch (error) { fail(error.message); }
+  } catch (error) { fail(error.message, "upload-message"); }
 }
 
 async function removeVoice() {
@@ -185,7 +192,7 @@ async function removeVoice() {
 async function speak(event) {
   event.preventDefault();
   const text = $("text").value.trim();
-  if (!text) { fail(label("noText")); return; }
+  if (!text) { fail(label("noText")); $("text").focus(); return; }
   stopSound();
   fail("");
   const mine = new AbortController();
@@ -317,6 +324,7 @@ function showTakes() {
     again.type = "button";
     again.className = "quiet";
     again.textContent = `${label("replay")} (${seconds(take.wave.length / RATE)})`;
+    again.setAttribute("aria-label", `${again.textContent}: ${text.textContent}`);
     again.onclick = () => { stopSound(); show(take); $("player").play(); };
     item.append(text, again);
     return item;
@@ -328,6 +336,8 @@ function showTakes() {
 
 function draw(wave) {
   shown = wave;
+  $("spoken").hidden = !wave.length;
+  $("nothing").hidden = wave.length > 0;
   const style = getComputedStyle(document.documentElement);
   drawWave($("wave"), wave, style.getPropertyValue("--accent"));
   drawMel($("mel"), wave);
