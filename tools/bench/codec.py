@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from shards.terminal import print_json
+
 LENGTHS_S = (2.0, 4.0, 8.0, 15.0, 30.0)
 SIDES = ("ours", "plain")
 FLOP_PER_AUDIO_S = 31.97e9  # of the released sizes, by torch.utils.flop_counter
@@ -112,4 +114,4 @@ def product_gflops(size: int = 1024, repeats: int = 20) -> float:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(sys.argv[1], json.loads(sys.argv[2]))))
+    print_json(measure(sys.argv[1], json.loads(sys.argv[2])))
