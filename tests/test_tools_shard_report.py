@@ -255,7 +255,7 @@ def test_a_rate_is_told_only_where_one_was_measured(data: Path, tmp_path: Path):
     assert facts["expected_hours"].startswith("unknown")
 
 
-def test_reports_name_repository_and_issue_and_say_what_is_estimated():
+def test_reports_name_their_issue_and_say_what_is_estimated():
     for report in ELSEWHERE:
         assert ("estimated" in str(report)) == bool(report.clips)
         assert re.search(r"issue \d+$|v1\.2$", report.where), report

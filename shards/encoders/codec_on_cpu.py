@@ -143,7 +143,7 @@ def faster(build: Callable[[], Any], wave: Tensor) -> Any:
     if torch.equal(codes_of(model, wave), expected):
         return model
     _log.warning(
-        "codec: on this processor the faster encoder gives other codes for noise; the plain one is used, which is slower on long clips"
+        "codec: on this processor the faster encoder gives other codes for noise; the plain one is used, slower on long clips"
     )
     return build()
 
