@@ -5,11 +5,12 @@
 #       -e SERVE_API_KEY=... higgs-voice-serve
 #
 # The codec is the one that the merged folder remembers: a hub id is fetched at the first start (keep /home/voice/.cache in a
-# volume), a folder must be mounted at the same path.
+# named volume, which takes its owner from the folder here), a folder must be mounted at the same path.
 FROM python:3.11-slim
 
 RUN apt-get update && apt-get install -y --no-install-recommends libgomp1 && rm -rf /var/lib/apt/lists/*
-RUN useradd --create-home --uid 10001 voice && mkdir /voices && chown voice /voices
+RUN useradd --create-home --uid 10001 voice && mkdir -p /voices /home/voice/.cache/huggingface \
+    && chown -R voice /voices /home/voice/.cache
 WORKDIR /app
 COPY pyproject.toml constraints.txt README.md higgs_voice_pipeline.py ./
 COPY preprocess preprocess
