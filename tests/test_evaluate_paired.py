@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import numpy as np
 import pytest
 
@@ -98,6 +100,37 @@ def test_one_odd_speaker_leaves_a_finite_interval():
 def test_a_metric_that_counted_nothing_is_no_verdict():
     zeros = np.zeros((6, 2))
     assert "nothing was counted" in compare(zeros, zeros, np.arange(6), lower_is_better=True).words
+
+
+def by_hand(data: list[list[tuple[float, ...]]], drawn: list[int]) -> tuple[float, float]:
+    """Difference and its error of these speakers, in loops: the definition, without any array."""
+    total = [sum(row[column] for speaker in drawn for row in data[speaker]) for column in range(4)]
+    first, second = total[0] / total[1], total[2] / total[3]
+    squares = 0.0
+    for speaker in drawn:
+        part = sum((a - first * b) / total[1] - (c - second * d) / total[3] for a, b, c, d in data[speaker])
+        squares += part * part
+    return first - second, (squares * len(drawn) / (len(drawn) - 1)) ** 0.5
+
+
+def test_the_interval_is_that_of_loops_over_speakers():
+    tuned, base, speakers = simulated(np.random.default_rng(7), 14, 0.01)
+    data = [[(*a, *b) for a, b, s in zip(tuned, base, speakers, strict=True) if s == speaker] for speaker in range(14)]
+    difference, error = by_hand(data, list(range(14)))
+    draw = random.Random(1)
+    likely = []
+    for _ in range(3000):
+        again, its_error = by_hand(data, [draw.randrange(14) for _ in range(14)])
+        likely.append(difference - error * (again - difference) / its_error)
+    low, high = np.quantile(likely, [0.025, 0.975])
+    found = compare(tuned, base, speakers, lower_is_better=True)
+    assert found.difference == pytest.approx(difference, abs=1e-12)
+    assert found.low == pytest.approx(low, abs=0.15 * error)
+    assert found.high == pytest.approx(high, abs=0.15 * error)
+    assert found.p_worse == pytest.approx(np.mean(np.array(likely) > 0), abs=0.03)
+    without = [by_hand(data, [other for other in range(14) if other != speaker])[0] for speaker in range(14)]
+    jackknife = (13 / 14 * sum((value - np.mean(without)) ** 2 for value in without)) ** 0.5
+    assert error == pytest.approx(jackknife, rel=0.1)
 
 
 def test_speakers_are_drawn_not_sentences():

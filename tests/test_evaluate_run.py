@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from click.testing import CliRunner
 
 from shards.errors import ConfigError, DataError
 from tools.evaluate.cli import main
-from tools.evaluate.conditions import parse_condition
+from tools.evaluate.conditions import broken, parse_condition
 from tools.evaluate.speaking import wave_name
 from train.evaluation.metric_models import ModelIdentity, NotInstalled
 from train.evaluation.speaker_encoders import unit
@@ -200,10 +201,36 @@ def test_conditions_decide_the_exit_status(waves: Path, condition: str, status: 
     assert run(*arguments, "--asr", "knows", "--fail-if", condition)[0] == status
 
 
-@pytest.mark.parametrize("text", ["cer", "cer > x", "speed > 1", "cer == 1", "cer > 1..2"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "cer",
+        "cer > x",
+        "speed > 1",
+        "cer == 1",
+        "cer > 1..2",
+        "CER > 1",
+        "cer > .",
+        "cer > nan",
+        "> 1",
+        "cer > 1 > 0",
+    ],
+)
 def test_what_is_no_condition_is_refused(text: str):
     with pytest.raises(ConfigError, match="fail-if"):
         parse_condition(text)
+
+
+def test_a_value_that_is_no_number_passes_no_condition():
+    results = {
+        "systems": [{"name": "other", "kind": "waves", "perturb": ""}],
+        "scores": {"other": {"failures": {"share": float("nan")}}},
+        "comparisons": [],
+    }
+    assert broken([parse_condition("failures > 0.5")], results) == [
+        "other: failures was not measured, and --fail-if asks for it"
+    ]
 
 
 def test_json_goes_to_stdout(waves: Path):
@@ -520,6 +547,101 @@ def test_what_cannot_be_spoken_is_a_failure(waves: Path, tiny_dir: Path):
     assert results["scores"]["tuned"]["failures"]["missing"] == 1
     assert "s0-1.wav" in results["scores"]["tuned"]["failed"][0]["why"]
     assert "item s0-0: its reference could not be read" in " ".join(results["not_measured"])
+
+
+class Fragile(Bands):
+    """An encoder that raises, or gives what is no number, for some waves."""
+
+    def __init__(self, fails: Callable[[np.ndarray], bool], how: str) -> None:
+        self.fails, self.how = fails, how
+
+    def embed(self, wave: np.ndarray) -> np.ndarray:
+        if not self.fails(wave):
+            return super().embed(wave)
+        if self.how == "raises":
+            raise IndexError("index 7 is out of\nbounds")
+        return np.full(40, np.nan, np.float32)
+
+
+@pytest.mark.parametrize("how", ["raises", "NaN"])
+def test_a_metric_that_fails_midway_costs_its_waves_alone(waves: Path, monkeypatch: pytest.MonkeyPatch, how: str):
+    whole = score(waves, waves / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr("tools.evaluate.metric_passes.load_encoder", lambda _: Fragile(lambda w: len(w) == 35200, how))
+        results = score(waves, waves / "out")
+    alike = results["scores"]["other"]["similarity"]["bands"]["to_reference"]
+    assert 0 < alike < whole["scores"]["other"]["similarity"]["bands"]["to_reference"]
+    assert results["scores"]["other"]["utterances"] == 18
+    (said,) = [line for line in results["not_measured"] if line.startswith("similarity by bands")]
+    assert "it failed on 18 of " in said
+    assert ("IndexError: index 7 is out of bounds" if how == "raises" else "not finite") in said
+    again = score(waves, waves / "out")  # mended: what failed is tried again, and nothing of it stays
+    assert again["scores"] == whole["scores"]
+    assert again["not_measured"] == whole["not_measured"]
+
+
+def test_a_metric_that_fails_on_all_waves_is_not_measured(waves: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("tools.evaluate.metric_passes.load_encoder", lambda _: Fragile(lambda _: True, "raises"))
+    results = score(waves, waves / "out")
+    assert results["scores"]["other"]["similarity"] == {}
+    assert results["models"]["similarity"] == []
+    assert "similarity by bands: it failed on all " in " ".join(results["not_measured"])
+    assert results["scores"]["other"]["cer"]["strict"]["corpus"] == 0
+
+
+def test_a_deleted_wave_is_said_again(waves: Path, tiny_dir: Path):
+    asked = ("--limit", 2, "--seeds", 1, "--no-base", "--perturb", "phone8k")
+    before = spoken(waves / "list.jsonl", tiny_dir, waves / "out", *asked)
+    for path in ("tuned/0/s0-0.wav", "tuned-phone8k/0/s0-1.wav", "real/0/s0-0.wav", "reference/0/s0-1.wav"):
+        (waves / "out" / "waves" / path).unlink()
+    assert spoken(waves / "list.jsonl", tiny_dir, waves / "out", *asked) == before
+    assert (waves / "out" / "waves" / "tuned" / "0" / "s0-0.wav").is_file()
+
+
+@pytest.mark.parametrize("name", ["جملة ١", "a/b/c", "../../up", "x" * 400, "a\u202eb", "CON"])
+def test_an_unusual_id_is_spoken_and_kept(waves: Path, tiny_dir: Path, name: str):
+    rows = [json.loads(line) for line in (waves / "list.jsonl").read_text().splitlines()[:1]]
+    (waves / "odd.jsonl").write_text(json.dumps({**rows[0], "id": name}))
+    results = score_of(waves, waves / "odd.jsonl", waves / "out")
+    assert results["scores"]["real"]["utterances"] == 1
+    assert results["scores"]["real"]["failures"] == {"share": 0.0}
+    inside = {path.resolve().is_relative_to((waves / "out").resolve()) for path in (waves / "out").rglob("*.wav")}
+    assert inside == {True}
+    assert (waves / "out" / "report.html").is_file()
+
+
+def score_of(waves: Path, data: Path, out: Path) -> dict[str, Any]:
+    """Of recordings alone: no model, no other waves."""
+    from tools.evaluate.report import write_report
+    from tools.evaluate.request import Request
+    from tools.evaluate.run import evaluate
+    from tools.evaluate.systems import read_evaluate_config
+    from train.model.generate import Sampling
+
+    request = Request(data=data, out=out, with_base=False, encoders=["bands"], asr="knows")
+    results, rows, plan = evaluate(request, read_evaluate_config(None, (), ()), Sampling())
+    write_report(out, results, rows, plan, 3)
+    return json.loads((out / "results.json").read_text())
+
+
+def test_the_form_of_the_results_stays(waves: Path):
+    """What scripts read; another form needs another number in `format`."""
+    results = score(waves, waves / "out", "--mos", "loud")
+    assert results["format"] == 1
+    assert set(results) == {
+        *("format", "seen", "data", "draws", "sampling", "protocols", "headline", "models", "not_measured", "systems"),
+        *("scores", "comparisons", "groups", "speakers", "worst"),
+    }
+    assert set(results["scores"]["other"]) == {
+        *("utterances", "failures", "failed", "cer", "wer", "empty_transcripts", "similarity", "mos_difference"),
+        *("duration_ratio", "characters_per_second", "leading_silence_s", "trailing_silence_s", "changed_texts"),
+        *("longest_copy_of_the_prompt_s", "text_reached_the_model"),
+    }
+    assert set(results["comparisons"][0]) == {
+        *("first", "second", "metric", "difference", "low", "high", "p_worse", "num_items", "num_speakers"),
+        *("speakers_needed", "method", "verdict", "words"),
+    }
+    assert "NaN" not in (waves / "out" / "results.json").read_text()
 
 
 def test_a_row_file_refuses_other_content(tmp_path: Path):

@@ -149,6 +149,29 @@ def test_a_measure_nobody_has_leaves_the_best(tmp_path: Path):
     assert judged_by(tmp_path / "checkpoints" / "checkpoint-2") == "audio_loss"
 
 
+@pytest.mark.parametrize("fault", [RuntimeError("out of memory"), None], ids=["raises", "NaN"])
+def test_a_metric_that_fails_stops_no_training(short_data, short_config, tmp_path, monkeypatch, fault):
+    """Nor RUN/best: what was not measured is judged by nobody."""
+
+    class Broken(Loudness):
+        def embed(self, wave: np.ndarray) -> np.ndarray:
+            if fault:
+                raise fault
+            return np.full(2, np.nan, np.float32)
+
+    monkeypatch.setattr("train.evaluation.listening_scores.load_encoder", lambda name: Broken())
+    monkeypatch.setattr("train.evaluation.listening_scores.load_recognizer", lambda name, language: Deaf())
+    assert train(
+        short_config(*ASKED, "train.max_steps=1"), short_data, tmp_path / "run", RunOptions(skip_preflight=True)
+    )
+    (line,) = lines(tmp_path / "run")
+    assert "eval/similarity" not in line
+    assert line["eval/cer"] == 1
+    logged = (tmp_path / "run" / "logs" / "training.log").read_text()
+    assert "step 1: eval/similarity not measured: " in logged
+    assert best_checkpoint(tmp_path / "run") is None
+
+
 @pytest.mark.slow
 def test_two_ranks_score_what_one_scores(short_data, short_config, tiny_dir, run_command, tmp_path):
     """Models of metrics live on the first rank alone; the other waits and takes part in what follows."""

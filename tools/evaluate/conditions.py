@@ -6,6 +6,7 @@ fails too: a check that cannot look must not pass.
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -55,7 +56,7 @@ def broken(conditions: list[Condition], results: dict[str, Any]) -> list[str]:
     for condition in conditions:
         for name in tested or ["real"]:
             value = value_of(condition.metric, name, results)
-            if value is None:
+            if value is None or not math.isfinite(value):
                 sentences.append(f"{name}: {condition.metric} was not measured, and --fail-if asks for it")
             elif HOLDS[condition.sign](float(value), condition.limit):
                 sentences.append(f"{name}: {condition.metric} is {value:g}, {condition.sign} {condition.limit:g}")

@@ -17,7 +17,16 @@ from tools.evaluate.items import Items
 from tools.evaluate.mos import load_predictor
 from tools.evaluate.request import Plan, Request
 from tools.evaluate.row_file import Key
-from tools.evaluate.scoring import Scores, Similarity, mos_score, scores_with, similarities, text_score, voice_score
+from tools.evaluate.scoring import (
+    Faults,
+    Scores,
+    Similarity,
+    mos_score,
+    scores_with,
+    similarities,
+    text_score,
+    voice_score,
+)
 from tools.evaluate.speaking import Spoken
 from train.evaluation.metric_models import NotInstalled
 from train.evaluation.recognizers import load_recognizer
@@ -40,8 +49,11 @@ def scored_voices(
         except NotInstalled as error:
             skipped.append(f"similarity by {error}")
             continue
-        scored = scores_with("similarity", encoder.identity, voice_score(encoder), spoken, facts, request.out)
+        faults: Faults = {}
+        scored = scores_with("similarity", encoder.identity, voice_score(encoder), spoken, facts, request.out, faults)
         vectors: Scores = last(scored, spoken, f"voices by {name}")
+        if is_lost(f"similarity by {name}", faults, vectors, spoken, skipped):
+            continue
         found[encoder.identity.name] = similarities(items.items, spoken, vectors), vectors
         identities["similarity"].append(msgspec.to_builtins(encoder.identity))
         del encoder, scored
@@ -68,11 +80,14 @@ def recognised_texts(
     if recognizer is None:
         skipped.append("CER and WER: no recognizer; name a local one, --asr faster-whisper:FOLDER or whisper:FOLDER")
         return None
-    identities["asr"] = msgspec.to_builtins(recognizer.identity)
     said = {key: row for key, row in spoken.items() if references or key[0] != "reference"}
-    return last(
-        scores_with("asr", recognizer.identity, text_score(recognizer), said, facts, request.out), said, "recognised"
-    )
+    faults: Faults = {}
+    scored = scores_with("asr", recognizer.identity, text_score(recognizer), said, facts, request.out, faults)
+    texts: Scores = last(scored, said, "recognised")
+    if is_lost(f"CER and WER by {request.asr}", faults, texts, said, skipped):
+        return None
+    identities["asr"] = msgspec.to_builtins(recognizer.identity)
+    return texts
 
 
 def predicted_mos(
@@ -97,14 +112,34 @@ def predicted_mos(
         except NotInstalled as error:
             skipped.append(f"MOS by {error}")
             continue
-        scored = scores_with("mos", predictor.identity, mos_score(predictor), waves, facts, request.out)
-        found.append(last(scored, waves, f"MOS by {name}"))
+        faults: Faults = {}
+        scored = scores_with("mos", predictor.identity, mos_score(predictor), waves, facts, request.out, faults)
+        values: Scores = last(scored, waves, f"MOS by {name}")
+        if is_lost(f"MOS by {name}", faults, values, waves, skipped):
+            continue
+        found.append(values)
         identities["mos"].append(msgspec.to_builtins(predictor.identity))
         del predictor, scored
         gc.collect()
     if not request.mos:
         skipped.append("MOS predictors: none was named with --mos")
     return found
+
+
+def is_lost(what: str, faults: Faults, scores: Scores, waves: dict[Key, Spoken], skipped: list[str]) -> bool:
+    """Whether a metric scored nothing and raised, so that it is left out; its faults are said in `skipped` either way."""
+    if not faults:
+        return False
+    (system, draw, item), fault = next(iter(faults.items()))
+    first = f"the first, {system}, draw {draw}, item {item}: {fault}"
+    if not any(key in waves for key in scores):
+        skipped.append(f"{what}: it failed on all {len(faults)} waves; {first}")
+        return True
+    skipped.append(
+        f"{what}: it failed on {len(faults)} of {len(waves)} waves, which counts against their systems; the same command tries "
+        f"again; {first}"
+    )
+    return False
 
 
 def last(steps: Iterable[Any], total: Sized, what: str) -> Any:

@@ -8,6 +8,7 @@ share rows.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ class Scored(msgspec.Struct, frozen=True, kw_only=True):
 
 Score = Callable[[np.ndarray], dict[str, Any]]  # wave [S] at 16 kHz -> fields of Scored
 Scores = dict[Key, Scored]
+Faults = dict[Key, str]  # of waves that a metric's model could not score, in its own words
 
 
 def measured(spoken: dict[Key, Spoken], out: Path) -> Iterator[tuple[Spoken, Scores]]:
@@ -65,9 +67,19 @@ def facts_of(row: Spoken, out: Path) -> WaveFacts:
 
 
 def scores_with(
-    metric: str, identity: ModelIdentity, score: Score, spoken: dict[Key, Spoken], facts: Scores, out: Path
+    metric: str,
+    identity: ModelIdentity,
+    score: Score,
+    spoken: dict[Key, Spoken],
+    facts: Scores,
+    out: Path,
+    faults: Faults,
 ) -> Iterator[tuple[Spoken, Scores]]:
-    """One model's score of every wave that is one; yields after each, with all so far. Equal waves are scored once."""
+    """One model's score of every wave that is one; yields after each, with all so far. Equal waves are scored once.
+
+    A wave that the model cannot score is added to `faults` and tried again by the next call: one odd wave, or a package with
+    a fault, must not cost the scores of all others.
+    """
     name = f"{metric}-{hashlib.sha256(msgspec.json.encode(identity)).hexdigest()[:12]}.jsonl"
     rows = RowFile(out / "scores" / name, Scored, lambda row: row.key)
     by_wave = {row.sha256: row for row in rows.rows.values()}
@@ -78,7 +90,13 @@ def scores_with(
         old = rows.rows.get(key)
         if not old or old.sha256 != about.sha256:
             same = by_wave.get(about.sha256)
-            found = found_again(same) if same else score(at_16_khz(out / row.wave))
+            try:
+                found = found_again(same) if same else score(at_16_khz(out / row.wave))
+            except Exception as error:  # whatever somebody else's package raises
+                faults[key] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+                rows.rows.pop(key, None)  # of a wave that was there before
+                yield row, rows.rows
+                continue
             new = Scored(system=key[0], draw=key[1], item=key[2], sha256=about.sha256, **found)
             rows.add(new)
             by_wave[about.sha256] = new
@@ -98,7 +116,10 @@ def at_16_khz(path: Path) -> np.ndarray:
 
 def voice_score(encoder: SpeakerEncoder) -> Score:
     def score(wave: np.ndarray) -> dict[str, Any]:
-        return {"vector": [round(float(value), 6) for value in encoder.embed(wave)]}
+        vector = encoder.embed(wave)
+        if not np.isfinite(vector).all():
+            raise ValueError("the encoder gave values that are not finite")
+        return {"vector": [round(float(value), 6) for value in vector]}
 
     return score
 
@@ -112,7 +133,10 @@ def text_score(recognizer: Recognizer) -> Score:
 
 def mos_score(predictor: MosPredictor) -> Score:
     def score(wave: np.ndarray) -> dict[str, Any]:
-        return {"values": {name: round(value, 4) for name, value in predictor.values(wave).items()}}
+        values = predictor.values(wave)
+        if not all(math.isfinite(value) for value in values.values()):
+            raise ValueError("the predictor gave values that are not finite")
+        return {"values": {name: round(value, 4) for name, value in values.items()}}
 
     return score
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -57,7 +58,9 @@ def speech_file(out: Path) -> RowFile[Spoken]:
 
 
 def wave_name(system: str, draw: int, item: str) -> str:
-    return f"waves/{file_name(system)}/{draw}/{file_name(item)}.wav"
+    """Folders of perturbed and numbered systems keep words that a person knows: "tuned +phone8k" is tuned-phone8k."""
+    folder = "-".join(re.findall(r"[\w.]+", system))
+    return f"waves/{file_name(folder)}/{draw}/{file_name(item)}.wav"
 
 
 # --- recordings -----------------------------------------------------------------------------------------------------
@@ -66,13 +69,13 @@ def wave_name(system: str, draw: int, item: str) -> str:
 def write_recordings(items: Items, config: EvaluateConfig, out: Path, rows: RowFile[Spoken], device: str) -> None:
     """The references and the real recordings, as waves at 24 kHz."""
     wanted = [(role, item) for item in items.items for role in (REFERENCE, "real")]
-    if all(is_done(rows, (role, 0, item.id)) or is_absent(role, item) for role, item in wanted):
+    if all(is_done(rows, (role, 0, item.id), out) or is_absent(role, item) for role, item in wanted):
         return
     if items.items[0].row is not None:
         write_decoded(items, config, out, rows, device)
         return
     for role, item in wanted:
-        if is_done(rows, (role, 0, item.id)) or is_absent(role, item):
+        if is_done(rows, (role, 0, item.id), out) or is_absent(role, item):
             continue
         name, segment = (
             (item.reference, item.reference_segment) if role == REFERENCE else (item.real or "", item.real_segment)
@@ -81,9 +84,10 @@ def write_recordings(items: Items, config: EvaluateConfig, out: Path, rows: RowF
         rows.add(Spoken(system=role, draw=0, item=item.id, wave=wave_name(role, 0, item.id), error=error))
 
 
-def is_done(rows: RowFile[Spoken], key: Key) -> bool:
-    """What had an error is tried again: its cause may have been mended since."""
-    return key in rows.rows and not rows.rows[key].error
+def is_done(rows: RowFile[Spoken], key: Key, out: Path) -> bool:
+    """What had an error is tried again: its cause may have been mended since. So is what somebody has deleted."""
+    row = rows.rows.get(key)
+    return row is not None and not row.error and (out / row.wave).is_file()
 
 
 def is_absent(role: str, item: Item) -> bool:
@@ -117,7 +121,7 @@ def write_decoded(items: Items, config: EvaluateConfig, out: Path, rows: RowFile
     codec = load_codec(folder, device)
     for item, sample in read_samples(items):
         for role, codes in ((REFERENCE, sample.reference_codes), ("real", sample.target_codes)):
-            if (role, 0, item.id) not in rows.rows:
+            if not is_done(rows, (role, 0, item.id), out):
                 name = wave_name(role, 0, item.id)
                 write_wave(out / name, codec.decode(codes))
                 rows.add(Spoken(system=role, draw=0, item=item.id, wave=name))
@@ -197,10 +201,10 @@ def speak(
         for system in systems
         for draw in range(draws)
         for item, sample in with_samples(items)
-        if not is_done(rows, (system.name, draw, item.id))
+        if not is_done(rows, (system.name, draw, item.id), out)
     ]
     named = [(system.name, draw, item.id) for system in systems for draw in range(draws) for item in items.items]
-    yield from [rows.rows[key] for key in named if is_done(rows, key)]
+    yield from [rows.rows[key] for key in named if is_done(rows, key, out)]
     if not todo:
         return
     first = systems[0]

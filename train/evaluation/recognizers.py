@@ -57,7 +57,10 @@ class FasterWhisper:
         except ImportError as error:
             raise NotInstalled(f"faster-whisper: lacks {error.name}; {INSTALL_EXTRA}") from None
         kind = "float16" if device == "cuda" else "int8"
-        self._model: Any = WhisperModel(str(folder), device=device, compute_type=kind, local_files_only=True)
+        try:
+            self._model: Any = WhisperModel(str(folder), device=device, compute_type=kind, local_files_only=True)
+        except (RuntimeError, ValueError) as error:
+            raise ConfigError(f"--asr faster-whisper:{folder}: not loadable: {error}; give a whole folder") from None
         self._language = language
         version = f"{importlib.metadata.version('faster-whisper')} {kind} {language}"
         self.identity = ModelIdentity(f"faster-whisper:{folder.name}", version, sha256_of(folder / "model.bin"))
