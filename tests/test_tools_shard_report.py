@@ -21,13 +21,15 @@ from shards.columns import columns_of, columns_row
 from shards.manifest import digest_of, open_dataset
 from shards.sample import write_npy
 from shards.writer import write_json
+from tools.checkpoints.curves import line_chart
 from tools.inspect_shards.cli import main
 from tools.inspect_shards.figures import code_figures, dataset_columns, histogram, histograms, text_shares
 from tools.inspect_shards.opened import open_data
 from tools.inspect_shards.readiness import ELSEWHERE, nearest, suggestion
 from tools.inspect_shards.summary import histogram_lines
-from tools.web_page.charts import round_ticks
+from tools.web_page.charts import round_ticks, svg_bars
 from tools.web_page.page import POLICY
+from tools.web_page.page import page as page_of
 from train.config import TrainSection
 
 HOSTILE = 'نص "><script>alert(1)</script> http://evil.example/x.png'
@@ -140,6 +142,22 @@ def test_the_page_opens_in_chromium(page: Path, tmp_path: Path):
     assert 'aria-sort="descending"' in dom
     assert re.search(r'id="samples-count">3 of 8<', dom)
     assert "evil.example" not in log.read_text(errors="replace").replace("%3A", ":").split('"events"')[-1]
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium here: apt-get install chromium")
+def test_colours_of_a_chart_are_not_those_of_bars(tmp_path: Path):
+    """A style sheet wins over `fill`: the background of curves was blue, and their legend could not be seen."""
+    bars, curves = svg_bars("bars", {"a": 1.0}, "x"), line_chart("curves", {"one": [(0, 1), (6, 2)]})
+    script = "document.title=[...document.querySelectorAll('rect')].map(r=>getComputedStyle(r).fill).join(';')"
+    (tmp_path / "page.html").write_text(page_of("t", bars + curves, script))
+    command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    command += ["--dump-dom", (tmp_path / "page.html").as_uri()]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    found = re.search(r"<title>(rgb.*?)</title>", dom)
+    assert found
+    fills = found[1].split(";")
+    assert fills[:2] == ["rgb(76, 120, 184)", "rgb(255, 255, 255)"]
+    assert fills[2] not in fills[:2]
 
 
 def test_without_the_codec_the_page_says_why(data: Path, tiny_dir: Path, tmp_path: Path):

@@ -83,8 +83,8 @@ def differences(row: Row) -> str:
 
 def norms(entries: list[Entry]) -> str:
     groups = sorted({group for entry in entries for group in entry.norms})
-    rows = [[cell(entry.name), *(cell(entry.norms.get(group)) for group in groups)] for entry in entries]
-    return table(["checkpoint", *groups], rows)
+    rows = [[cell(group), *(cell(entry.norms.get(group)) for entry in entries)] for group in groups]
+    return table(["group", *(entry.name for entry in entries)], rows)
 
 
 def distances(found: Comparison) -> str:

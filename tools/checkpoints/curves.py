@@ -10,11 +10,11 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from tools.web_page.charts import round_ticks
 from tools.web_page.page import escaped
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 760, 320, 56, 40, 28, 200
 COLOURS = ("#0b6e99", "#c2410c", "#4d7c0f", "#7e22ce", "#a16207", "#be123c", "#0f766e", "#475569")
-NUM_TICKS = 4
 
 Points = Sequence[tuple[float, float]]
 
@@ -41,16 +41,15 @@ def line_chart(title: str, lines: Mapping[str, Points], x_label: str = "step") -
         f'role="img" font-family="sans-serif" font-size="12"><title>{escaped(title)}</title>'
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/><text x="{LEFT}" y="18">{escaped(title)}</text>'
     ]
-    for tick in range(NUM_TICKS + 1):
-        value = y_low + (y_high - y_low) * tick / NUM_TICKS
+    for value in round_ticks(y_low, y_high):
         _, y = place(x_low, value)
         parts.append(
             f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>'
-            f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.3g}</text>'
+            f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>'
         )
-        value = x_low + (x_high - x_low) * tick / NUM_TICKS
+    for value in round_ticks(x_low, x_high):
         x, _ = place(value, y_low)
-        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 20}" text-anchor="middle">{value:.5g}</text>')
+        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 20}" text-anchor="middle">{value:g}</text>')
     parts.append(
         f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 4}" text-anchor="middle">{escaped(x_label)}</text>'
     )

@@ -45,7 +45,13 @@ def listed(lines: Iterable[str]) -> str:
 
 def table(headings: list[str], rows: list[list[str]], name: str = "") -> str:
     """rows: `<td>` elements; a click on a heading sorts. With a name a search field stands above it."""
-    head = "".join(f"<th data-sort>{escaped(heading)}</th>" for heading in headings)
+    of_numbers = {
+        place for row in rows for place, content in enumerate(row) if content.startswith('<td class="number"')
+    }
+    marks = [' class="number"' if place in of_numbers else "" for place in range(len(headings))]
+    head = "".join(
+        f"<th data-sort{mark}>{escaped(heading)}</th>" for mark, heading in zip(marks, headings, strict=True)
+    )
     body = "\n".join(f"<tr>{''.join(row)}</tr>" for row in rows)
     search, mark = "", ""
     if name:
