@@ -72,6 +72,13 @@ def test_a_changed_byte_is_named(copied):
     assert "tensors.safetensors is not what was written" in failed(copied)["files"]
 
 
+@pytest.mark.parametrize("kept", [(), ("metrics.json",), ("adapter/adapter_config.json", "config.toml")])
+def test_a_complete_that_names_too_little_proves_nothing(copied, kept):
+    sealed = digests(copied)
+    write_json(copied / "COMPLETE", {name: sealed[name] for name in kept})
+    assert "COMPLETE does not name adapter/adapter_model.safetensors" in failed(copied)["files"]
+
+
 def test_a_number_that_is_not_finite_is_named(copied):
     def spoil(tensors):
         name = next(name for name in tensors if "lora_B" in name)

@@ -40,6 +40,7 @@ from train.run_folder.checkpoint_folders import damage, read_step
 from train.run_folder.identity import find_model_files, model_differences, read_identity
 from train.run_folder.state import TENSORS
 
+SEALED = ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "config.toml", "identity.json", TENSORS)
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # of AdamW
 
 
@@ -77,6 +78,10 @@ class _Checkpoint:
         faults = damage(self._folder)
         if faults:
             raise Failed(some(faults))
+        sealed = msgspec.json.decode((self._folder / "COMPLETE").read_bytes())
+        loose = [name for name in SEALED if (self._folder / name).is_file() and name not in sealed]
+        if loose:
+            raise Failed(f"COMPLETE does not name {some(loose)}, so nothing says whether they are what was written")
         count = sum(path.is_file() for path in self._folder.rglob("*"))
         return f"{count} files, every byte as written"
 
