@@ -230,9 +230,12 @@ def test_what_has_no_average_is_refused(finished, tmp_path):
     lost = spoiled("lost", lambda tensors: tensors.pop(next(name for name in tensors if "lora_B" in name)))
     orphan = spoiled("orphan", lambda tensors: tensors.pop(next(name for name in tensors if "lora_A" in name)))
     fewer = spoiled("fewer", lambda tensors: [tensors.pop(name) for name in list(tensors) if "q_proj" in name])
+    ranked = shutil.copytree(four, tmp_path / "ranked")
     dora = shutil.copytree(four, tmp_path / "dora")
     config = json.loads((dora / "adapter" / "adapter_config.json").read_text())
     write_json(dora / "adapter" / "adapter_config.json", {**config, "use_dora": True})
+    write_json(ranked / "adapter" / "adapter_config.json", {**config, "r": 2})
+    write_json(ranked / "COMPLETE", digests(ranked))
     write_json(dora / "COMPLETE", digests(dora))
     other = shutil.copytree(four, tmp_path / "other")
     identity = json.loads((other / "identity.json").read_text())
@@ -243,6 +246,7 @@ def test_what_has_no_average_is_refused(finished, tmp_path):
     for folder, text in [
         (nan, "not finite"),
         (lost, "has no B of its rank"),
+        (ranked, "adapter_config.json says 2"),
         (orphan, "has no A; give a sound checkpoint"),
         (fewer, "do not change the same modules"),
         (dora, "trained with DoRA"),

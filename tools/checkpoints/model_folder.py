@@ -210,6 +210,8 @@ def room_needed(num_bytes: int) -> str:
 
 def check_empty(out: Path) -> None:
     """Raises CheckpointError when something is there already."""
+    if out.exists() and not out.is_dir():
+        raise CheckpointError(f"{out}: is a file; give a folder")
     if out.exists() and any(out.iterdir()):
         raise CheckpointError(f"{out}: exists and is not empty; give another folder")
 

@@ -89,6 +89,10 @@ def read_update(folder: Path) -> Update:
             up = tensors.get(name.removesuffix(A) + B)
             if up is None or tensor.ndim != 2 or up.ndim != 2 or tensor.shape[0] != up.shape[1]:
                 raise CheckpointError(f"{path}: {name} has no B of its rank; give a sound checkpoint")
+            if tensor.shape[0] != config.r:  # the scale is alpha / r
+                raise CheckpointError(
+                    f"{path}: {name} has rank {tensor.shape[0]}, adapter_config.json says {config.r}; give a sound checkpoint"
+                )
             factors[module.removesuffix(A)] = Factors(tensor.double(), up.double(), scale)
         elif not name.endswith((B, LENGTHS)):
             whole[module] = tensor
