@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import sys
@@ -15,6 +16,7 @@ from shards.terminal import make_stray_lines_printable, print_line, system_fault
 
 if TYPE_CHECKING:
     from train.config import TrainConfig
+    from train.probe_learning_rate import Probe
 
 
 @click.command(context_settings={"show_default": True})
@@ -36,6 +38,17 @@ if TYPE_CHECKING:
 @click.option("--wandb-project", help="Sets wandb.project.")
 @click.option("--dry-run", is_flag=True, help="Check everything, load the model, train nothing.")
 @click.option("--skip-preflight", is_flag=True, help="Train even if the checks before the first step would fail.")
+@click.option(
+    "--probe-lr",
+    is_flag=False,
+    flag_value="5e-6,2e-5,5e-5,1e-4",
+    metavar="[RATES]",
+    show_default=False,
+    help="Make no run: try these learning rates from the same start on the same packs (5e-6,2e-5,5e-5,1e-4 where none are "
+    "given) and print held-out losses and their slope.",
+)
+@click.option("--probe-steps", type=click.IntRange(2), default=100, help="Steps of each rate of --probe-lr.")
+@click.option("--json", "as_json", is_flag=True, help="With --probe-lr: JSON in place of the table.")
 def main(
     shards: tuple[str, ...],
     run: Path,
@@ -45,13 +58,16 @@ def main(
     resume: str,
     dry_run: bool,
     skip_preflight: bool,
+    probe_lr: str | None,
+    probe_steps: int,
+    as_json: bool,
     gradient_accumulation_steps: int | None,
     **flags: Any,
 ) -> None:
     """Train LoRA adapters on SHARDS (the OUT folder of `preprocess`, or its URL; several are trained on together) into the
     folder RUN. Without SHARDS the data sets are those of [[train.data]] in the configuration."""
     from shards.config import read_config
-    from shards.errors import PipelineError
+    from shards.errors import ConfigError, PipelineError
     from shards.parent_death import die_with_parent
     from train.config import TrainConfig
     from train.launch import (
@@ -68,6 +84,9 @@ def main(
     make_stray_lines_printable()
     os.environ.update({**slurm_ranks(os.environ), **allocator_settings(os.environ)})  # before torch is imported
     try:
+        rates = parse_rates(probe_lr) if probe_lr is not None else None
+        if rates and dry_run:
+            raise ConfigError("--probe-lr and --dry-run: a probe trains, a dry run does not; give one of them")
         overrides = (*overrides, *flag_overrides(**flags))
         config = read_config(TrainConfig, config_path, overrides)
         if gradient_accumulation_steps:
@@ -90,9 +109,16 @@ def main(
                 return
         from train.loop import RunOptions, train
 
-        checkpoint = train(
-            config, shards[0] if len(shards) == 1 else "", run, RunOptions(resume, dry_run, skip_preflight)
-        )
+        location = shards[0] if len(shards) == 1 else ""
+        if rates:
+            from train.probe_learning_rate import probe_rates
+
+            found = probe_rates(config, location, run, rates, probe_steps, skip_preflight)
+            mark_well_ended()
+            if os.environ.get("RANK", "0") == "0":
+                print_probes(found, as_json)
+            return
+        checkpoint = train(config, location, run, RunOptions(resume, dry_run, skip_preflight))
     except WorkerFailed as error:
         if error.exitcode == STOPPED:
             sys.exit(STOPPED)
@@ -101,7 +127,8 @@ def main(
     except PipelineError as error:
         exit_with(error, str(error))
     except OSError as error:
-        exit_with(error, f"{system_fault(error)}; the same command goes on from the last checkpoint")
+        what_then = "nothing was kept" if probe_lr else "the same command goes on from the last checkpoint"
+        exit_with(error, f"{system_fault(error)}; {what_then}")
     mark_well_ended()
     if checkpoint and os.environ.get("RANK", "0") == "0":
         print_line(f"done: {checkpoint}; next: checkpoints merge {shlex.quote(str(run))} OUT")
@@ -130,6 +157,43 @@ def with_data(config: TrainConfig, shards: tuple[str, ...], run: Path) -> TrainC
     if len(shards) < 2:
         return config
     return replace(config, train=replace(config.train, data=[DataSource(path=path) for path in shards]))
+
+
+def parse_rates(text: str) -> list[float]:
+    """ "1e-5,3e-5" -> rates, each once, ascending. Raises ConfigError."""
+    from shards.errors import ConfigError
+
+    rates: set[float] = set()
+    for part in text.split(","):
+        try:
+            rate = float(part)
+        except ValueError:
+            rate = math.nan
+        if not 0 < rate < math.inf:
+            raise ConfigError(
+                f"--probe-lr {text}: {part.strip()!r} is no learning rate; give some above 0 with commas, as in "
+                "--probe-lr 1e-5,3e-5,1e-4, or --probe-lr alone at the end of the command"
+            )
+        rates.add(rate)
+    return sorted(rates)
+
+
+def print_probes(found: list[Probe], as_json: bool) -> None:
+    """One row per rate on stdout."""
+    import msgspec
+
+    from shards.terminal import print_json, print_table
+
+    if as_json:
+        print_json({"rates": msgspec.to_builtins(found)}, indent=1)
+        return
+    headings = ("learning rate", "steps", "first loss", "last loss", "held out: start", "half", "end", "text", "slope")
+    print_table([probe.cells() for probe in found], headings=headings, to_stdout=True, width=110)
+    print_line(
+        "held out: audio loss before, after half of the steps, at the end; text: text loss at the end; slope: change of the "
+        "held-out audio loss in the second half, per 100 steps",
+        to_stdout=True,
+    )
 
 
 def exit_with(error: Exception, message: str) -> NoReturn:

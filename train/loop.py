@@ -7,7 +7,8 @@ are divided by what all of them counted.
 
 from __future__ import annotations
 
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import torch
@@ -33,10 +34,17 @@ def train(config: TrainConfig, shards: str | Path, run_dir: Path, options: RunOp
 
     Raises PipelineError, and Stopped after a signal of `StopSignal`.
     """
+    with on_every_rank(config) as (world, signals):
+        return run(config, shards, run_dir, options, world, signals)
+
+
+@contextmanager
+def on_every_rank(config: TrainConfig) -> Iterator[tuple[World, StopSignal]]:
+    """This process among the ranks until the block ends; what goes wrong with a device or a rank ends it in one line."""
     world = join(config.train.device)
     try:
         with StopSignal() as signals:
-            return run(config, shards, run_dir, options, world, signals)
+            yield world, signals
     except PipelineError as error:
         release_frames(error)
         raise

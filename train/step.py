@@ -28,6 +28,10 @@ from train.optim import learning_rate_at
 from train.world import ALONE, World
 
 
+class NotFinite(PipelineError):
+    """A loss or a gradient is not a number; no weight was touched."""
+
+
 @dataclass(frozen=True)
 class StepResult:
     """Normalised losses of this rank's packs, still on the device: an unlogged step needs no more synchronisation."""
@@ -119,14 +123,14 @@ def train_step(
 
 
 def stop_unless_finite(step: int, total: Tensor, grad_norm: Tensor, batches: list[PackedBatch], world: World) -> None:
-    """Raises PipelineError on every rank, naming the samples of the ranks whose own loss is not finite."""
+    """Raises NotFinite on every rank, naming the samples of the ranks whose own loss is not finite."""
     own_loss, norm = total.item(), grad_norm.item()
     if math.isfinite(norm) and (world.is_distributed or math.isfinite(own_loss)):
         return  # a loss that is not finite makes the norm of all ranks so
     keys = [key for batch in batches for key in batch.keys]
     suspects = world.gather(None if math.isfinite(own_loss) else keys)
     named = [key for found in suspects if found for key in found] or keys
-    raise PipelineError(
+    raise NotFinite(
         f"step {step + 1}: loss {own_loss}, gradient norm {norm}: not finite, stopped before the update; samples "
         f"{', '.join(named[:8])}{' ...' if len(named) > 8 else ''}; lower train.learning_rate or read them with "
         "inspect-shards show"
