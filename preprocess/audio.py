@@ -47,6 +47,9 @@ class AudioMeasures(msgspec.Struct, frozen=True):
     trailing_silence_s: float
     warnings: list[str]
     sound: SoundMeasures = UNKNOWN
+    cut_start_s: float | None = None  # what `sound_edits` took away; None: nothing was asked for
+    cut_end_s: float | None = None
+    gain_db: float | None = None
 
 
 @dataclass(frozen=True)

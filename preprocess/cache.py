@@ -51,7 +51,7 @@ def recipe_digest(config: PreprocessConfig, fingerprints: Fingerprints) -> str:
     """
     digest = hashlib.sha256()
     models = msgspec.structs.replace(fingerprints, tokenizer="")  # no text enters an entry
-    for part in (models, config.preprocess.audio_limits(), config.features.whisper):
+    for part in (models, config.preprocess.audio_limits(), config.audio, config.features.whisper):
         digest.update(msgspec.json.encode(part) + b"\n")
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())

@@ -7,6 +7,7 @@ from typing import Annotated
 import msgspec
 
 from preprocess.audio import AudioLimits
+from preprocess.sound_edits import AudioSection
 from preprocess.text import TEXT_RULES, TextSection
 from shards.config import FeaturesSection, ModelSection
 
@@ -28,14 +29,18 @@ class PreprocessConfig(msgspec.Struct, frozen=True, kw_only=True):
     model: ModelSection
     features: FeaturesSection
     text: TextSection
+    audio: AudioSection
     preprocess: PreprocessSection
 
 
 def deciding_keys(config: PreprocessConfig) -> dict[str, object]:
     """What decides the output bytes: everything but the models' names (their fingerprints do) and the worker count."""
+    # Absent when off: a job and a data set made before there was the section are the same as today's.
+    edits = {} if config.audio.is_off else {"audio": msgspec.to_builtins(config.audio)}
     return {
         "rules": {"text": TEXT_RULES},
         "features": {"whisper": config.features.whisper},
         "text": msgspec.to_builtins(config.text),
         "preprocess": {key: value for key, value in msgspec.to_builtins(config.preprocess).items() if key != "workers"},
+        **edits,
     }

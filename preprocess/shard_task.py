@@ -23,6 +23,7 @@ from preprocess.plan import JobRows
 from preprocess.reasons import AudioFault, RowFault, reject_of
 from preprocess.row_checks import check_pair, check_row, speaker_of
 from preprocess.segment import Segment
+from preprocess.sound_edits import edited
 from preprocess.sources import SourceRow
 from preprocess.workers import Skip
 from shards.artifacts import load_tokenizer
@@ -165,7 +166,7 @@ class ShardTask:
             sha256 = hashlib.sha256(data).hexdigest()
 
             def encode() -> EncodedCodes:
-                audio = decode(data, self._limits, segment)
+                audio = edited(decode(data, self._limits, segment), self._config.audio, self._limits)
                 codes = self._codec.encode(audio.at(CODEC_RATE))
                 return EncodedCodes(write_npy(codes), codes.shape[1], audio.measures)
 
@@ -175,7 +176,8 @@ class ShardTask:
 
     def _whisper(self, path: str, segment: Segment, sha256: str, cache: Cache) -> EncodedWhisper:
         def encode() -> EncodedWhisper:
-            wave = decode(read_bytes(path), self._limits, segment).at(WHISPER_RATE)
+            audio = edited(decode(read_bytes(path), self._limits, segment), self._config.audio, self._limits)
+            wave = audio.at(WHISPER_RATE)
             features, floor = stored_mel(wave)
             if self._whisper_encoder:
                 features = self._whisper_encoder.encode(features, floor, len(wave))
@@ -225,4 +227,11 @@ def _audio_facts(path: str, segment: Segment, sha256: str, encoded: EncodedCodes
         leading_silence_s=measures.leading_silence_s,
         trailing_silence_s=measures.trailing_silence_s,
         offset_s=msgspec.UNSET if segment.is_whole else segment.offset_s,
+        cut_start_s=_unset_if_none(measures.cut_start_s),
+        cut_end_s=_unset_if_none(measures.cut_end_s),
+        gain_db=_unset_if_none(measures.gain_db),
     )
+
+
+def _unset_if_none(value: float | None) -> float | msgspec.UnsetType:
+    return msgspec.UNSET if value is None else value

@@ -23,6 +23,7 @@ from preprocess.reasons import AudioFault, RowFault, reject_of
 from preprocess.report import Progress, print_validation
 from preprocess.row_checks import check_pair, check_row, speaker_of
 from preprocess.segment import Segment
+from preprocess.sound_edits import edited
 from preprocess.text import arabic_share
 from preprocess.workers import Skip, run_tasks, usable_cores
 from shards.errors import DataError
@@ -90,7 +91,8 @@ class ValidateTask:
     def _measure(self, path: str, segment: Segment) -> tuple[AudioMeasures, str]:
         try:
             data = read_bytes(path)
-            return decode(data, self._limits, segment).measures, hashlib.sha256(data).hexdigest()
+            audio = edited(decode(data, self._limits, segment), self._config.audio, self._limits)
+            return audio.measures, hashlib.sha256(data).hexdigest()
         except AudioFault as fault:
             raise RowFault("audio", fault.reason, fault.detail, path) from None
 

@@ -21,7 +21,7 @@ import msgspec
 from shards.errors import ConfigError
 from shards.printable import redact_values
 
-SECTIONS = ("model", "features", "sequence", "text", "preprocess", "lora", "loss", "train", "eval", "wandb")
+SECTIONS = ("model", "features", "sequence", "text", "audio", "preprocess", "lora", "loss", "train", "eval", "wandb")
 
 # The system turn of the released voice-cloning examples (boson-ai/higgs-audio examples/generation.py with its
 # quiet-room scene; the transformers model card uses the same words).

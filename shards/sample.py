@@ -73,6 +73,11 @@ class AudioFacts(msgspec.Struct, frozen=True):
     leading_silence_s: float = 0.0
     trailing_silence_s: float = 0.0
     offset_s: float | msgspec.UnsetType = msgspec.UNSET  # where the row's segment begins; unset: the whole file
+    cut_start_s: float | msgspec.UnsetType = (
+        msgspec.UNSET
+    )  # silence taken away before encoding ([audio]); unset: not asked for
+    cut_end_s: float | msgspec.UnsetType = msgspec.UNSET
+    gain_db: float | msgspec.UnsetType = msgspec.UNSET
 
 
 class MelFacts(msgspec.Struct, frozen=True):
