@@ -82,6 +82,7 @@ def test_equal_systems_are_never_better():
     found = compare(base, base, speakers, lower_is_better=True)
     assert (found.difference, found.low, found.high, found.p_worse) == (0, 0, 0, 0.5)
     assert (found.verdict, found.speakers_needed) == ("cannot tell", None)
+    assert found.words == "cannot tell at this size (12 speakers); there is no difference that more speakers would tell"
 
 
 def test_one_odd_speaker_leaves_a_finite_interval():

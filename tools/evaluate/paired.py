@@ -156,13 +156,14 @@ def speakers_needed(difference: float, error: float, num_speakers: int) -> int |
 def _verdict(
     difference: float, low: float, high: float, num_speakers: int, needed: int | None, lower_is_better: bool
 ) -> tuple[Literal["better", "worse", "cannot tell"], str]:
-    enough = f"about {needed:,} speakers like these would" if needed else "no number of speakers would, it is 0"
+    enough = (
+        f"about {needed:,} speakers like these would tell a difference of this size"
+        if needed
+        else "there is no difference that more speakers would tell"
+    )
     if num_speakers < MIN_SPEAKERS:
         return "cannot tell", f"cannot tell with {num_speakers} speakers; at least {MIN_SPEAKERS} are needed"
     if low <= 0 <= high:
-        return (
-            "cannot tell",
-            f"cannot tell at this size ({num_speakers} speakers); {enough} tell a difference of this size",
-        )
+        return "cannot tell", f"cannot tell at this size ({num_speakers} speakers); {enough}"
     is_better = (difference < 0) == lower_is_better
     return ("better", "better") if is_better else ("worse", "worse")

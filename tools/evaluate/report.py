@@ -72,7 +72,7 @@ def report_body(results: dict[str, Any], plan: Plan, sounds: Sounds, shown: list
 def verdicts(results: dict[str, Any]) -> str:
     """The differences to the base, or to the recordings where there is no base, in sentences."""
     headline = [row for row in results["comparisons"] if row["second"] == "base" or " +" in row["first"]]
-    rows = headline or results["comparisons"]
+    rows = [row for row in headline or results["comparisons"] if row["num_items"]]  # a speaker may have no other clip
     lines = []
     for row in rows:
         spread = "" if row["low"] is None else f", 95 % interval {row['low']:+.4f} to {row['high']:+.4f}"

@@ -67,7 +67,7 @@ def cell(value: Any) -> str:
     if value is None:
         return '<td class="number">-</td>'
     if isinstance(value, float):
-        return f'<td class="number" data-value="{value}">{value:.4g}</td>'
+        return f'<td class="number" data-value="{value}">{round(value, 4):.4g}</td>'
     if isinstance(value, int):
         return f'<td class="number" data-value="{value}">{value}</td>'
     return f"<td>{escaped(value)}</td>"
