@@ -24,6 +24,7 @@ from train.data.data_sets import short_names
 from train.data.loader import LoaderShare
 from train.data.planned_source import PlannedSource
 from train.data.streamed_source import StreamedSource
+from train.loop import RunOptions, train
 from train.run_folder.identity import MUST_BE_EQUAL, ModelFiles, check_identity, make_identity
 
 ALONE_HERE = LoaderShare()
@@ -288,6 +289,20 @@ def test_the_command_says_which_data_it_was_not_given(sets, tmp_path, monkeypatc
     assert "named twice" in said(sets[1], "run", "--set", named)
     assert "is a data set" in said(sets[0], sets[1])
     assert "nowhere" in said(sets[0], "nowhere", "run")
+
+
+def test_a_mixed_run_goes_on_but_not_with_other_weights(sets, short_config, tmp_path):
+    def config(small: float, *overrides: str) -> TrainConfig:
+        plain = short_config("train.reference=same_speaker", "train.validation_fraction=0.2", *overrides)
+        data = [DataSource(path=str(sets[0]), weight=1.0), DataSource(path=str(sets[1]), weight=small)]
+        return msgspec.structs.replace(plain, train=msgspec.structs.replace(plain.train, data=data))
+
+    run = tmp_path / "run"
+    train(config(2.0, "train.max_steps=1"), "", run, RunOptions())
+    assert read_config(TrainConfig, run / "config.toml").train.data[1].weight == 2.0
+    with pytest.raises(CheckpointError, match=r"weights of train\.data"):
+        train(config(3.0), "", run, RunOptions())
+    train(config(2.0, "train.max_steps=3"), "", run, RunOptions(dry_run=True))  # the same run: nothing is refused
 
 
 # --- streams --------------------------------------------------------------------------------------------------------
