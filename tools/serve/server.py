@@ -69,7 +69,7 @@ def make_server(
     class Server(uvicorn.Server):
         stop_at = 0.0
         idle_since = 0.0
-        has_told = False
+        has_said_where = False
 
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             """In the main thread, anywhere: only marks are set here."""
@@ -78,8 +78,8 @@ def make_server(
             self.stop_at = time.monotonic() + grace_s
 
         async def on_tick(self, counter: int) -> bool:
-            if not self.has_told and queue.state == "ready":
-                self.has_told = True
+            if not self.has_said_where and queue.state == "ready":
+                self.has_said_where = True
                 print_line(f"serving at {address}")
             if queue.state == "failed" and not self.stop_at:
                 self.stop_at = time.monotonic()
