@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any, cast
 
+import numpy as np
 import pytest
 from speech_server import SpeechServer, message_of
 
 from tools.serve.api_errors import ApiError
 from tools.serve.voice_names import checked_name, folded
+from tools.serve.voice_store import VoiceFacts, VoiceStore
 
 
 @pytest.fixture(scope="module")
@@ -124,3 +127,24 @@ def test_names_of_every_script_are_kept(name):
 def test_names_that_nobody_can_read_are_refused(name):
     with pytest.raises(ApiError, match="name: "):
         checked_name(name)
+
+
+def test_voices_of_one_second_are_listed_as_they_were_stored(tmp_path):
+    """Ids are random: by them a second voice would stand first every other time."""
+    store = VoiceStore(tmp_path / "voices")
+    given = [f"voice {number}" for number in range(8)]
+    for name in given:
+        facts = VoiceFacts(
+            id="",
+            name=name,
+            created_at=1_800_000_000,
+            consent="yes",
+            ref_text=None,
+            speaker_description="",
+            mime_type="audio/wav",
+            file_size=5,
+            duration_s=1.0,
+            codec="",
+        )
+        store.add(facts, b"sound", np.zeros((8, 25), np.uint16), cast(Any, None))
+    assert [one.name for one in store.all()] == given

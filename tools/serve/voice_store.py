@@ -116,7 +116,7 @@ class VoiceStore:
         except OSError as error:
             raise ApiError(500, f"the folder of the voices cannot be read: {error.strerror}") from None
         with self._lock:
-            return sorted(self._voices.values(), key=lambda one: (one.created_at, one.id))
+            return sorted(self._voices.values(), key=lambda one: one.created_at)  # within a second: as they were found
 
     def find(self, name: str) -> VoiceFacts | None:
         """By id, else by name."""
