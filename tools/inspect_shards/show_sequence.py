@@ -103,7 +103,7 @@ def sequence_lines(rows: Iterable[dict[str, Any]], sequence: Sequence) -> Iterat
         yield f"{row['position']:8d}  {row['path']:5s}  {holds:40s}  {must:40s}  {row['weight']:5.3g}  {part}".rstrip()
     found = learned(sequence)
     yield (
-        f"{found['positions']} positions: {found['tokens']} tokens and {found['codes']} codes of "
+        f"{found['positions']} positions: {found['tokens']} tokens and {sum(found['codes'])} codes of "
         f"{len(sequence.codes)} codebooks learned, {found['ends_of_speech']} ends of speech"
     )
 
