@@ -126,7 +126,8 @@ def test_every_form_of_data_has_the_same_facts(data: Path, tmp_path: Path):
         if count == 6:
             for part in ("text", "histograms", "target_hours", "speaker_balance", "codes"):
                 assert facts[part] == whole[part], (kind, part)
-        assert run("verify", spec).exit_code == 0, kind
+        verified = run("verify", spec)
+        assert verified.exit_code == 0, (kind, verified.output)
         page = tmp_path / "page.html"
         assert run("report", spec, page, "--players", 0).exit_code == 0, kind
         assert page.stat().st_size > 5000
