@@ -7,8 +7,9 @@ import math
 import shlex
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -18,7 +19,7 @@ from shards.columns import NAME, read_columns_file
 from shards.errors import DataError, ShardError
 from shards.folder_lock import hold_folder
 from shards.index import read_index
-from shards.manifest import Dataset, Job, digest_of, read_record
+from shards.manifest import Dataset, Fingerprints, Job, digest_of, read_record
 from shards.reader import verify
 from shards.sample import write_npy
 from shards.sequence import FRAMES_PER_SECOND
@@ -125,27 +126,39 @@ def join_dataset(out: Path, job: Job) -> Dataset:
     write_bytes(out / "index.npy", write_npy(index))
     join_columns(out, shards)
 
+    dataset = dataset_record(job.config, job.fingerprints, job.num_rows, index, rejects, shards)
+    write_json(out / "dataset.json", dataset)
+    return dataset
+
+
+def dataset_record(
+    config: dict[str, Any],
+    fingerprints: Fingerprints,
+    num_rows: int,
+    index: np.ndarray,
+    rejects: dict[str, int],
+    shards: list[ShardDone],
+) -> Dataset:
+    """What dataset.json says of finished shards and their joined index [n], its digest included."""
     text_tokens = index["num_reference_text_tokens"].sum(dtype=np.int64) + index["num_target_text_tokens"].sum(
         dtype=np.int64
     )
     dataset = Dataset(
-        config=job.config,
-        fingerprints=job.fingerprints,
-        num_rows=job.num_rows,
+        config=config,
+        fingerprints=fingerprints,
+        num_rows=num_rows,
         num_samples=len(index),
         num_text_tokens=int(text_tokens),
         reference_hours=round(sum(shard.reference_s for shard in shards) / 3600, 6),
         target_hours=round(sum(shard.target_s for shard in shards) / 3600, 6),
-        speakers=_sum(shard.speakers for shard in shards),
+        speakers=sum_counts(shard.speakers for shard in shards),
         rejects=rejects,
-        warnings=_sum(shard.warnings for shard in shards),
+        warnings=sum_counts(shard.warnings for shard in shards),
         target_seconds_histogram=histogram(index["target_frames"] / FRAMES_PER_SECOND, HISTOGRAM_EDGES_S),
         shards=shards,
         digest="",
     )
-    dataset = msgspec.structs.replace(dataset, digest=digest_of(dataset))
-    write_json(out / "dataset.json", dataset)
-    return dataset
+    return msgspec.structs.replace(dataset, digest=digest_of(dataset))
 
 
 def join_columns(out: Path, shards: list[ShardDone]) -> None:
@@ -213,7 +226,7 @@ def _described(lines: list[bytes]) -> str:
     return f"row {reject['row']}{place}: {reject['detail']}"
 
 
-def _sum(counts) -> dict[str, int]:
+def sum_counts(counts: Iterable[dict[str, int]]) -> dict[str, int]:
     total: Counter[str] = Counter()
     for count in counts:
         total.update(count)

@@ -10,23 +10,21 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import tempfile
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 
-from preprocess.join import HISTOGRAM_EDGES_S, histogram
+from preprocess.join import dataset_record, sum_counts
 from shards.columns import NAME, columns_of, columns_row, read_columns_file
 from shards.errors import ShardError
 from shards.index import read_index
-from shards.manifest import Dataset, Fingerprints, Job, digest_of, read_record
+from shards.manifest import Dataset, Fingerprints, Job, read_record
 from shards.printable import first_line
 from shards.reader import KEY
 from shards.sample import Sample, unpack_sample, write_npy
-from shards.sequence import FRAMES_PER_SECOND
 from shards.terminal import progress_bar
 from shards.writer import ShardDone, sample_key, shard_path, write_bytes, write_shard
 from tools.inspect_shards.opened import OpenedData
@@ -151,28 +149,10 @@ def require_room(spec: str, tars: list[str], folder: Path) -> None:
 
 def record_of(tars: list[str], shards: list[ShardDone], index: np.ndarray, num_faults: int) -> Dataset:
     config, fingerprints = made_of(tars)
-    rejects = total(shard.rejects for shard in shards)
+    rejects = sum_counts(shard.rejects for shard in shards)
     if num_faults:
         rejects["not_readable"] = num_faults
-    tokens = index["num_reference_text_tokens"].sum(dtype=np.int64) + index["num_target_text_tokens"].sum(
-        dtype=np.int64
-    )
-    record = Dataset(
-        config=config,
-        fingerprints=fingerprints,
-        num_rows=len(index) + sum(rejects.values()),
-        num_samples=len(index),
-        num_text_tokens=int(tokens),
-        reference_hours=round(sum(shard.reference_s for shard in shards) / 3600, 6),
-        target_hours=round(sum(shard.target_s for shard in shards) / 3600, 6),
-        speakers=total(shard.speakers for shard in shards),
-        rejects=rejects,
-        warnings=total(shard.warnings for shard in shards),
-        target_seconds_histogram=histogram(index["target_frames"] / FRAMES_PER_SECOND, HISTOGRAM_EDGES_S),
-        shards=shards,
-        digest="",
-    )
-    return msgspec.structs.replace(record, digest=digest_of(record))
+    return dataset_record(config, fingerprints, len(index) + sum(rejects.values()), index, rejects, shards)
 
 
 def made_of(tars: list[str]) -> tuple[dict[str, Any], Fingerprints]:
@@ -186,10 +166,3 @@ def made_of(tars: list[str]) -> tuple[dict[str, Any], Fingerprints]:
                 continue
             return record.config, record.fingerprints
     return {}, NOT_KNOWN
-
-
-def total(counts: Iterable[dict[str, int]]) -> dict[str, int]:
-    found: Counter[str] = Counter()
-    for count in counts:
-        found.update(count)
-    return dict(sorted(found.items()))
