@@ -1,13 +1,18 @@
-"""A speech server on 127.0.0.1 in a thread of the test, with the tiny model: real sockets, the real application."""
+"""A speech server on 127.0.0.1 with the tiny model, in a thread of the test or as a process: real sockets, the real thing."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
+import os
 import socket
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +21,41 @@ import httpx
 CLIP = Path(__file__).parent / "data" / "arabic-mini" / "spk_00_36.flac"
 CLIP_TEXT = "الجسر الجديد يربط ضفتي النهر."
 WITHIN_S = 60.0
+
+
+@contextlib.contextmanager
+def serve_process(
+    tiny_dir: Path, repository: Path, voices: Path, *options: object
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """`serve` as a process of its own that is ready and holds the voice salma: (process, its URL)."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    code = "import sys; sys.argv[0] = 'serve'; from tools.serve.cli import main; main()"
+    given = [tiny_dir / "model", "--config", tiny_dir / "pipeline.toml", "--voices", voices, "--port", port, *options]
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, given), "--device", "cpu"],
+        cwd=repository,
+        env={**os.environ, "PYTHONPATH": str(repository)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        with httpx.Client(base_url=url, timeout=WITHIN_S, trust_env=False) as client:
+            end = time.monotonic() + 2 * WITHIN_S
+            while True:
+                with contextlib.suppress(httpx.TransportError):
+                    if client.get("/health").status_code == 200:
+                        break
+                assert process.poll() is None, process.stderr and process.stderr.read()
+                assert time.monotonic() < end
+                time.sleep(0.1)
+            form = {"name": "salma", "consent": "yes", "ref_text": CLIP_TEXT}
+            client.post("/v1/audio/voices", data=form, files={"audio_sample": CLIP.read_bytes()}).raise_for_status()
+        yield process, url
+    finally:
+        process.kill()
+        process.wait()
 
 
 class SpeechServer:

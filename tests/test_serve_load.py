@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -15,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
-from speech_server import CLIP, CLIP_TEXT, WITHIN_S, SpeechServer, asked, message_of
+from speech_server import CLIP, CLIP_TEXT, WITHIN_S, SpeechServer, asked, message_of, serve_process
 
 from shards.errors import CheckpointError
 
@@ -165,32 +161,7 @@ def test_a_model_that_cannot_be_loaded_ends_the_server(tmp_path):
 @pytest.mark.slow
 def test_sigterm_under_load_leaves_nobody_without_an_answer(tiny_dir, repository, tmp_path):
     """A process of its own with two slots; 24 clients, some streaming, when the signal comes."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    code = "import sys; sys.argv[0] = 'serve'; from tools.serve.cli import main; main()"
-    options = ["--config", tiny_dir / "pipeline.toml", "--voices", tmp_path / "voices", "--port", port, "--slots", 2]
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, [tiny_dir / "model", *options, "--device", "cpu"])],
-        cwd=repository,
-        env={**os.environ, "PYTHONPATH": str(repository)},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        url = f"http://127.0.0.1:{port}"
-        with httpx.Client(base_url=url, timeout=WITHIN_S, trust_env=False) as client:
-            end = time.monotonic() + 2 * WITHIN_S
-            while True:
-                with contextlib.suppress(httpx.TransportError):
-                    if client.get("/health").status_code == 200:
-                        break
-                assert process.poll() is None, process.stderr and process.stderr.read()
-                assert time.monotonic() < end
-                time.sleep(0.1)
-            form = {"name": "salma", "consent": "yes", "ref_text": CLIP_TEXT}
-            assert (
-                client.post("/v1/audio/voices", data=form, files={"audio_sample": CLIP.read_bytes()}).status_code == 200
-            )
+    with serve_process(tiny_dir, repository, tmp_path / "voices", "--slots", 2) as (process, url):
         asking = threading.Barrier(25)
 
         def ask(number: int) -> int | str:
@@ -218,9 +189,6 @@ def test_sigterm_under_load_leaves_nobody_without_an_answer(tiny_dir, repository
         assert "serving at http://127.0.0.1:" in log
         assert "Traceback" not in log
         assert asked()["input"][:6] not in log
-    finally:
-        process.kill()
-        process.wait()
 
 
 @pytest.mark.parametrize(
