@@ -258,7 +258,7 @@ def test_the_overfit_model_votes_for_the_labels_it_learned(demo: Path):
 
 @pytest.mark.slow
 def test_the_overfit_model_is_right_by_itself(demo: Path):
-    """Told the true codes, and on its own: the training metrics, and the first second spoken greedily."""
+    """Given the true codes, and on its own: the training metrics, and the first second spoken greedily."""
     last = json.loads((demo / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert all(last[f"accuracy/codebook_{k}"] > 0.95 for k in range(8))
     _, index = open_dataset(demo / "shards")

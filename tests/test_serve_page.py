@@ -95,7 +95,7 @@ async def use(server: SpeechServer, folder: Path, language: str) -> None:
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 def test_a_recording_by_microphone_becomes_a_voice(tiny_speaker, tmp_path):
-    """Chromium's own microphone beeps; all by keyboard, in the order of the page, and what is lacking is told in its place."""
+    """Chromium's own microphone beeps; all by keyboard, in the order of the page, and what is lacking is shown in its place."""
     flags = ("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream")
 
     async def use_microphone(server: SpeechServer) -> None:

@@ -114,7 +114,7 @@ def test_few_bits_speak_the_same_for_the_same_seed(bits, model_dir, eight, tiny_
 
 
 def test_a_quantized_folder_has_a_card(model_dir, eight, tmp_path):
-    """Of a base: what is known. Of a merged one: its card, with what does not hold any more left out."""
+    """Of a base: what is known. Of a merged one: its card, without what does not hold any more."""
     metadata = yaml.safe_load((eight / "README.md").read_text().split("---")[1])
     assert metadata["tags"] == ["text-to-speech", "higgs-audio-v2", "8-bit", "torchao"]
     assert "base_model" not in metadata

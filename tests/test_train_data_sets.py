@@ -57,7 +57,7 @@ def prepared(asked: TrainSection, builder: SequenceBuilder, location: str = "") 
 
 
 def epoch_packs(source: PlannedSource, epoch: int = 0) -> list:
-    """Packs of one epoch as they are read, fillers left out."""
+    """Packs of one epoch as they are read, without fillers."""
     planner = source.planner
     first = planner.total_steps(epoch)
     loaded = itertools.islice(source.loaded_packs(first, LoaderShare()), planner.num_steps(epoch) * 2)

@@ -59,8 +59,8 @@ def joined_index(sets: list[list[tuple[int, int]]], rows_per_shard: int = 8) -> 
     index["speaker"] = [speaker for rows in sets for _, speaker in rows]
     first_rows = (0, *np.cumsum(sizes).tolist())
     numbers = [np.arange(size) // rows_per_shard for size in sizes]
-    bases = np.cumsum([0] + [int(part[-1]) + 1 for part in numbers])
-    index["shard"] = np.concatenate([part + base for part, base in zip(numbers, bases, strict=False)])
+    bases = np.cumsum([0] + [int(part[-1]) + 1 for part in numbers[:-1]])
+    index["shard"] = np.concatenate([part + base for part, base in zip(numbers, bases, strict=True)])
     return index, first_rows
 
 

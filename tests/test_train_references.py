@@ -196,7 +196,7 @@ def test_real_packs_are_as_long_as_planned_in_every_epoch(dataset, builder):
 
 
 def test_drawn_references_stay_on_their_side_of_the_border(dataset, builder):
-    """No held-out audio is heard in training, in any of its roles, over three epochs, by hash."""
+    """No held-out audio comes in training, in any of its roles, over three epochs, by hash."""
     for seed in range(4):
         source = prepared(dataset, builder, seed=seed, validation_fraction=0.3)
         columns = source._data.columns()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from pathlib import Path
 
 import msgspec
@@ -52,7 +53,7 @@ def batches_of(source: PlannedSource, first: int = 0, share: LoaderShare = ALONE
     """From step `first` to the last, one rank's."""
     packs = source.loaded_packs(first, share)
     num_packs = (STEPS - first) * source.planner.settings.packs_per_step // share.world_size
-    return [loaded.batch for loaded, _ in zip(packs, range(num_packs), strict=False)]
+    return [loaded.batch for loaded in itertools.islice(packs, num_packs)]
 
 
 def digest(batches: list) -> str:
@@ -95,7 +96,7 @@ def kept(batch) -> dict[str, bool]:
     """Which samples of a pack have their reference's text: its system turn does not end behind an audio."""
     order, found = batch.documents.order.tolist(), {}
     starts = batch.documents.bounds.tolist()
-    for key, start in zip(batch.keys, starts, strict=False):
+    for key, start in zip(batch.keys, starts, strict=False):  # bounds end with the pack, and fillers have no key
         row = order[start : start + 10_000]
         first_end = next(i for i, r in enumerate(row) if r < len(batch.text_ids) and batch.text_ids[r] == EOT)
         found[key] = all(r < len(batch.text_ids) for r in row[:first_end])
@@ -105,7 +106,7 @@ def kept(batch) -> dict[str, bool]:
 def test_on_samples_lose_their_text_as_planned(dataset, tokenizer, make_sample):
     """A sample whose built length is not the planned one would be reported as damaged and leave its pack."""
     source = source_of(dataset, tokenizer, 0.4)
-    loaded = [one for one, _ in zip(source.loaded_packs(0, LoaderShare()), range(2 * STEPS), strict=False)]
+    loaded = list(itertools.islice(source.loaded_packs(0, LoaderShare()), 2 * STEPS))
     assert not [fault for one in loaded for fault in one.faults]
     found = {(one.epoch, key): has for one in loaded for key, has in kept(one.batch).items()}
     assert {epoch for epoch, _ in found} >= {0, 1}
@@ -212,7 +213,7 @@ def test_a_stream_draws_by_shard_key_and_pass(dataset, tokenizer):
     for _ in range(2):
         source = StreamedSource(str(dataset), section)
         source.prepare(SequenceBuilder(tokenizer, SequenceSection(reference_text_dropout=0.5)))
-        loaded = [one for one, _ in zip(source.loaded_packs(0, LoaderShare()), range(9), strict=False)]
+        loaded = list(itertools.islice(source.loaded_packs(0, LoaderShare()), 9))
         assert not [fault for one in loaded for fault in one.faults]
         found.append([kept(one.batch) for one in loaded])
     assert found[0] == found[1]

@@ -4,7 +4,7 @@ In: what `train` is given, rates and a number of steps. Out: one row per rate, n
 LoRA's weights are those of the start again, with a new optimizer. Packs are those of the first steps of the run that would
 come of the same command. The surprising decision: rates stay constant after a short warm-up, because a cosine to zero at the
 end of the probe would hide what a rate does over a whole run. The price: the lowest loss after few steps favours high
-rates, and says nothing of how speech sounds; the slope tells who would still go on falling.
+rates, and says nothing of how speech sounds; the slope shows which would still go on falling.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """MAIN PATH of `preprocess slice`: a folder of recordings in, FLAC pieces and a ChatML list of them out.
 
-A recording is read twice from front to back: once to hear where speech is, once to write the pieces. What is in no piece is
+A recording is read twice from front to back: once to find speech, once to write the pieces. What is in no piece is
 counted by reason. The same command continues after a kill, and ends with the same bytes.
 """
 

@@ -28,7 +28,7 @@ ARROW = re.compile(rf"{TIME}\s*-->\s*{TIME}")
 TAG = re.compile(r"</?[A-Za-z][^<>]*>|<\d[\d:.]*>|\{\\[^}]*\}")  # <i>, <v Name>, VTT's times of words, {\an8}
 VTT_BLOCKS = re.compile(r"WEBVTT|NOTE|STYLE|REGION|X-TIMESTAMP")
 OVERLAP_S = 0.05  # of two sentences; more is two texts at once
-NEAR_S = 0.5  # a word this far from any speech is left out
+NEAR_S = 0.5  # a word this far from any speech is skipped
 MOST_OFF_S = 0.25  # a sentence's times are rarely better; speech that it overlaps by less is its neighbour's
 MIN_COVERED = 0.5
 SILENCE = frozenset({"<eps>", "sil", "sp", "<sil>", "<p:>"})  # of forced aligners
@@ -157,7 +157,7 @@ def _grid_text(path: Path) -> str:
         raise DataError(f"{path}: not UTF-16 as its mark says: {error.reason}") from None
 
 
-# --- to the speech that was heard -----------------------------------------------------------------------------------
+# --- to the speech that was detected -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ def texts_of_speech(cues: list[Cue], spans: list[tuple[float, float]]) -> list[S
     """Speech (start_s, end_s) in order -> what is said in each.
 
     A word belongs to the speech that it overlaps most or lies nearest to; a sentence to all speech that it overlaps, its text to
-    the first of it. What lies in no speech is left out.
+    the first of it. What lies in no speech is skipped.
     """
     texts: list[list[str]] = [[] for _ in spans]
     goes_on = [False] * len(spans)

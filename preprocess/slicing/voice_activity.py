@@ -6,7 +6,7 @@ here, 30 lines of torch, which stage one has anyway: the script takes one frame 
 would need onnxruntime, 20 MB more. The price: another release may have another network, so the release is pinned, and a test
 holds this one against the script.
 
-The network hears first words late and breathy ends not at all, so a stretch is extended over what is audibly louder than the
+The network detects first words late and breathy ends not at all, so a stretch is extended over what is audibly louder than the
 pauses, two seconds at most: breaths and coughs right beside speech stay with it.
 """
 

@@ -1,6 +1,6 @@
 """README.md of a quantized folder: the card of the model it was made of, where there is one of ours, and what few bits changed.
 
-In: the folder of the whole model and the report. Out: files by name. Figures of an evaluation are left out of the metadata,
+In: the folder of the whole model and the report. Out: files by name. Figures of an evaluation are not put into the metadata,
 because they are of the whole model; in the text they stay, behind a line that says so.
 """
 

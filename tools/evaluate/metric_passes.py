@@ -127,7 +127,7 @@ def predicted_mos(
 
 
 def is_lost(what: str, faults: Faults, scores: Scores, waves: dict[Key, Spoken], skipped: list[str]) -> bool:
-    """Whether a metric scored nothing and raised, so that it is left out; its faults are said in `skipped` either way."""
+    """Whether a metric scored nothing and raised, so that it is skipped; its faults stand in `skipped` either way."""
     if not faults:
         return False
     (system, draw, item), fault = next(iter(faults.items()))

@@ -261,7 +261,7 @@ def prompt_sample(
 
 
 def write_perturbed(system: System, item: Item, out: Path) -> tuple[Path, str | None]:
-    """The perturbed reference, a file that can be heard, and its text (None: not told). Raises DataError."""
+    """The perturbed reference, a file that can be heard, and its text (None: not given). Raises DataError."""
     from preprocess.audio import CODEC_RATE
     from shards.encoders.codec import write_wave
 

@@ -2,7 +2,7 @@
 
 In: dataset.json, its figures, the training section, a run if one is given. Out: sentences and suggested values. What stands in
 ELSEWHERE are single reports about other models, not repeated by us, and few say how many speakers; a rate of training is only
-told where one was measured, else it is "unknown".
+given where one was measured, else it is "unknown".
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SECONDS_PER_CLIP = 5.4  # where a report counts clips only: 15 h for 10,000 of t
 
 
 class Report(NamedTuple):
-    """What somebody told of a fine-tuning."""
+    """What somebody reported of a fine-tuning."""
 
     hours: float
     what: str

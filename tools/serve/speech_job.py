@@ -1,4 +1,4 @@
-"""One utterance on its way through the queue, and what is told of it.
+"""One utterance on its way through the queue, and what is reported of it.
 
 In: a checked request. Out: events, called in the queue's thread: Started, Sounds, then Ended or Failed, unless it was cancelled.
 """

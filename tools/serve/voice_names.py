@@ -1,7 +1,7 @@
 """What people call a voice. In: names of requests. Out: names that can be kept, and the form in which two names are one.
 
 A name chooses no file here. The surprising rule: letters that nobody sees, other widths and Arabic's presentation forms make no
-other name, because a voice that cannot be told from another by its name is one that somebody speaks by mistake.
+other name, because a voice that cannot be distinguished from another by its name is one that somebody speaks by mistake.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ class VoiceStore:
         self._root, self._max_voices = root, max_voices
         self._lock = threading.RLock()
         self._voices: dict[str, VoiceFacts] = {}
-        self._unreadable: set[str] = set()  # folders that were told of
+        self._unreadable: set[str] = set()  # folders that were logged
         self._read_at_ns = 0  # the folder's time when it was read; 0: read it again
         self._kept: OrderedDict[str, Reference] = OrderedDict()
         self._probe: tuple[int, str] | None = None

@@ -98,7 +98,7 @@ def join(sets: list[OpenSet]) -> JoinedSets:
     if first_shards[-1] > MOST_SHARDS:
         raise ConfigError(f"train.data: {first_shards[-1]} shards together, at most {MOST_SHARDS}; write larger ones")
     index = np.concatenate([np.asarray(one.index) for one in sets])
-    for first, end, shard in zip(first_rows, first_rows[1:], first_shards, strict=False):
+    for (first, end), shard in zip(itertools.pairwise(first_rows), first_shards[:-1], strict=True):
         index["shard"][first:end] += np.uint32(shard)
     digest = hashlib.sha256("\n".join(one.dataset.digest for one in sets).encode()).hexdigest()
     return JoinedSets(sets, index, JoinedReader(sets, first_shards), digest, tuple(first_rows), tuple(first_shards))
@@ -173,7 +173,7 @@ def common_text_rules(data: JoinedSets) -> list[str] | None:
     rules = [text_rules(one.dataset) for one in data.sets]
     if any(other != rules[0] for other in rules):
         log.warning(
-            "train.data: text.normalize differs: %s; the model hears of all, `speak` will clean texts as for %s",
+            "train.data: text.normalize differs: %s; the model learns all of them, `speak` will clean texts as for %s",
             "; ".join(f"{name}: {rule}" for name, rule in zip(data.names, rules, strict=True)),
             data.names[0],
         )

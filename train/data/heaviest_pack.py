@@ -9,6 +9,7 @@ little heavier still; that is what the margin `train.memory_share` is for.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
@@ -118,7 +119,7 @@ class StreamedPacks:
     """Of a stream, whose samples are known only when they come: its first ones, the heaviest together."""
 
     def __init__(self, sequences: Callable[[], Iterator[Sequence]]) -> None:
-        self._sequences = [sequence for sequence, _ in zip(sequences(), range(STREAMED_SAMPLES), strict=False)]
+        self._sequences = list(itertools.islice(sequences(), STREAMED_SAMPLES))
 
     def longest(self) -> int:
         return max((len(sequence) for sequence in self._sequences), default=1)

@@ -37,9 +37,9 @@ class SpeakerReferences:
         with_targets: bool,
         barred: np.ndarray | None = None,
     ) -> None:
-        """index [n] of sets that begin at `first_rows` and their columns; is_trained [n] bool, whose clips may be heard;
+        """index [n] of sets that begin at `first_rows` and their columns; is_trained [n] bool, whose clips may be used;
         `fits`: index rows [m] -> whether their sequence fits a pack, [m] bool; `with_targets`: whether targets may be
-        references (they hold no Whisper features); `barred`: hashes of audio that must not be heard."""
+        references (they hold no Whisper features); `barred`: hashes of audio that must not be used."""
         self._index = index
         self._seed = seed
         self._fits = fits
@@ -83,7 +83,7 @@ class SpeakerReferences:
         return clips
 
     def found(self, epoch: int, rows: np.ndarray) -> np.ndarray:
-        """Index rows [m] as this epoch hears them: with the lengths of the references drawn."""
+        """Index rows [m] as they are in this epoch: with the lengths of the references drawn."""
         return self.with_clips(rows, self.clips(epoch, rows))
 
     def with_clips(self, rows: np.ndarray, clips: np.ndarray) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Several streams as one: shares of the audio by weight, without an index.
 
-In: a stream of raw samples for each data set, and weights, given or of the hours that dataset.json tells. Out: one stream, in
+In: a stream of raw samples for each data set, and weights, given or of the hours in dataset.json. Out: one stream, in
 which each has its share at any time: next is whoever is furthest behind. A small set simply begins its next pass sooner.
 """
 

@@ -1,7 +1,7 @@
 """How much of a recording's first second the model says by itself, greedily, codebook by codebook.
 
-In: a few samples, held-out ones where there are any. Out: `eval/free_running...` metrics. Losses and their accuracy are told the
-true codes before each column; here the model hears its own, as when it speaks, so labels shifted by a column or a prompt unlike
+In: a few samples, held-out ones where there are any. Out: `eval/free_running...` metrics. Losses and their accuracy are given the
+true codes before each column; here the model is given its own, as in speech, so labels shifted by a column or a prompt unlike
 training's show here where curves look sound. All ranks speak each sample together, since weights may be sharded. The price:
 after the first unlike code the two go apart, so sound models have low numbers too; what counts is that they rise.
 """
