@@ -25,6 +25,7 @@ import msgspec
 import numpy as np
 
 from shards.errors import ConfigError, DataError, PipelineError
+from shards.sequence import SAMPLE_RATE
 from shards.writer import sync_folder, write_bytes, write_json
 from tools.serve.api_errors import ApiError
 from tools.serve.voice_names import FOLDER, checked_name, folded
@@ -286,7 +287,7 @@ def new_facts(name: str, audio: AudioFile, **given: Any) -> VoiceFacts:
 
 def codec_probe(speaker: Speaker) -> str:
     """Which codec this is, by what it does: the codes of a second of noise."""
-    wave = (0.1 * np.random.default_rng(7).standard_normal(24000)).astype(np.float32)
+    wave = (0.1 * np.random.default_rng(7).standard_normal(SAMPLE_RATE)).astype(np.float32)
     return sha256(speaker.codec.encode(wave).tobytes()).hexdigest()[:16]
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from shards.printable import printable
+from shards.sequence import SAMPLE_RATE
 
 POLICY = "default-src 'none'; media-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 HERE = Path(__file__).parent
@@ -87,7 +88,7 @@ def player(wave: np.ndarray) -> str:
     data = base64.b64encode(mp3(wave)).decode()
     return (
         f'<audio controls preload="metadata" src="data:audio/mpeg;base64,{data}"></audio>'
-        f'<span class="seconds">{len(wave) / 24000:.2f} s</span>'
+        f'<span class="seconds">{len(wave) / SAMPLE_RATE:.2f} s</span>'
     )
 
 
@@ -96,5 +97,5 @@ def mp3(wave: np.ndarray) -> bytes:
     import soundfile
 
     buffer = io.BytesIO()
-    soundfile.write(buffer, np.clip(wave, -1, 1), 24000, format="MP3")
+    soundfile.write(buffer, np.clip(wave, -1, 1), SAMPLE_RATE, format="MP3")
     return buffer.getvalue()
