@@ -32,6 +32,7 @@ from shards.errors import DataError
 from shards.folder_lock import hold_folder
 from shards.index import hash64
 from shards.manifest import Fingerprints, Job, read_record
+from shards.npy_file import load_npy
 from shards.printable import redact
 from shards.sample import write_npy
 from shards.terminal import print_line
@@ -163,8 +164,8 @@ class JobRows:
 
     def __init__(self, out: Path, rows_per_shard: int) -> None:
         self._rows_per_shard = rows_per_shard
-        self._offsets = np.load(out / "job" / "offsets.npy", mmap_mode="r")
-        self._order = np.load(out / "job" / "order.npy", mmap_mode="r")
+        self._offsets = load_npy(out / "job" / "offsets.npy", is_mapped=True)
+        self._order = load_npy(out / "job" / "order.npy", is_mapped=True)
         self._file = (out / "job" / "rows.jsonl").open("rb")
         self._decoder = msgspec.json.Decoder(SourceRow)
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from shards.errors import ShardError
 from shards.index import hash64
+from shards.npy_file import load_npy
 from shards.printable import first_line
 from shards.sample import AudioFacts, SampleFacts
 
@@ -133,7 +134,7 @@ def read_columns(folder: Path, num_samples: int) -> np.ndarray | None:
 def read_columns_file(path: Path) -> np.ndarray:
     """Raises ShardError when it is missing or of another kind."""
     try:
-        columns = np.load(path, mmap_mode="r", allow_pickle=False)
+        columns = load_npy(path, is_mapped=True)
     except Exception as error:  # numpy has many kinds for a header that is not its own
         raise ShardError(
             f"{path}: unreadable columns: {first_line(error)}; run `preprocess` again to make them"

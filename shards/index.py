@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from shards.errors import ShardError
+from shards.npy_file import load_npy
 from shards.printable import first_line
 
 INDEX_DTYPE = np.dtype(
@@ -41,7 +42,7 @@ def hash64(name: str) -> int:
 def read_index(path: Path) -> np.ndarray:
     """Memory-map an index [n] of INDEX_DTYPE. Raises ShardError when it is missing or of another kind."""
     try:
-        index = np.load(path, mmap_mode="r", allow_pickle=False)
+        index = load_npy(path, is_mapped=True)
     except Exception as error:  # numpy has many kinds for a header that is not its own, TokenError and BadZipFile too
         raise ShardError(f"{path}: unreadable index: {first_line(error)}; run `preprocess` again to make it") from None
     if index.dtype != INDEX_DTYPE or index.ndim != 1:

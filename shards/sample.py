@@ -17,6 +17,7 @@ import numpy as np
 import zstandard
 
 from shards.errors import ShardError
+from shards.npy_file import parsing
 from shards.printable import first_line
 from shards.sample_checks import check_sample
 
@@ -220,7 +221,8 @@ def read_npy(data: bytes) -> np.ndarray:
 def _npy_header(header: bytes) -> tuple[np.dtype, tuple[int, ...]]:
     buffer = io.BytesIO(len(header).to_bytes(2, "little") + header)
     try:
-        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(buffer)
+        with parsing:
+            shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(buffer)
     except Exception as error:  # TokenError, TypeError, ...
         raise ValueError(f"not a .npy header: {first_line(error)}") from None
     if not all(type(size) is int and size >= 0 for size in shape):

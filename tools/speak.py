@@ -241,15 +241,15 @@ def stream(voice: HiggsAudioInference, request: SpeechRequest) -> None:
 
 def play_codes(model: Path, config: SpeakConfig, given: dict[str, Any]) -> None:
     """Decode a file of codes with the model's codec; the model itself is not loaded."""
-    import numpy as np
 
     from shards.encoders.codec import load_codec
+    from shards.npy_file import load_npy
     from tools.inference import checked_codes, decoded, known_device
     from tools.speaker import find_codec
 
     path = given["play_codes"]
     try:
-        codes = checked_codes(np.load(path, allow_pickle=False))
+        codes = checked_codes(load_npy(path))
     except OSError:
         raise
     except Exception as error:  # numpy has many kinds for a file that is not its own, TokenError and MemoryError too

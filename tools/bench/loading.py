@@ -198,4 +198,6 @@ def sequence_builder(work: str) -> Any:
 
 
 def count_of(work: str) -> int:
-    return len(np.load(Path(work) / "index.npy", mmap_mode="r"))
+    from shards.index import read_index
+
+    return len(read_index(Path(work) / "index.npy"))

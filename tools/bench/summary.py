@@ -20,6 +20,7 @@ import numpy as np
 
 from shards.columns import COLUMNS_DTYPE
 from shards.manifest import Dataset, Fingerprints, digest_of
+from shards.npy_file import load_npy
 from shards.sample import write_npy
 from shards.terminal import print_line, print_table
 from shards.writer import sample_key, write_bytes, write_json, write_shard
@@ -62,7 +63,7 @@ def write_set(folder: Path, num_rows: int) -> None:
     rng = np.random.default_rng(0)
     samples = (random_sample(rng, sample_key(0, number), number) for number in range(min(SHARD_SAMPLES, num_rows)))
     done = write_shard(folder, 0, samples, [])
-    index = np.resize(np.load(folder / "shards" / "000" / "shard-000000.idx.npy"), num_rows)
+    index = np.resize(load_npy(folder / "shards" / "000" / "shard-000000.idx.npy"), num_rows)
     index["reference_frames"], index["target_frames"] = rng.integers(25, 500, (2, num_rows))
     columns = np.zeros(num_rows, COLUMNS_DTYPE)
     for column in ("reference_audio", "target_audio", "target_text"):

@@ -25,6 +25,7 @@ import msgspec
 import numpy as np
 
 from shards.errors import ConfigError, DataError, PipelineError
+from shards.npy_file import load_npy
 from shards.sequence import SAMPLE_RATE
 from shards.writer import sync_folder, write_bytes, write_json
 from tools.serve.api_errors import ApiError
@@ -220,7 +221,7 @@ class VoiceStore:
         codes = None
         if facts.codec == self.probe(speaker):
             try:
-                codes = checked_codes(np.load(folder / "codes.npy", allow_pickle=False))
+                codes = checked_codes(load_npy(folder / "codes.npy"))
             except (OSError, ValueError, EOFError, DataError) as error:
                 log.warning("%s: its codes are made anew: %s", facts.id, type(error).__name__)
         return speaker.reference(recordings, facts.ref_text, codes), codes is None

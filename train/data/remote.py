@@ -29,6 +29,7 @@ import numpy as np
 from shards.errors import ConfigError, ShardError
 from shards.index import INDEX_DTYPE
 from shards.manifest import Dataset, open_dataset, read_dataset
+from shards.npy_file import load_npy
 from shards.printable import first_line
 from shards.reader import SampleReader
 from shards.sample import write_npy
@@ -234,7 +235,7 @@ def difference(path: Path, done: ShardDone) -> str:
 def check_index(url: str, data: bytes, dataset: Dataset) -> None:
     """index.npy holds the rows of the shards' own indexes, whose sha256 dataset.json knows. Raises ShardError."""
     try:
-        index = np.load(io.BytesIO(data), allow_pickle=False)
+        index = load_npy(io.BytesIO(data))
     except Exception as error:  # numpy has many kinds, MemoryError for a shape of 10^12 too
         raise ShardError(f"{url}/index.npy: unreadable index: {first_line(error)}") from None
     if index.dtype != INDEX_DTYPE or index.shape != (dataset.num_samples,):
