@@ -1,9 +1,9 @@
-"""Where training's packs come from: a planned data set, or a stream of shards. Both answer the same questions.
+"""Packs of data sets with an index: every step of every epoch is known before the first.
 
-In: SHARDS as the user wrote it or the data sets of train.data, and the [train] section. Out: loaded_packs for any step, the
-number of steps, a small batch for the preflight, and what the ranks must have in common. `loader = "plan"` needs the index that
-stage one wrote and gives exact epochs and resume; `loader = "stream"` takes any tars with the documented members and gives
-neither.
+In: the data set as the user wrote it or those of train.data, and the [train] section. Out: loaded_packs for any step, the
+number of steps, held-out data, a small batch for the preflight, and what the ranks must have in common. The price of exact
+epochs and exact resume is the index that stage one wrote; any tars with the documented members go through
+`streamed_source`, which gives neither.
 """
 
 from __future__ import annotations
