@@ -165,6 +165,14 @@ def convert_command(
     "--min-pause", type=click.FloatRange(0.2, 5.0), default=0.3, help="Shortest pause that is cut at, seconds."
 )
 @click.option("--without-text", is_flag=True, help="Leave the texts empty, for somebody else's recognizer.")
+@click.option(
+    "--asr", metavar="NAME", help="faster-whisper:FOLDER writes the texts of recordings without a transcript."
+)
+@click.option("--language", default="ar", help="Of --asr.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", help="Of --asr.")
+@click.option("--min-log-probability", default=-1.0, help="Of the recognizer's tokens, on average; below: skipped.")
+@click.option("--max-no-speech", type=click.FloatRange(0.0, 1.0), default=0.6, help="No-speech probability.")
+@click.option("--max-compression", default=2.4, help="Of the recognizer's text by zlib; above: it repeats itself.")
 @click.option("--seed", default=0, help="Of drawing references.")
 def slice_command(
     folder: Path,
@@ -174,6 +182,12 @@ def slice_command(
     max_s: float,
     min_pause: float,
     without_text: bool,
+    asr: str | None,
+    language: str,
+    device: str,
+    min_log_probability: float,
+    max_no_speech: float,
+    max_compression: float,
     seed: int,
 ) -> None:
     """Cut the recordings in FOLDER, in a folder per speaker, at pauses into clips and write the list CHATML."""
@@ -181,17 +195,22 @@ def slice_command(
         raise click.UsageError(
             f"--max-s {max_s:g} must be at least twice --min-s {min_s:g}, or pauses cannot be chosen"
         )
+    if asr and without_text:
+        raise click.UsageError("--asr and --without-text exclude each other")
     with explained(CONTINUES), ends_on_signals():
         from preprocess.slicing.cutting import CutRules
+        from preprocess.slicing.recognition import HearingLimits, load_recognizer
         from preprocess.slicing.run import SliceRequest, slice_folder
 
         rules = CutRules(min_s, max_s, min_pause)
         place = pieces or chatml.with_suffix("")
         if place == chatml:
             raise click.UsageError(f"{chatml}: give the list a name that ends in .jsonl or .json, or --pieces FOLDER")
-        slice_folder(
-            SliceRequest(source=folder, out=chatml, pieces=place, rules=rules, without_text=without_text, seed=seed)
+        limits = HearingLimits(min_log_probability, max_no_speech, max_compression)
+        request = SliceRequest(
+            source=folder, out=chatml, pieces=place, rules=rules, without_text=without_text, limits=limits, seed=seed
         )
+        slice_folder(request, load_recognizer(asr, language, device) if asr else None)
 
 
 if __name__ == "__main__":

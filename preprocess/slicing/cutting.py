@@ -64,6 +64,11 @@ SKIP_REASONS = {
     "no_pause": "longer than the longest piece without a pause to cut at",
     "too_short": "shorter than the shortest piece, and too far from its neighbours",
     "no_text": "the transcript has no text for it, or for less than half of it",
+    "asr_no_text": "the recognizer heard no word in it",
+    "asr_no_speech": "the recognizer's no-speech probability is above --max-no-speech",
+    "asr_repeats": "the recognizer's text repeats itself: compression ratio above --max-compression",
+    "asr_unsure": "the recognizer's mean log-probability is below --min-log-probability",
+    "only_piece": "its speaker has no other piece that could be the reference",
 }
 
 

@@ -3,6 +3,7 @@
 In: what `run.py` cuts. Out: PIECES/SPEAKER/RECORDING-000012.flac and PIECES/.slice/DIGEST.json, written last: a recording counts
 as cut only by that marker, whose `key` names its bytes, its transcript and all rules. So a killed `slice` is continued by the
 same command, another rule cuts again, and what no marker names any more is deleted. The folder must be ours alone for that.
+PIECES/.slice/heard/DIGEST.json is what a recognizer heard in one piece, PIECES/skipped.jsonl all that is in no row, and why.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from shards.folder_lock import PREFIX as LOCK_PREFIX
 from shards.writer import write_bytes, write_json
 
 MARKERS = ".slice"
+HEARD = "heard"
+SKIPPED_FILE = "skipped.jsonl"
 PIECE_NAME = re.compile(r".+-\d{6}\.flac(\.tmp\..+)?", re.DOTALL)
 
 
@@ -54,6 +57,20 @@ class CutRecording(msgspec.Struct, frozen=True, kw_only=True):
     skipped: list[SkippedPart]
 
 
+class Heard(msgspec.Struct, frozen=True):
+    """What a recognizer made of a piece: the mean log-probability of its tokens, and Whisper's other two figures."""
+
+    text: str
+    log_probability: float
+    no_speech_probability: float
+    compression_ratio: float
+
+
+class _HeardPiece(msgspec.Struct, frozen=True):
+    key: str
+    heard: Heard
+
+
 class PiecesFolder:
     """Raises DataError for a folder that holds something else."""
 
@@ -69,7 +86,7 @@ class PiecesFolder:
                 )
 
     def begin(self) -> None:
-        (self.path / MARKERS).mkdir(parents=True, exist_ok=True)
+        (self.path / MARKERS / HEARD).mkdir(parents=True, exist_ok=True)
 
     def standing(self, recording: str, key: str) -> CutRecording | None:
         """What an earlier run cut of this recording by the same rules, if all of it is still there."""
@@ -97,6 +114,20 @@ class PiecesFolder:
     def finish(self, cut: CutRecording) -> None:
         write_json(self._marker(cut.recording), cut)
 
+    def heard(self, file: str, key: str) -> Heard | None:
+        """What an earlier run heard in this piece, if recognizer and cut are the same."""
+        try:
+            found = msgspec.json.decode(self._heard_file(file).read_bytes(), type=_HeardPiece)
+        except (FileNotFoundError, msgspec.DecodeError):
+            return None
+        return found.heard if found.key == key else None
+
+    def keep_heard(self, file: str, key: str, heard: Heard) -> None:
+        write_json(self._heard_file(file), _HeardPiece(key, heard))
+
+    def write_skipped(self, rows: Iterable[dict[str, Any]]) -> None:
+        write_bytes(self.path / SKIPPED_FILE, b"".join(msgspec.json.encode(row) + b"\n" for row in rows))
+
     def remove_others(self, kept: Iterable[CutRecording]) -> int:
         """Delete pieces and markers that belong to none of these recordings; returns how many pieces."""
         kept = list(kept)
@@ -107,20 +138,27 @@ class PiecesFolder:
             for path in self.path.rglob("*")
             if PIECE_NAME.fullmatch(path.name) and path not in files and path.is_file()
         ]
-        for path in [*stale, *(path for path in (self.path / MARKERS).glob("*.json") if path not in markers)]:
+        hearings = {self._heard_file(piece.file) for cut in kept for piece in cut.pieces}
+        old = [path for path in (self.path / MARKERS).rglob("*.json*") if path not in markers | hearings]
+        for path in [*stale, *old]:
             path.unlink()
         return len(stale)
 
     def _marker(self, recording: str) -> Path:
-        return (
-            self.path / MARKERS / f"{hashlib.sha256(recording.encode(errors='surrogateescape')).hexdigest()[:24]}.json"
-        )
+        return self.path / MARKERS / f"{_digest_of_name(recording)}.json"
+
+    def _heard_file(self, file: str) -> Path:
+        return self.path / MARKERS / HEARD / f"{_digest_of_name(file)}.json"
 
     def _is_there(self, piece: CutPiece) -> bool:
         try:
             return (self.path / piece.file).stat().st_size == piece.num_bytes
         except OSError:
             return False
+
+
+def _digest_of_name(name: str) -> str:
+    return hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()[:24]
 
 
 def digest_of(facts: Any) -> str:

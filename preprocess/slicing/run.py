@@ -1,29 +1,40 @@
 """MAIN PATH of `preprocess slice`: a folder of recordings in, FLAC pieces and a ChatML list of them out.
 
 A recording is read twice from front to back: once to find speech, once to write the pieces. What is in no piece is
-counted by reason. The same command continues after a kill, and ends with the same bytes.
+counted by reason and listed. The same command continues after a kill, and ends with the same bytes.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
 
-from preprocess.convert import AUDIO_SUFFIXES, Clip, paired_rows, write_list
+from preprocess.convert import Clip, paired_rows, write_list
 from preprocess.reasons import AudioFault
-from preprocess.slicing.cutting import SKIP_REASONS, CutRules, Piece, Skipped, Unit, cut, units_of
-from preprocess.slicing.pieces_folder import CutPiece, CutRecording, PiecesFolder, SkippedPart, digest_of
+from preprocess.slicing.cutting import CutRules, Piece, Skipped, Unit, cut, units_of
+from preprocess.slicing.pieces_folder import (
+    SKIPPED_FILE,
+    CutPiece,
+    CutRecording,
+    Heard,
+    PiecesFolder,
+    SkippedPart,
+    digest_of,
+)
+from preprocess.slicing.recognition import HearingLimits, Recognizer, fields_of, hear_pieces
 from preprocess.slicing.recording import Recording, open_recording, sha256_of
-from preprocess.slicing.transcripts import SUFFIXES, read_transcript, texts_of_speech, transcript_of
+from preprocess.slicing.recordings_folder import Source, find_recordings, other_files, with_transcripts
+from preprocess.slicing.report import Outcome, counts_of, print_outcome
+from preprocess.slicing.transcripts import read_transcript, texts_of_speech
 from preprocess.slicing.voice_activity import FRAME_S, VoiceActivity, speech_stretches
 from shards.errors import DataError
 from shards.folder_lock import hold_folder
-from shards.terminal import print_line, print_table, progress_bar
+from shards.terminal import print_line, progress_bar
 
 SLICE_RULES = 1  # counted up when the same recording would be cut otherwise
 
@@ -36,116 +47,87 @@ class SliceRequest(msgspec.Struct, frozen=True, kw_only=True):
     pieces: Path
     rules: CutRules = CutRules()
     without_text: bool = False
+    limits: HearingLimits = HearingLimits()
     seed: int = 0
 
 
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """A recording under the source folder. `name` begins the names of its pieces."""
+def slice_folder(request: SliceRequest, recognizer: Recognizer | None = None) -> None:
+    """Cut every recording under the folder and write the list; `recognizer` for those without a transcript.
 
-    path: Path
-    relative: str
-    folder: str
-    name: str
-    transcript: Path | None = None
-
-
-def slice_folder(request: SliceRequest) -> None:
-    """Cut every recording under the folder and write the list. Raises PipelineError."""
+    Raises PipelineError.
+    """
     # 1. The recordings, and what says where speech is.
     sources = find_recordings(request.source)
+    others = other_files(request.source, sources)
     if not request.without_text:
-        sources = with_transcripts(sources)
+        sources = with_transcripts(sources, is_needed=recognizer is None)
     voice = VoiceActivity()
     folder = PiecesFolder(request.pieces)
     with hold_folder(request.pieces):
         folder.begin()
         # 2. Each recording into pieces, unless it was.
-        cuts: list[CutRecording] = []
-        num_standing = 0
-        unreadable: list[str] = []
-        with progress_bar("recordings", len(sources)) as advance:
-            for source in sources:
-                try:
-                    recording = open_recording(source.path)
-                    key = _key(source, request, voice)
-                    standing = folder.standing(source.relative, key)
-                    cuts.append(standing or cut_recording(source, recording, request, voice, folder, key))
-                    num_standing += standing is not None
-                except AudioFault as fault:
-                    unreadable.append(f"skipped {source.path}: {fault.reason}: {fault.detail}")
-                    print_line(unreadable[-1])
-                advance()
-        if not cuts:
-            raise DataError(f"{request.source}: none of {len(sources)} recordings can be read; first: {unreadable[0]}")
+        cuts, num_standing = cut_recordings(sources, request, voice, folder)
         num_removed = folder.remove_others(cuts)
-        # 3. The list: every piece is a target, another piece of its speaker is its reference.
-        clips = list(_clips(cuts, request))
-        if not clips:
-            raise DataError(
-                f"{request.source}: no piece in {len(cuts)} recordings: {_skipped(cuts) or 'no speech found'}"
-            )
+        # 3. The texts of those that nobody has written down.
+        written_down = {source.relative for source in sources if source.transcript}
+        unheard = [item for item in cuts if item.recording not in written_down]
+        heard, num_heard_before = hear_pieces(folder, unheard, recognizer) if recognizer else ({}, 0)
+        # 4. The list: every piece is a target, another piece of its speaker is its reference.
+        clips, skipped = clips_of(cuts, heard, request)
         rows, lonely, num_speakers = paired_rows(clips, request.seed)
+        alone = frozenset(lonely)
+        skipped += [only_piece(clip) for clip in clips if clip.audio in alone]
+        folder.write_skipped(sorted(skipped, key=lambda row: (row["recording"], row["recording_start_s"])))
+        counts = counts_of(skipped)
         if not rows:
+            what = (
+                "every speaker has one piece only; cloning needs another one as the reference" if clips else "no piece"
+            )
             raise DataError(
-                f"{request.source}: every speaker has one piece only; cloning needs another one as the reference"
+                f"{request.source}: {what} in {len(cuts)} recordings: {counts or 'no speech found'}; see "
+                f"{request.pieces / SKIPPED_FILE}"
             )
         write_list(request.out, rows)
-    # 4. What happened.
-    speech_s, cut_s = (
-        sum(item.speech_s for item in cuts),
-        sum(clip.end_s - clip.start_s for item in cuts for clip in item.pieces),
+    # 5. What happened.
+    print_outcome(
+        Outcome(
+            num_sources=len(sources),
+            num_standing=num_standing,
+            cuts=cuts,
+            num_rows=len(rows),
+            num_speakers=num_speakers,
+            heard=f"{len(heard)} pieces, {num_heard_before} of them before" if recognizer else "",
+            skipped=skipped,
+            num_removed=num_removed,
+            others=others,
+        ),
+        request.pieces,
     )
-    table = [
-        ("recordings", f"{len(cuts)} of {len(sources)}, {num_standing} of them cut before"),
-        ("audio", f"{sum(item.duration_s for item in cuts) / 3600:.3f} h, {speech_s / 3600:.3f} h of it speech"),
-        ("pieces", f"{len(clips)} of {num_speakers} speakers, {cut_s / 3600:.3f} h"),
-        ("skipped", _skipped(cuts) or "none"),
-    ]
-    if num_removed:
-        table.append(("removed", f"{num_removed} pieces of an earlier run with other rules or recordings"))
-    print_table(table)
-    for reason in sorted({part.reason for item in cuts for part in item.skipped}):
-        print_line(f"{reason}: {SKIP_REASONS[reason]}")
-    if lonely:
-        print_line(f"skipped: {len(lonely)} pieces whose speaker has no other piece; first {lonely[0]}")
     print_line(f"{request.out}: {len(rows)} rows; the pieces are in {request.pieces}")
 
 
-def find_recordings(folder: Path) -> list[Source]:
-    """Audio files under a folder, by name. Raises DataError for none, or for two that would share their pieces' names."""
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; give the folder that holds the recordings, in a folder per speaker")
-    sources: list[Source] = []
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() not in AUDIO_SUFFIXES or path.name.startswith("._") or path.is_dir():
-            continue
-        relative = path.relative_to(folder)
-        inner = str(relative.parent) if relative.parent.parts else folder.resolve().name
-        sources.append(Source(path, str(relative), inner, path.stem))
-    if not sources:
-        raise DataError(f"{folder}: no recording found; looked for {' '.join(AUDIO_SUFFIXES)}")
-    seen: dict[tuple[str, str], Source] = {}
-    for source in sources:
-        other = seen.setdefault((source.folder, source.name), source)
-        if other is not source:
-            raise DataError(f"{source.path} and {other.path} have one name; leave one, or rename it")
-    return sources
-
-
-def with_transcripts(sources: list[Source]) -> list[Source]:
-    """Each with the file that says what is said. Raises DataError where one has none, before anything is cut."""
-    found = [dataclasses.replace(source, transcript=transcript_of(source.path)) for source in sources]
-    lacking = [source.path for source in found if source.transcript is None]
-    if lacking:
-        raise DataError(
-            f"{len(lacking)} of {len(found)} recordings have no transcript, first {lacking[0]}; put one of its name beside it "
-            f"({' '.join(end for end in SUFFIXES if end != '.textgrid')}), or give --without-text"
-        )
-    for source in found:
-        if source.transcript:
-            read_transcript(source.transcript)
-    return found
+def cut_recordings(
+    sources: list[Source], request: SliceRequest, voice: VoiceActivity, folder: PiecesFolder
+) -> tuple[list[CutRecording], int]:
+    """(every recording that can be read, how many were cut by an earlier run). Raises DataError where none can be."""
+    cuts: list[CutRecording] = []
+    num_standing = 0
+    unreadable: list[str] = []
+    with progress_bar("recordings", len(sources)) as advance:
+        for source in sources:
+            try:
+                recording = open_recording(source.path)
+                key = _key(source, request, voice)
+                standing = folder.standing(source.relative, key)
+                cuts.append(standing or cut_recording(source, recording, request, voice, folder, key))
+                num_standing += standing is not None
+            except AudioFault as fault:
+                unreadable.append(f"skipped {source.path}: {fault.reason}: {fault.detail}")
+                print_line(unreadable[-1])
+            advance()
+    if not cuts:
+        raise DataError(f"{request.source}: none of {len(sources)} recordings can be read; first: {unreadable[0]}")
+    return cuts, num_standing
 
 
 def cut_recording(
@@ -228,20 +210,33 @@ def pieces_of(recording: Recording, pieces: list[Piece]) -> Iterator[tuple[Piece
 def _key(source: Source, request: SliceRequest, voice: VoiceActivity) -> str:
     rules = dataclasses.asdict(request.rules)
     files = [sha256_of(path) for path in (source.path, source.transcript) if path]
-    return digest_of([SLICE_RULES, voice.version, rules, request.without_text, source.folder, files])
+    return digest_of([SLICE_RULES, voice.version, rules, source.folder, files])
 
 
-def _clips(cuts: list[CutRecording], request: SliceRequest) -> Iterator[Clip]:
+def clips_of(
+    cuts: list[CutRecording], heard: dict[str, Heard], request: SliceRequest
+) -> tuple[list[Clip], list[dict[str, Any]]]:
+    """(what the list is made of, a row for every part that is in no clip)"""
+    clips: list[Clip] = []
+    skipped: list[dict[str, Any]] = []
     for item in cuts:
+        skipped += [_place(item.recording, part.start_s, part.end_s, reason=part.reason) for part in item.skipped]
         for piece in item.pieces:
-            extra = {"recording": item.recording, "recording_start_s": piece.start_s, "recording_end_s": piece.end_s}
-            yield Clip(str(request.pieces / piece.file), piece.text, piece.speaker, extra)
+            place = _place(item.recording, piece.start_s, piece.end_s)
+            path, text = str(request.pieces / piece.file), piece.text
+            if said := heard.get(piece.file):
+                place |= fields_of(said)
+                text = said.text
+                if reason := request.limits.fault(said):
+                    skipped.append({**place, "reason": reason, "audio": path, "text": text})
+                    continue
+            clips.append(Clip(path, text, piece.speaker, place))
+    return clips, skipped
 
 
-def _skipped(cuts: list[CutRecording]) -> str:
-    counts: Counter[str] = Counter()
-    seconds: dict[str, float] = defaultdict(float)
-    for part in (part for item in cuts for part in item.skipped):
-        counts[part.reason] += 1
-        seconds[part.reason] += part.end_s - part.start_s
-    return ", ".join(f"{reason} {count} ({seconds[reason]:.1f} s)" for reason, count in sorted(counts.items()))
+def only_piece(clip: Clip) -> dict[str, Any]:
+    return {**clip.extra, "reason": "only_piece", "audio": clip.audio, "text": clip.text}
+
+
+def _place(recording: str, start_s: float, end_s: float, **more: Any) -> dict[str, Any]:
+    return {"recording": recording, "recording_start_s": start_s, "recording_end_s": end_s, **more}
