@@ -2,33 +2,27 @@
 
 In: a file's bytes and the segment wanted. Out: `Decoded`. Both are read in blocks, up to one sample more than the longest
 clip allowed: a declared length is never trusted with memory. What a decoder raises on damaged bytes, whatever it is, is an
-AudioFault of the file. Channels and rate are looked at before anything is decoded (PyAV 18 crashes on 36 channels).
+AudioFault of the file.
 """
 
 from __future__ import annotations
 
 import io
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import soundfile
 
-from preprocess import audio_containers, mpeg_frames
-from preprocess.audio_kinds import ADTS, CONVERT, Kind, is_adts, kind_of, unknown
+from preprocess import audio_containers, audio_pyav, mpeg_frames
+from preprocess.audio_kinds import CONVERT, Kind, check_form, is_adts, kind_of, unknown
 from preprocess.reasons import AudioFault
 from preprocess.segment import Segment
 
-MIN_SAMPLE_RATE, MAX_SAMPLE_RATE = 4000, 384000  # telephones have 8000; beyond lie damaged headers
-MAX_CHANNELS = 16
-MAX_PYAV_CHANNELS = 8  # planes of an FFmpeg frame
 BLOCK = 1 << 18  # samples
 SEEKABLE = frozenset({"PCM_S8", "PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "ALAW"})
 # What libsndfile knows besides are forms of the 1980s and of samplers: they are read to the end of the bytes, whatever they
 # state, so half a file, or two joined ones with a header between them, would pass for one.
 KNOWN_FORMS = frozenset({"WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF", "FLAC", "OGG", "MP3", "NIST"})
-PYAV_SHORTAGE_S = 0.2  # a container's duration is rounded to packets
-INTEGER_SCALES = {"u8": 128, "s16": 1 << 15, "s32": 1 << 31, "s64": 1 << 63}  # FFmpeg's sample formats, full scale
 
 
 @dataclass(frozen=True)
@@ -88,15 +82,6 @@ class SoundStream(soundfile.SoundFile):
         return False
 
 
-def check_form(num_channels: int, sample_rate: int, most: int = MAX_CHANNELS) -> None:
-    """Raises AudioFault for channels and rates that no recording of speech has, before memory is spent on them."""
-    if not 0 < num_channels <= most:
-        raise AudioFault("audio_unreadable", f"{num_channels} channels, at most {most}; a damaged header, or {CONVERT}")
-    if not MIN_SAMPLE_RATE <= sample_rate <= MAX_SAMPLE_RATE:
-        detail = f"{sample_rate} Hz; accepted are {MIN_SAMPLE_RATE} to {MAX_SAMPLE_RATE} Hz"
-        raise AudioFault("audio_sample_rate", detail)
-
-
 def _wanted(segment: Segment, max_duration_s: float, sample_rate: int) -> int:
     """How many samples from the segment's start on are read at most."""
     most = int(max_duration_s * sample_rate) + 1
@@ -149,66 +134,18 @@ def _by_libsndfile(data: bytes, max_duration_s: float, segment: Segment) -> Deco
 
 
 def _by_pyav(data: bytes, kind: Kind, max_duration_s: float, segment: Segment) -> Decoded:
-    try:
-        import av
-    except ImportError:
-        detail = f"{kind.name} needs PyAV: pip install -e '.[av]', or {CONVERT}"
-        raise AudioFault("audio_unreadable", detail) from None
-    try:
-        with av.open(io.BytesIO(data), "r", format=kind.container) as container:
-            if not container.streams.audio:
-                others = "video" if container.streams.video else "no stream that is known"
-                raise AudioFault("audio_unreadable", f"{kind.name} without audio: it holds {others}")
-            num_tracks = len(container.streams.audio)
-            if num_tracks > 1:
-                tracks = f"{kind.name} with {num_tracks} audio tracks"
-                raise AudioFault("audio_several", f"{tracks}; keep one: ffmpeg -i FILE -map 0:a:0 FILE.flac")
-            stream = container.streams.audio[0]
-            context: Any = stream.codec_context
-            if context is None:
-                raise AudioFault("audio_unreadable", f"{kind.name} of an unknown codec; {CONVERT}")
-            check_form(context.layout.nb_channels, context.sample_rate, MAX_PYAV_CHANNELS)
-            form = (context.layout.nb_channels, context.sample_rate)
-            position, start, blocks = 0, segment.start(form[1]), []
-            left = _wanted(segment, max_duration_s, form[1])
-            for frame in container.decode(stream):
-                if not blocks and position == 0:  # HE-AAC tells its rate only here
-                    form = (frame.layout.nb_channels, frame.sample_rate)
-                    check_form(*form, MAX_PYAV_CHANNELS)
-                    start, left = segment.start(form[1]), _wanted(segment, max_duration_s, form[1])
-                if (frame.layout.nb_channels, frame.sample_rate) != form:
-                    raise AudioFault("audio_unreadable", "channels or rate change inside the file")
-                block = _frame_samples(frame)[max(0, start - position) :][:left]
-                position += frame.samples
-                blocks.append(block)
-                left -= len(block)
-                if left <= 0:
-                    break
-            samples = np.concatenate(blocks) if blocks else np.zeros((0, form[0]), np.float32)
-            _check_pyav_length(container, stream, kind, position / form[1], segment.is_whole and left > 0)
-            return Decoded(samples, form[1], None)
-    except av.FFmpegError as error:
-        raise AudioFault("audio_unreadable", f"{kind.name}, {len(data)} bytes: {error}") from None
-
-
-def _check_pyav_length(container: Any, stream: Any, kind: Kind, read_s: float, is_read_to_end: bool) -> None:
-    """Raises AudioFault for less audio than the container states. Streams of packets (ADTS, AMR) state nothing."""
-    if kind is ADTS or kind.name == "AMR" or not is_read_to_end:
-        return
-    stated_s = 0.0
-    if stream.duration:
-        stated_s = float(stream.duration * stream.time_base)
-    elif container.duration and not container.streams.video:
-        stated_s = container.duration / 1_000_000
-    if stated_s - read_s > PYAV_SHORTAGE_S:
-        raise AudioFault("audio_truncated", f"{read_s:.3f} of {stated_s:.3f} s could be read")
-
-
-def _frame_samples(frame: Any) -> np.ndarray:
-    """A PyAV frame -> [n, channels] float32."""
-    name = frame.format.name.removesuffix("p")
-    values = frame.to_ndarray()
-    values = values.T if frame.format.is_planar else values.reshape(-1, frame.layout.nb_channels)
-    if name == "u8":
-        values = values.astype(np.float32) - 128
-    return (values / INTEGER_SCALES[name] if name in INTEGER_SCALES else values).astype(np.float32)
+    with audio_pyav.opened(io.BytesIO(data), kind) as sound:
+        rate = sound.sample_rate
+        position, start, blocks = 0, segment.start(rate), []
+        left = _wanted(segment, max_duration_s, rate)
+        for samples in sound.frames():
+            block = samples[max(0, start - position) :][:left]
+            position += len(samples)
+            blocks.append(block)
+            left -= len(block)
+            if left <= 0:
+                break
+        if segment.is_whole and left > 0:
+            sound.check_length(position / rate)
+        samples = np.concatenate(blocks) if blocks else np.zeros((0, sound.num_channels), np.float32)
+        return Decoded(samples, rate, None)

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from preprocess.reasons import AudioFault
 from shards.printable import excerpt
 
+MIN_SAMPLE_RATE, MAX_SAMPLE_RATE = 4000, 384000  # telephones have 8000; beyond lie damaged headers
+MAX_CHANNELS = 16
 CONVERT = "convert it, e.g. ffmpeg -i FILE FILE.flac"
 
 
@@ -104,3 +107,12 @@ def unknown(data: bytes) -> str:
     if text and all(letter.isprintable() or letter in "\r\n\t" for letter in text):
         return f"text, which begins with {excerpt(text)!r}; {NOT_AUDIO}"
     return f"begins with {data[:8].hex(' ')}, which no decoder knows; {CONVERT}"
+
+
+def check_form(num_channels: int, sample_rate: int, most: int = MAX_CHANNELS) -> None:
+    """Raises AudioFault for channels and rates that no recording of speech has, before memory is spent on them."""
+    if not 0 < num_channels <= most:
+        raise AudioFault("audio_unreadable", f"{num_channels} channels, at most {most}; a damaged header, or {CONVERT}")
+    if not MIN_SAMPLE_RATE <= sample_rate <= MAX_SAMPLE_RATE:
+        detail = f"{sample_rate} Hz; accepted are {MIN_SAMPLE_RATE} to {MAX_SAMPLE_RATE} Hz"
+        raise AudioFault("audio_sample_rate", detail)

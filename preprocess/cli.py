@@ -166,6 +166,12 @@ def convert_command(
 )
 @click.option("--without-text", is_flag=True, help="Leave the texts empty, for somebody else's recognizer.")
 @click.option(
+    "--speakers",
+    type=click.Choice(["folder", "rttm", "rttm-names"]),
+    default="folder",
+    help="Who speaks: the folder's name, or x.rttm beside x.wav, whose names count in their recording (rttm) or in all.",
+)
+@click.option(
     "--asr", metavar="NAME", help="faster-whisper:FOLDER writes the texts of recordings without a transcript."
 )
 @click.option("--language", default="ar", help="Of --asr.")
@@ -182,6 +188,7 @@ def slice_command(
     max_s: float,
     min_pause: float,
     without_text: bool,
+    speakers: Any,
     asr: str | None,
     language: str,
     device: str,
@@ -208,7 +215,14 @@ def slice_command(
             raise click.UsageError(f"{chatml}: give the list a name that ends in .jsonl or .json, or --pieces FOLDER")
         limits = HearingLimits(min_log_probability, max_no_speech, max_compression)
         request = SliceRequest(
-            source=folder, out=chatml, pieces=place, rules=rules, without_text=without_text, limits=limits, seed=seed
+            source=folder,
+            out=chatml,
+            pieces=place,
+            rules=rules,
+            without_text=without_text,
+            speakers=speakers,
+            limits=limits,
+            seed=seed,
         )
         slice_folder(request, load_recognizer(asr, language, device) if asr else None)
 

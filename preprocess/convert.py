@@ -30,7 +30,8 @@ from shards.cloning import cloning_messages
 from shards.errors import DataError
 from shards.writer import write_bytes
 
-AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a")
+PYAV_SUFFIXES = (".m4a", ".mp4", ".webm", ".mka", ".aac", ".wma", ".amr")
+AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aiff", *PYAV_SUFFIXES)
 
 
 class Clip(msgspec.Struct, frozen=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from audio_forms import by_ffmpeg
 
 from preprocess.slicing.cutting import CutRules, Piece
 from preprocess.slicing.recording import open_recording
@@ -144,6 +146,10 @@ def damaged(recordings: Path, kind: str, folder: Path) -> None:
         (folder / "s" / "x.mp3").write_bytes(b"<html>not found</html>")
     elif kind == "m4a":
         (folder / "s" / "x.m4a").write_bytes(b"\0\0\0\x20ftypM4A " + b"\0" * 64)
+    elif kind in ("half an m4a", "half a webm"):
+        container, codec = {"half an m4a": ("mp4", "aac"), "half a webm": ("webm", "libopus")}[kind]
+        data = by_ffmpeg(wave.astype(np.float32), container, codec, 48000)
+        (folder / "s" / f"x.{container}").write_bytes(data[: len(data) // 2])
     elif kind == "nothing":
         (folder / "s" / "x.wav").write_bytes(b"")
     elif kind == "a pipe":
@@ -165,7 +171,9 @@ def damaged(recordings: Path, kind: str, folder: Path) -> None:
         ("half a wav", "audio_truncated"),
         ("half a flac", "audio_(truncated|unreadable)"),
         ("a page", "audio_unreadable: a web page"),
-        ("m4a", "audio_unreadable: m4a or mp4; convert it"),
+        ("m4a", "audio_unreadable: m4a or mp4"),
+        ("half an m4a", "audio_(truncated|unreadable)"),
+        ("half a webm", "audio_(truncated|unreadable)"),
         ("nothing", "audio_unreadable: an empty file"),
         ("a pipe", "audio_missing: not a regular file"),
         ("nan", "audio_not_finite"),
@@ -205,3 +213,24 @@ def test_folders_without_recordings_are_refused(make, message: str, tmp_path: Pa
     make(tmp_path / "source")
     with pytest.raises(DataError, match=message):
         cut(tmp_path / "source", tmp_path / "out")
+
+
+@pytest.mark.parametrize(("container", "codec"), [("mp4", "aac"), ("webm", "libopus")])
+def test_m4a_and_webm_are_cut_where_the_wav_is(recordings: Path, tmp_path: Path, container: str, codec: str):
+    wave, _ = soundfile.read(recordings / "spk_03" / "talk 0.flac", dtype="float32")
+    slow = np.repeat(wave, 2)  # 48 kHz, for Opus
+    for name in ("packed", "plain"):
+        (tmp_path / name / "s").mkdir(parents=True)
+    soundfile.write(tmp_path / "plain" / "s" / "x.wav", slow, 48000)
+    (tmp_path / "packed" / "s" / f"x.{'m4a' if container == 'mp4' else container}").write_bytes(
+        by_ffmpeg(slow, container, codec, 48000)
+    )
+    bounds = []
+    for name in ("packed", "plain"):
+        cut(tmp_path / name, tmp_path / f"{name}-out")
+        rows = [json.loads(line) for line in (tmp_path / f"{name}-out" / "list.jsonl").read_text().splitlines()]
+        bounds.append(sorted((row["recording_start_s"], row["recording_end_s"]) for row in rows))
+        for path in (tmp_path / f"{name}-out").rglob("*.flac"):
+            assert soundfile.info(path).samplerate == 48000
+    assert len(bounds[0]) >= 2
+    np.testing.assert_allclose(bounds[0], bounds[1], atol=0.13)  # two frames of voice activity, and AAC's priming

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 import soundfile
@@ -168,6 +169,8 @@ def test_a_folder_that_is_no_model_is_one_line(tmp_path: Path):
 
 def test_the_real_recognizer_gives_all_three_figures(whisper_base: Path, done: Path):
     recognizer = load_recognizer(f"faster-whisper:{whisper_base}", "ar", "cpu")
+    with pytest.raises(ConfigError, match="the model knows no such language"):
+        load_recognizer(f"faster-whisper:{whisper_base}", "arabic", "cpu")
     samples, _ = soundfile.read(sorted(done.rglob("heard-*.flac"))[0], dtype="float32")
     heard = recognizer.hear(
         np.ascontiguousarray(samples[::2][: 6 * 12000])
@@ -178,3 +181,19 @@ def test_the_real_recognizer_gives_all_three_figures(whisper_base: Path, done: P
     assert 0 <= heard.no_speech_probability < silent.no_speech_probability or not silent.text
     assert heard.compression_ratio > 0.5
     assert HearingLimits().fault(silent) is not None
+
+
+def test_the_command_hands_limits_and_recognizer_on(recordings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from preprocess.cli import main
+
+    asked = []
+    fake = FakeRecognizer(figures=((-1.5, 0.7, 2.6),))
+    monkeypatch.setattr("preprocess.slicing.recognition.load_recognizer", lambda *names: (asked.append(names), fake)[1])
+    options = ["--min-log-probability", "-2", "--max-no-speech", "0.8", "--max-compression", "3", "--language", "arz"]
+    arguments = ["slice", str(recordings), str(tmp_path / "list.jsonl"), "--asr", "faster-whisper:x", *options]
+    main(arguments, standalone_mode=False)
+    assert asked == [("faster-whisper:x", "arz", "cpu")]
+    rows = [json.loads(line) for line in (tmp_path / "list.jsonl").read_text().splitlines()]
+    assert sum("asr_log_probability" in row for row in rows) >= 2
+    with pytest.raises(click.UsageError, match="exclude each other"):
+        main([*arguments, "--without-text"], standalone_mode=False)

@@ -215,3 +215,153 @@ def test_missing_and_double_transcripts_are_refused_first(sentences, tmp_path: P
     with pytest.raises(DataError, match="1 of 2 recordings have no transcript"):
         cut(tmp_path / "source")
     assert not (tmp_path / "list").exists()
+
+
+CUES = [(0.5, 1.5, "أهلا بكم"), (2.0, 3723.25, "كيف الحال")]
+LONG_GRID = """File type = "ooTextFile"
+Object class = "TextGrid"
+
+xmin = 0
+xmax = 4000
+tiers? <exists>
+size = 2
+item []:
+    item [1]:
+        class = "TextTier"
+        name = "notes ""x"" 7"
+        xmin = 0
+        xmax = 4000
+        points: size = 1
+        points [1]:
+            number = 1
+            mark = "12"
+    item [2]:
+        class = "IntervalTier"
+        name = "Text"
+        xmin = 0
+        xmax = 4000
+        intervals: size = 3
+        intervals [1]:
+            xmin = 0.5
+            xmax = 1.5
+            text = "أهلا بكم"
+        intervals [2]:
+            xmin = 1.5
+            xmax = 2
+            text = ""
+        intervals [3]:
+            xmin = 2
+            xmax = 3723.25
+            text = "كيف
+ الحال"
+"""
+SHORT_GRID = """File type = "ooTextFile"
+Object class = "TextGrid"
+
+0
+4000
+<exists>
+3
+"IntervalTier"
+"phones"
+0
+4000
+1
+0
+4000
+"a"
+"IntervalTier"
+"empty"
+0
+4000
+0
+"IntervalTier"
+"Words"
+0
+4000
+3
+0.5
+1.5
+"أهلا بكم"
+1.5
+2
+"<eps>"
+2
+3723.25
+"كيف الحال"
+"""
+SRT = """1
+00:00:00,500 --> 00:00:01,500
+أهلا بكم
+
+2
+00:00:01,600 --> 00:00:01,700
+
+3
+0:00:02.000 --> 1:02:03.250
+كيف
+الحال
+"""
+VTT = """WEBVTT
+Kind: captions
+
+STYLE
+::cue { color: red }
+
+NOTE one
+
+00:00.500 --> 00:01.500 line:0 align:start
+أهلا بكم
+
+id 2
+00:02.000 --> 01:02:03.250
+<v Amal>كيف</v> <00:05.000><c>الحال</c>"""
+WORDS = {
+    "segments": [
+        {"start": 0.5, "end": 1.5, "text": " أهلا بكم ", "words": []},
+        {"start": 2, "end": 3723.25, "text": "كيف الحال", "words": [{"word": "كيف الحال"}]},
+    ]
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("x.srt", SRT),
+        ("x.srt", f"\n\n \n{SRT}\n\n"),
+        ("x.vtt", VTT),
+        ("x.TextGrid", LONG_GRID),
+        ("x.TextGrid", SHORT_GRID),
+        ("x.json", json.dumps(WORDS, ensure_ascii=False)),
+    ],
+    ids=["srt", "blank lines", "vtt", "long grid", "short grid", "whisperx"],
+)
+def test_nasty_forms_say_the_same(tmp_path: Path, name: str, text: str):
+    """Byte order marks, UTF-16 of both orders, and the line ends of Windows and of old Macs."""
+    bodies = [text, text.replace("\n", "\r\n"), text.replace("\n", "\r")]
+    forms = [body.encode(encoding) for body in bodies for encoding in ("utf-8", "utf-8-sig", "utf-16")]
+    for data in [*forms, f"\ufeff{text}".encode("utf-16-be")]:
+        (tmp_path / name).write_bytes(data)
+        assert [(cue.start_s, cue.end_s, cue.text) for cue in read_transcript(tmp_path / name)] == CUES
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("x.srt", b"1\n-00:00:01,000 --> 00:00:02,000\na\n", "expected 00:00:01,000"),
+        ("x.srt", b"1\n00:00:01,5 --> 00:00:02,0\na\n", "expected 00:00:01,000"),
+        ("x.srt", SRT.encode("cp1256"), "not UTF-8"),
+        ("x.srt", SRT.encode("utf-16")[:-1], "not UTF-16 as its mark says"),
+        ("x.srt", b"\xff\xfe\0\0" + SRT.encode("utf-32-le"), "UTF-32"),
+        ("x.vtt", b"WEBVTT\n\n00:01.000 --> 00:09.000\na b\n\n00:05.000 --> 00:12.000\nb c\n", "overlap"),
+        ("x.json", b'{"segments": [{"start": null, "end": 1, "text": "a"}]}', "expected WhisperX"),
+        ("x.json", b'{"segments": [{"start": 1, "end": 2, "text": "a", "words": [{"word": "a", "start": 1}]}]}', "end"),
+        ("x.TextGrid", SHORT_GRID[:-30].encode(), "not a whole TextGrid"),
+        ("x.TextGrid", SHORT_GRID.replace('"Words"', '"Amal - words"').encode(), "tiers phones, empty, Amal - words"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_in_words(tmp_path: Path, name: str, data: bytes, message: str):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(DataError, match=message) as fault:
+        read_transcript(tmp_path / name)
+    assert "\n" not in str(fault.value)

@@ -25,12 +25,16 @@ class CutRules:
 
 @dataclass(frozen=True)
 class Unit:
-    """Speech without a pause inside. Units of different `label` never share a piece; `goes_on`: no cut behind this one."""
+    """Speech without a pause inside. Units of different `label` never share a piece; `goes_on`: no cut behind this one.
+
+    `unfit`: the reason why it is in no piece.
+    """
 
     start_s: float
     end_s: float
     label: str = ""
     goes_on: bool = False
+    unfit: str = ""
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,8 @@ class Skipped:
 SKIP_REASONS = {
     "no_pause": "longer than the longest piece without a pause to cut at",
     "too_short": "shorter than the shortest piece, and too far from its neighbours",
+    "two_speakers": "two speakers share it by the turns of the RTTM",
+    "no_speaker": "the RTTM has no turn there",
     "no_text": "the transcript has no text for it, or for less than half of it",
     "asr_no_text": "the recognizer heard no word in it",
     "asr_no_speech": "the recognizer's no-speech probability is above --max-no-speech",
@@ -92,8 +98,12 @@ def cut(units: Sequence[Unit], duration_s: float, rules: CutRules) -> tuple[list
     start = 0
     while start < len(blocks):
         end = start + 1
-        while end < len(blocks) and blocks[end][0].label == blocks[start][0].label:
+        while end < len(blocks) and _kind(blocks[end]) == _kind(blocks[start]):
             end += 1
+        if reason := blocks[start][0].unfit:
+            skipped += [Skipped(block[0].start_s, block[-1].end_s, reason) for block in blocks[start:end]]
+            start = end
+            continue
         for first, last in _best(blocks, edges, start, end, rules):
             inner = tuple(unit for block in blocks[first:last] for unit in block)
             piece = Piece(inner[0].start_s - edges[first][0], inner[-1].end_s + edges[last - 1][1], inner)
@@ -107,11 +117,16 @@ def cut(units: Sequence[Unit], duration_s: float, rules: CutRules) -> tuple[list
     return pieces, skipped
 
 
+def _kind(block: list[Unit]) -> tuple[str, str]:
+    return block[0].label, block[0].unfit
+
+
 def _blocks(units: Sequence[Unit]) -> list[list[Unit]]:
     """Units between which no cut is allowed, together."""
     blocks: list[list[Unit]] = []
     for number, unit in enumerate(units):
-        if number and units[number - 1].goes_on and units[number - 1].label == unit.label:
+        before = units[number - 1] if number else unit
+        if number and before.goes_on and (before.label, before.unfit) == (unit.label, unit.unfit):
             blocks[-1].append(unit)
         else:
             blocks.append([unit])

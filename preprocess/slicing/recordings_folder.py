@@ -1,4 +1,4 @@
-"""The recordings under a folder, each with the file beside it that says what is said.
+"""The recordings under a folder, each with the files beside it that say what is said and who speaks.
 
 In: a folder. Out: `Source`s by name. Two recordings that would share their pieces' names are refused, and so is a recording
 without a text where one is needed, both before anything is cut. Files that are no recordings are counted by their ending.
@@ -13,6 +13,7 @@ from pathlib import Path
 
 from preprocess.convert import AUDIO_SUFFIXES
 from preprocess.slicing.transcripts import SUFFIXES, read_transcript, transcript_of
+from preprocess.slicing.turns import read_turns, turns_file_of
 from shards.errors import DataError
 
 
@@ -25,6 +26,12 @@ class Source:
     folder: str
     name: str
     transcript: Path | None = None
+    turns: Path | None = None
+
+    @property
+    def own_name(self) -> str:
+        """Its path under the source folder without its ending."""
+        return str(Path(self.relative).with_suffix(""))
 
 
 def find_recordings(folder: Path) -> list[Source]:
@@ -71,4 +78,19 @@ def with_transcripts(sources: list[Source], is_needed: bool) -> list[Source]:
     for source in found:
         if source.transcript:
             read_transcript(source.transcript)
+    return found
+
+
+def with_turns(sources: list[Source]) -> list[Source]:
+    """Each with the RTTM beside it. Raises DataError where one has none or it cannot be read, before anything is cut."""
+    found = [dataclasses.replace(source, turns=turns_file_of(source.path)) for source in sources]
+    lacking = [source.path for source in found if source.turns is None]
+    if lacking:
+        raise DataError(
+            f"{len(lacking)} of {len(found)} recordings have no turns, first {lacking[0]}; put an .rttm of its name beside it, "
+            "or leave --speakers at folder"
+        )
+    for source in found:
+        if source.turns:
+            read_turns(source.turns)
     return found

@@ -9,14 +9,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
 
 from preprocess.convert import Clip, paired_rows, write_list
 from preprocess.reasons import AudioFault
-from preprocess.slicing.cutting import CutRules, Piece, Skipped, Unit, cut, units_of
+from preprocess.slicing.cutting import CutRules, Piece, cut, units_of
+from preprocess.slicing.labelling import labelled
 from preprocess.slicing.pieces_folder import (
     SKIPPED_FILE,
     CutPiece,
@@ -28,15 +29,16 @@ from preprocess.slicing.pieces_folder import (
 )
 from preprocess.slicing.recognition import HearingLimits, Recognizer, fields_of, hear_pieces
 from preprocess.slicing.recording import Recording, open_recording, sha256_of
-from preprocess.slicing.recordings_folder import Source, find_recordings, other_files, with_transcripts
+from preprocess.slicing.recordings_folder import Source, find_recordings, other_files, with_transcripts, with_turns
 from preprocess.slicing.report import Outcome, counts_of, print_outcome
-from preprocess.slicing.transcripts import read_transcript, texts_of_speech
 from preprocess.slicing.voice_activity import FRAME_S, VoiceActivity, speech_stretches
 from shards.errors import DataError
 from shards.folder_lock import hold_folder
 from shards.terminal import print_line, progress_bar
 
-SLICE_RULES = 1  # counted up when the same recording would be cut otherwise
+SLICE_RULES = 2  # counted up when the same recording would be cut otherwise
+# Whose a piece is: the folder's name, or by turns, whose names mean one person in a recording or in all of them.
+Speakers = Literal["folder", "rttm", "rttm-names"]
 
 
 class SliceRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,6 +49,7 @@ class SliceRequest(msgspec.Struct, frozen=True, kw_only=True):
     pieces: Path
     rules: CutRules = CutRules()
     without_text: bool = False
+    speakers: Speakers = "folder"
     limits: HearingLimits = HearingLimits()
     seed: int = 0
 
@@ -61,6 +64,8 @@ def slice_folder(request: SliceRequest, recognizer: Recognizer | None = None) ->
     others = other_files(request.source, sources)
     if not request.without_text:
         sources = with_transcripts(sources, is_needed=recognizer is None)
+    if request.speakers != "folder":
+        sources = with_turns(sources)
     voice = VoiceActivity()
     folder = PiecesFolder(request.pieces)
     with hold_folder(request.pieces):
@@ -139,23 +144,16 @@ def cut_recording(
     if recording.num_samples:
         duration_s = min(duration_s, recording.num_samples / recording.sample_rate)
     units = units_of(speech_stretches(probabilities, levels), request.rules.min_pause_s)
-    units = [dataclasses.replace(unit, end_s=min(unit.end_s, duration_s), label=source.folder) for unit in units]
-    texts: dict[Unit, str] = {}
-    if source.transcript:
-        units, texts = _with_texts(units, source.transcript)
+    units = [dataclasses.replace(unit, end_s=min(unit.end_s, duration_s)) for unit in units]
+    units, texts = labelled(units, source, request.speakers == "rttm-names")
     pieces, skipped = cut(units, duration_s, request.rules)
-    # Speech without a label was cut apart from the rest so that it is in no other piece.
-    silent = [piece for piece in pieces if not piece.units[0].label]
-    skipped += [Skipped(piece.units[0].start_s, piece.units[-1].end_s, "no_text") for piece in silent]
-    skipped.sort(key=lambda part: part.start_s)
     written: list[CutPiece] = []
-    for number, (piece, samples) in enumerate(
-        pieces_of(recording, [piece for piece in pieces if piece.units[0].label])
-    ):
+    for number, (piece, samples) in enumerate(pieces_of(recording, pieces)):
         file = str(Path(source.folder) / f"{source.name}-{number:06d}.flac")
         num_bytes = folder.write_piece(file, samples, recording.sample_rate, recording.is_wide)
         text = " ".join(filter(None, (texts.get(unit, "") for unit in piece.units)))
-        written.append(CutPiece(file, num_bytes, round(piece.start_s, 4), round(piece.end_s, 4), source.folder, text))
+        start_s, end_s = round(piece.start_s, 4), round(piece.end_s, 4)
+        written.append(CutPiece(file, num_bytes, start_s, end_s, piece.units[0].label, text))
     done = CutRecording(
         key=key,
         recording=source.relative,
@@ -166,21 +164,6 @@ def cut_recording(
     )
     folder.finish(done)
     return done
-
-
-def _with_texts(units: list[Unit], transcript: Path) -> tuple[list[Unit], dict[Unit, str]]:
-    """Units without a text, or with one for a part of them only, lose their label; a sentence keeps its units together."""
-    spoken = texts_of_speech(read_transcript(transcript), [(unit.start_s, unit.end_s) for unit in units])
-    labelled: list[Unit] = []
-    texts: dict[Unit, str] = {}
-    goes_on = False
-    for unit, said in zip(units, spoken, strict=True):
-        is_known = said.is_covered and (bool(said.text) or goes_on)
-        unit = dataclasses.replace(unit, label=unit.label if is_known else "", goes_on=said.goes_on)
-        texts[unit] = said.text
-        goes_on = said.goes_on
-        labelled.append(unit)
-    return labelled, texts
 
 
 def pieces_of(recording: Recording, pieces: list[Piece]) -> Iterator[tuple[Piece, np.ndarray]]:
@@ -209,8 +192,8 @@ def pieces_of(recording: Recording, pieces: list[Piece]) -> Iterator[tuple[Piece
 
 def _key(source: Source, request: SliceRequest, voice: VoiceActivity) -> str:
     rules = dataclasses.asdict(request.rules)
-    files = [sha256_of(path) for path in (source.path, source.transcript) if path]
-    return digest_of([SLICE_RULES, voice.version, rules, source.folder, files])
+    files = [sha256_of(path) if path else "" for path in (source.path, source.transcript, source.turns)]
+    return digest_of([SLICE_RULES, voice.version, rules, source.folder, request.speakers, files])
 
 
 def clips_of(
@@ -235,7 +218,7 @@ def clips_of(
 
 
 def only_piece(clip: Clip) -> dict[str, Any]:
-    return {**clip.extra, "reason": "only_piece", "audio": clip.audio, "text": clip.text}
+    return {**clip.extra, "reason": "only_piece", "audio": clip.audio, "text": clip.text, "speaker": clip.speaker}
 
 
 def _place(recording: str, start_s: float, end_s: float, **more: Any) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def read_transcript(path: Path) -> list[Cue]:
 def _subtitles(path: Path) -> list[Cue]:
     """SRT and VTT: a line with -->, then text up to a blank line."""
     cues: list[Cue] = []
-    for block in re.split(r"\n(?:[ \t]*\n)+", read_text(path)):
+    for block in re.split(r"\n(?:[ \t]*\n)+", read_any_text(path)):
         lines = [line.strip() for line in block.split("\n") if line.strip()]
         arrows = [number for number, line in enumerate(lines) if "-->" in line]
         if not lines or (not arrows and VTT_BLOCKS.match(lines[0])):
@@ -92,7 +92,7 @@ def _subtitles(path: Path) -> list[Cue]:
 def _whisperx(path: Path) -> list[Cue]:
     try:
         cues: list[Cue] = []
-        for segment in STRICT.decode(read_text(path))["segments"]:
+        for segment in STRICT.decode(read_any_text(path))["segments"]:
             words = [word for word in segment.get("words") or [] if word["word"].strip()]
             if any("start" in word for word in words):
                 cues += _words(words)
@@ -124,7 +124,7 @@ def _words(words: list[dict[str, Any]]) -> list[Cue]:
 
 def _text_grid(path: Path) -> list[Cue]:
     """Praat's long and short form alike: the values in order, whatever stands between them."""
-    values = [number or word.replace('""', '"') for word, number in GRID_VALUE.findall(_grid_text(path))]
+    values = [number or word.replace('""', '"') for word, number in GRID_VALUE.findall(read_any_text(path))]
     tiers: dict[str, list[Cue]] = {}
     try:
         place = values.index("TextGrid") + 3  # behind its own times
@@ -146,15 +146,20 @@ def _text_grid(path: Path) -> list[Cue]:
     return [cue for cue in tiers[chosen[0]] if cue.text.lower() not in SILENCE]
 
 
-def _grid_text(path: Path) -> str:
-    """Praat writes UTF-16 as soon as a text is not ASCII."""
-    data = path.read_bytes()
-    if data[:2] not in (b"\xff\xfe", b"\xfe\xff"):
-        return read_text(path)
+def read_any_text(path: Path) -> str:
+    """A text file in UTF-8, or in UTF-16 with its mark, as Praat and Windows write it; every line ends in \\n."""
     try:
-        return data.decode("utf-16")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-16 as its mark says: {error.reason}") from None
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from None
+    if data[:2] not in (b"\xff\xfe", b"\xfe\xff") or data[:4] == b"\xff\xfe\0\0":
+        text = read_text(path)
+    else:
+        try:
+            text = data.decode("utf-16")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}: not UTF-16 as its mark says: {error.reason}") from None
+    return re.sub("\r+\n", "\n", text).replace("\r", "\n")
 
 
 # --- to the speech that was detected -------------------------------------------------------------------------------

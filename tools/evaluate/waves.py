@@ -41,7 +41,7 @@ def read_wave(path: Path) -> tuple[np.ndarray, WaveFacts]:
     import soundfile
     import soxr
 
-    from preprocess.audio_decoders import check_form
+    from preprocess.audio_kinds import check_form
     from preprocess.mpeg_frames import marked
 
     nothing = np.zeros(0, np.float32)
