@@ -62,7 +62,10 @@ def main() -> None:
 @click.option("--validate-only", is_flag=True, help="Check list, texts and audio; write OUT/report.json; no features.")
 @click.option("--limit", type=click.IntRange(min=1), help="Take only the first N rows of the list.")
 @click.option(
-    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", help="Where the codec runs; cuda = all GPUs."
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    help="Where the codec runs; cuda = all GPUs. In float32 unless preprocess.codec_precision says otherwise.",
 )
 @click.option("--engine", type=click.Choice(["local", "ray"]), default="local", help="Who makes the shards.")
 @click.option("--ray-address", help="A running Ray cluster, e.g. auto; default: Ray on this machine.")
@@ -92,6 +95,8 @@ def run_command(
     """
     if (task_index is None) != (num_tasks is None) or (task_index or 0) >= (num_tasks or 1):
         raise click.UsageError("--task-index I and --num-tasks N belong together, with I from 0 to N - 1")
+    if request["engine"] == "ray" and request["device"] == "cuda":
+        raise click.UsageError("--engine ray encodes on CPU cores only; --device cuda needs --engine local")
     with explained(CONTINUES), ends_on_signals():
         from preprocess.config import PreprocessConfig
         from preprocess.plan import Request

@@ -22,6 +22,7 @@ from preprocess.child_process import start_child
 from preprocess.features import WhisperEncoder
 from shards.encoders.codec import Codec, load_codec, pad_to_frames
 from shards.errors import ConfigError, PipelineError
+from shards.manifest import Precision
 from shards.sequence import SAMPLE_RATE
 from shards.terminal import print_traceback
 
@@ -66,13 +67,15 @@ class RemoteWhisper:
 class CodecServers:
     """The parent's end: one server process per device, ended with the job."""
 
-    def __init__(self, codec_dir: str, devices: list[str], whisper_dir: str | None = None) -> None:
+    def __init__(
+        self, codec_dir: str, devices: list[str], whisper_dir: str | None = None, precision: Precision = "fp32"
+    ) -> None:
         self.key = os.urandom(16)
         self.addresses: list[str] = []
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []  # a server lives as long as ours
         for device in devices:
-            process, pipe = start_child(_serve, codec_dir, whisper_dir, device, self.key)
+            process, pipe = start_child(_serve, codec_dir, whisper_dir, device, precision, self.key)
             self._processes.append(process)
             self._pipes.append(pipe)
             try:
@@ -96,9 +99,11 @@ def cuda_devices() -> list[str]:
     return [f"cuda:{number}" for number in range(torch.cuda.device_count())]
 
 
-def _serve(parent: Connection, codec_dir: str, whisper_dir: str | None, device: str, key: bytes) -> None:
+def _serve(
+    parent: Connection, codec_dir: str, whisper_dir: str | None, device: str, precision: Precision, key: bytes
+) -> None:
     try:
-        codec = load_codec(Path(codec_dir), device)
+        codec = load_codec(Path(codec_dir), device, precision)
         whisper = WhisperEncoder(Path(whisper_dir), device) if whisper_dir else None
         listener = Listener(authkey=key)
         parent.send(listener.address)

@@ -10,6 +10,7 @@ from preprocess.audio import AudioLimits
 from preprocess.sound_edits import AudioSection
 from preprocess.text import TEXT_RULES, TextSection
 from shards.config import FeaturesSection, ModelSection
+from shards.manifest import Precision
 
 
 class PreprocessSection(msgspec.Struct, frozen=True, kw_only=True):
@@ -20,6 +21,7 @@ class PreprocessSection(msgspec.Struct, frozen=True, kw_only=True):
     min_duration_s: Annotated[float, msgspec.Meta(ge=0.1)] = 0.5
     max_duration_s: Annotated[float, msgspec.Meta(gt=0.0, le=30.0)] = 30.0  # Whisper's window
     max_clipped_share: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] = 0.02
+    codec_precision: Precision = "fp32"
 
     def audio_limits(self) -> AudioLimits:
         return AudioLimits(self.min_duration_s, self.max_duration_s, self.max_clipped_share)
@@ -35,12 +37,15 @@ class PreprocessConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 def deciding_keys(config: PreprocessConfig) -> dict[str, object]:
     """What decides the output bytes: everything but the models' names (their fingerprints do) and the worker count."""
-    # Absent when off: a job and a data set made before there was the section are the same as today's.
+    # Absent when off: a job and a data set made before there was the section, or the key, are the same as today's.
     edits = {} if config.audio.is_off else {"audio": msgspec.to_builtins(config.audio)}
+    absent = {"workers"} if config.preprocess.codec_precision != "fp32" else {"workers", "codec_precision"}
     return {
         "rules": {"text": TEXT_RULES},
         "features": {"whisper": config.features.whisper},
         "text": msgspec.to_builtins(config.text),
-        "preprocess": {key: value for key, value in msgspec.to_builtins(config.preprocess).items() if key != "workers"},
+        "preprocess": {
+            key: value for key, value in msgspec.to_builtins(config.preprocess).items() if key not in absent
+        },
         **edits,
     }

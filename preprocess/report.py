@@ -22,6 +22,7 @@ class Progress:
         self._rows_to_do = (num_shards - already_done) * rows_per_shard
         self._audio_s = 0.0
         self._samples = self._rejects = self.num_encoded = self.num_reused = self.num_adopted = 0
+        self._told: set[str] = set()
         self._start = self._last_line = time.monotonic()
         self._bar: Any = None
         if sys.stderr.isatty():
@@ -39,6 +40,9 @@ class Progress:
         self.num_encoded += result.num_encoded
         self.num_reused += result.num_reused
         self.num_adopted += result.num_adopted
+        for note in set(result.notes) - self._told:  # every worker has the same to say
+            self._told.add(note)
+            print_line(f"warning: {note}")
         done = result.done
         self.add_checked(done.num_samples, sum(done.rejects.values()), done.reference_s + done.target_s)
 

@@ -38,7 +38,7 @@ def preprocess(request: Request, config: PreprocessConfig) -> Dataset | None:
         resolve(features.whisper_model, features.whisper_revision, "features.whisper_model") if is_encoder else None
     )
     fingerprints = Fingerprints(
-        codec=codec_fingerprint(codec_dir),
+        codec=codec_fingerprint(codec_dir, config.preprocess.codec_precision),
         tokenizer=tokenizer_fingerprint(model_dir),
         mel=mel_fingerprint() if config.features.whisper != "none" else None,
         whisper=whisper_fingerprint(whisper_dir) if whisper_dir else None,
@@ -100,7 +100,7 @@ def make_with_codec_servers(
     on_row: Callable[[], None] | None = None,
 ) -> Iterator[TaskResult]:
     """CPU workers decode and make mels; one codec process per device encodes for them."""
-    servers = CodecServers(setup.codec_dir, devices, setup.whisper_dir)
+    servers = CodecServers(setup.codec_dir, devices, setup.whisper_dir, setup.config.preprocess.codec_precision)
     try:
         with_servers = setup.with_servers(servers.addresses, servers.key)
         yield from run_tasks(pending, num_workers, ShardTask, with_servers, on_row)

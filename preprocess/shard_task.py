@@ -61,6 +61,7 @@ class TaskResult(msgspec.Struct, frozen=True):
     num_encoded: int
     num_reused: int
     num_adopted: int = 0  # encodings that an earlier job on the same OUT had made
+    notes: list[str] = []  # what the codec has to say about its speed here
 
 
 class ShardTask:
@@ -76,13 +77,15 @@ class ShardTask:
         self._encoded, self._job_began_ns = self._out / "encoded" / recipe, job_path.stat().st_mtime_ns
         self._tokenizer = load_tokenizer(Path(setup.model_dir))
         self._builder = SequenceBuilder(self._tokenizer, SequenceSection(layout="as_written"))
+        self._notes: list[str] = []
         self._codec: Codec | RemoteCodec
         self._whisper_encoder: WhisperEncoder | RemoteWhisper | None = None
         if setup.codec_addresses:
             self._codec = RemoteCodec(setup.codec_addresses, setup.codec_key)
             self._whisper_encoder = RemoteWhisper(self._codec) if setup.whisper_dir else None
         else:
-            self._codec = load_codec(Path(setup.codec_dir))
+            precision = setup.config.preprocess.codec_precision
+            self._codec = load_codec(Path(setup.codec_dir), precision=precision, tell=self._notes.append)
             self._whisper_encoder = WhisperEncoder(Path(setup.whisper_dir), "cpu") if setup.whisper_dir else None
 
     def run(self, task: int, skip: Skip, begins: Callable[[int], None]) -> TaskResult:
@@ -102,7 +105,7 @@ class ShardTask:
             samples.append(sample)
             columns.append(row_columns)
         done = write_shard(self._out, task, samples, rejects, columns_of(columns))
-        return TaskResult(done, cache.num_encoded, cache.num_reused, cache.num_adopted)
+        return TaskResult(done, cache.num_encoded, cache.num_reused, cache.num_adopted, self._notes)
 
     def _sample(self, key: str, row: SourceRow, cache: Cache) -> tuple[Sample, tuple]:
         """The sample and its row of `shards.columns`."""

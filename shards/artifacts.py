@@ -15,6 +15,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from shards.errors import CheckpointError, ConfigError
+from shards.manifest import BF16_MARK, Precision
 from shards.printable import first_line
 
 # Whisper large-v3's features (openai/whisper-large-v3 preprocessor_config.json): 128 mels, 16 kHz, 25 ms windows, 10 ms
@@ -62,12 +63,14 @@ def tokenizer_fingerprint(model_dir: Path) -> str:
     return _sha256_of_files((model_dir / "tokenizer.json",))
 
 
-def codec_fingerprint(codec_dir: Path) -> str:
+def codec_fingerprint(codec_dir: Path, precision: Precision = "fp32") -> str:
+    """What decides codes; without the mark of bfloat16, what decides their sound (`shards.manifest.decoder_of`)."""
     weights = sorted(p for p in codec_dir.iterdir() if p.suffix in (".safetensors", ".pth", ".bin"))
     config = codec_dir / "config.json"
     if not weights or not config.is_file():
         raise ConfigError(f"{codec_dir}: no codec here: expected config.json and model.safetensors or model.pth")
-    return hashlib.sha256(f"{_sha256_of_files((config, *weights))} {RESAMPLER}".encode()).hexdigest()
+    digest = hashlib.sha256(f"{_sha256_of_files((config, *weights))} {RESAMPLER}".encode()).hexdigest()
+    return digest + (BF16_MARK if precision == "bf16" else "")
 
 
 def whisper_fingerprint(whisper_dir: Path) -> str:

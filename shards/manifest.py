@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import shlex
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
 import numpy as np
@@ -20,6 +20,8 @@ from shards.sample import SCHEMA_VERSION
 from shards.writer import ShardDone
 
 MAX_SHARDS = 1_000_000  # keys have six digits for the shard
+Precision = Literal["fp32", "bf16"]  # of the codec's encoder
+BF16_MARK = "-bf16"  # behind the fingerprint of a codec that encoded so: the same decoder, other codes
 
 
 class Fingerprints(msgspec.Struct, frozen=True):
@@ -136,10 +138,30 @@ def open_dataset(folder: Path) -> tuple[Dataset, np.ndarray]:
     return dataset, index
 
 
+def decoder_of(codec: str) -> str:
+    """The fingerprint of the codec that gives sound to these codes, in whatever precision they were encoded."""
+    return codec.removesuffix(BF16_MARK)
+
+
+def short_name(fingerprint: str) -> str:
+    """A fingerprint for a person: 16 digits, and the mark of bfloat16."""
+    return fingerprint[:16] + (BF16_MARK if fingerprint.endswith(BF16_MARK) else "")
+
+
+def require_one_precision(names: str, one: Dataset, other: Dataset) -> None:
+    """Refuse two data sets of one codec, encoded in float32 and in bfloat16. Raises ShardError."""
+    ours, theirs = one.fingerprints.codec, other.fingerprints.codec
+    if ours != theirs and decoder_of(ours) == decoder_of(theirs):
+        raise ShardError(
+            f"{names} were encoded by one codec in two precisions ({short_name(ours)} and {short_name(theirs)}), whose codes "
+            "differ for the same sound; run preprocess for one of them again with the other's preprocess.codec_precision"
+        )
+
+
 def check_fingerprints(dataset: Dataset, expected: Fingerprints) -> None:
     """Refuse features made by another codec, tokenizer or mel recipe than the model's; every difference is named."""
     pairs = [
-        ("codec", "model.codec", dataset.fingerprints.codec, expected.codec),
+        ("codec", "model.codec", decoder_of(dataset.fingerprints.codec), decoder_of(expected.codec)),
         ("tokenizer", "model.base", dataset.fingerprints.tokenizer, expected.tokenizer),
     ]
     if dataset.fingerprints.mel is not None and expected.mel is not None:

@@ -197,7 +197,7 @@ def test_a_tile_sees_all_that_its_outputs_depend_on(tiny_dir, num_samples):
 
 
 def test_where_codes_would_differ_the_plain_encoder_is_kept(tiny_dir, plain, wave, monkeypatch, caplog):
-    def inexact(model) -> None:
+    def inexact(model, with_linears=None) -> None:
         setattr(model, "fc" if hasattr(model, "fc") else "fc_prior", torch.nn.Identity())
 
     monkeypatch.setattr(codec_on_cpu, "quicken", inexact)

@@ -282,6 +282,8 @@ def test_without_mels(preprocess, arabic_mini, tmp_path):
         (["LIST", "OUT", "--set", "preprocess.seed=x", "--set", "features.whisper=big"], 1, "features.whisper = 'big'"),
         (["LIST", "OUT", "--set", "model.base=nowhere"], 1, "model.base = 'nowhere': no such folder"),
         (["LIST", "OUT", "--workers", "0"], 2, "--workers"),
+        (["LIST", "OUT", "--engine", "ray", "--device", "cuda"], 2, "--device cuda needs --engine local"),
+        (["LIST", "OUT", "--set", "preprocess.codec_precision=fp16"], 1, "one of 'fp32', 'bf16'"),
         (["LIST"], 2, "Missing argument 'OUT'"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import shutil
 from pathlib import Path
 
 import msgspec
@@ -12,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 from mixed_sets import with_clips, write_columns
 
-from shards.config import SequenceSection, parse_toml, read_config, to_toml
+from shards.config import FeaturesSection, SequenceSection, parse_toml, read_config, to_toml
 from shards.errors import CheckpointError, ConfigError, ShardError
 from shards.index import hash64
 from shards.manifest import Dataset, digest_of, open_dataset
@@ -25,6 +26,7 @@ from train.data.loader import LoaderShare
 from train.data.planned_source import PlannedSource
 from train.data.streamed_source import StreamedSource
 from train.loop import RunOptions, train
+from train.model.conditioning import decide_conditioning
 from train.run_folder.identity import MUST_BE_EQUAL, ModelFiles, check_identity, make_identity
 
 ALONE_HERE = LoaderShare()
@@ -144,6 +146,26 @@ def test_sets_made_by_other_models_are_refused_by_both_names(what, sets, tmp_pat
     assert str(other) in message
     assert f"{what} " in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("kind", [PlannedSource, StreamedSource])
+def test_codes_of_two_precisions_are_not_mixed(kind, sets, tmp_path, model_dir):
+    """One codec in float32 and in bfloat16: each data set alone fits the model, in training and in validation never both."""
+    codec = open_dataset(sets[0])[0].fingerprints.codec
+    bf16 = remade(sets[1], tmp_path / "bf16", codec=f"{codec}-bf16")
+    shutil.copytree(sets[1] / "shards", bf16 / "shards")
+    stream = {"loader": "stream", "max_steps": 2} if kind is StreamedSource else {}
+    expected = open_dataset(sets[0])[0].fingerprints
+    conditioning = decide_conditioning(SequenceSection(), FeaturesSection(), model_dir)
+    kind(str(bf16), section(**stream)).check(expected, conditioning)
+    mixed = section((sets[0], None), (bf16, None), **stream)
+    validated = section(validation_data=str(bf16), **stream)
+    for open_mixed in (lambda: kind("", mixed), lambda: kind(str(sets[0]), validated)):
+        with pytest.raises(ShardError, match=rf"in two precisions \({codec[:16]} and {codec[:16]}-bf16\)") as raised:
+            open_mixed().check(expected, conditioning)
+        assert str(sets[0]) in str(raised.value)
+        assert str(bf16) in str(raised.value)
+        assert "codec_precision" in str(raised.value)
 
 
 def test_a_data_set_given_twice_is_refused(sets):

@@ -3,7 +3,8 @@
 In: a wave [S] float32 at 24 kHz. Out: raw codes [8, T] uint16, 25 frames a second. Waves are padded with zeros to a
 multiple of 960 samples and encoded one at a time: at other lengths the two reference implementations disagree (their
 branches pad differently), and zero padding to the longest of a batch changes most codes. The price is that a CPU core
-encodes about two seconds of audio a second at full size, whatever the batch.
+encodes about two seconds of audio a second at full size, whatever the batch. Numbers are float32, on a GPU too, unless
+bfloat16 is asked for (`codec_precision.py`).
 
 Which implementation runs is decided by what is installed: transformers' own class (5.3 or newer), else boson-multimodal's
 blocks. Equal weights give equal codes in both (tests/test_boson_codec.py).
@@ -12,6 +13,8 @@ blocks. Equal weights give equal codes in both (tests/test_boson_codec.py).
 from __future__ import annotations
 
 import importlib.util
+import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +23,7 @@ import numpy as np
 from shards.encoders.codec_names import native_name, native_state
 from shards.errors import CheckpointError
 from shards.json_file import read_json_object
+from shards.manifest import Precision
 from shards.printable import first_line
 from shards.sequence import FRAMES_PER_SECOND, SAMPLE_RATE
 
@@ -28,6 +32,7 @@ if TYPE_CHECKING:
 
 HOP = SAMPLE_RATE // FRAMES_PER_SECOND  # 960 samples per frame
 CHECK_FRAMES = 50  # of noise that a changed encoder must encode as before
+_log = logging.getLogger(__name__)
 
 
 class Codec:
@@ -45,7 +50,9 @@ class Codec:
         """waves [n, S] float32 of equal length, S a multiple of 960 -> codes [n, 8, S / 960] uint16."""
         import torch
 
-        with torch.inference_mode():
+        from shards.encoders.codec_precision import full_float32
+
+        with torch.inference_mode(), full_float32():
             codes = self._model.encode(torch.from_numpy(waves).to(self._device)[:, None], return_dict=False)
         assert codes.shape[2] * HOP == waves.shape[1], (codes.shape, waves.shape)
         return codes.cpu().numpy().astype(np.uint16)
@@ -66,9 +73,19 @@ def pad_to_frames(wave: np.ndarray) -> np.ndarray:
     return np.pad(wave, (0, -len(wave) % HOP))
 
 
-def load_codec(folder: Path, device: str = "cpu") -> Codec:
-    """Load a codec folder of either layout, strictly. Raises CheckpointError."""
+def load_codec(
+    folder: Path, device: str = "cpu", precision: Precision = "fp32", tell: Callable[[str], None] = _log.warning
+) -> Codec:
+    """Load a codec folder of either layout, strictly. Raises CheckpointError.
+
+    precision: of its encoder. tell: is given what a user should know about its speed on this machine, if anything.
+    """
+    from shards.encoders.codec_precision import compute_in_bf16, lacks_bf16
+
     layout, config = codec_layout(folder)
+    rate = config.get("sample_rate", SAMPLE_RATE)
+    if rate != SAMPLE_RATE:  # and resampling from a rate like 44,101 Hz to HuBERT's would cost it gigabytes
+        raise CheckpointError(f"{folder}/config.json: sample_rate is {rate!r}; Higgs Audio's codec has {SAMPLE_RATE}")
     if layout == "native":
         from shards.encoders.tensor_files import load_tensors
 
@@ -90,14 +107,28 @@ def load_codec(folder: Path, device: str = "cpu") -> Codec:
         fill(model, state, folder)
         return model.eval()
 
-    if device != "cpu":
-        return Codec(build(), device)
+    is_bf16 = precision == "bf16"
+    if device == "cpu":
+        model = _faster_on_cpu(build, with_linears=False if is_bf16 else None, tell=tell)
+    else:
+        model = build()
+    if is_bf16:
+        compute_in_bf16(model, device)
+        if device == "cpu" and lacks_bf16():
+            tell(
+                'codec: this processor has no bfloat16 instructions (AVX512-BF16, AMX), so codec_precision = "bf16" is slower '
+                'here than "fp32"'
+            )
+    return Codec(model, device)
+
+
+def _faster_on_cpu(build: Callable[[], nn.Module], with_linears: bool | None, tell: Callable[[str], None]) -> Any:
     import torch
 
     from shards.encoders.codec_on_cpu import faster
 
     noise = 0.1 * torch.randn(1, 1, CHECK_FRAMES * HOP, generator=torch.Generator().manual_seed(0))
-    return Codec(faster(build, noise), device)
+    return faster(build, noise, with_linears, tell)
 
 
 def _pickled_tensors(path: Path) -> dict[str, Tensor]:

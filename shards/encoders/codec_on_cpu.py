@@ -13,7 +13,6 @@ oneDNN (54 against 66 GFLOP/s on Zen 3). Clips of 2 to 30 s gain 1.06 to 1.59 ti
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from torch import Tensor, nn
 
 TILE_BYTES = 1 << 20  # of one activation of a tile: with its copies it fits into a core's L2 and L3 share
 NUM_TILED = 2  # blocks at 24 kHz and 3 kHz; the later ones are small enough
-_log = logging.getLogger(__name__)
 
 
 class TiledBlock(nn.Module):
@@ -135,14 +133,14 @@ def replace(module: nn.Module, other: Any) -> None:
             replace(part, other)
 
 
-def faster(build: Callable[[], Any], wave: Tensor) -> Any:
-    """A model of `build`, changed for a CPU if that gives the same codes for `wave` [1, 1, S], else as it was."""
+def faster(build: Callable[[], Any], wave: Tensor, with_linears: bool | None, tell: Callable[[str], None]) -> Any:
+    """A model of `build`, changed for a CPU if that gives the same codes for `wave` [1, 1, S], else as it was, which is told."""
     model = build()
     expected = codes_of(model, wave)
-    quicken(model)
+    quicken(model, with_linears=with_linears)
     if torch.equal(codes_of(model, wave), expected):
         return model
-    _log.warning(
+    tell(
         "codec: on this processor the faster encoder gives other codes for noise; the plain one is used, slower on long clips"
     )
     return build()

@@ -85,7 +85,7 @@ def plain_codec(folder: Path) -> Any:
     from shards.encoders import codec_on_cpu
     from shards.encoders.codec import load_codec
 
-    codec_on_cpu.quicken = lambda *_: None  # pyright: ignore
+    codec_on_cpu.quicken = lambda *_, **__: None  # pyright: ignore
     return load_codec(folder)
 
 

@@ -112,10 +112,10 @@ def write_decoded(items: Items, config: EvaluateConfig, out: Path, rows: RowFile
     from shards.artifacts import codec_fingerprint, resolve
     from shards.encoders.codec import load_codec, write_wave
     from shards.errors import ShardError
-    from shards.manifest import open_dataset
+    from shards.manifest import decoder_of, open_dataset
 
     folder = resolve(config.model.codec, config.model.codec_revision, "model.codec")
-    made_with = open_dataset(Path(items.source))[0].fingerprints.codec
+    made_with = decoder_of(open_dataset(Path(items.source))[0].fingerprints.codec)
     if made_with != codec_fingerprint(folder):
         raise ShardError(f"{items.source}: its codes were made with codec {made_with[:16]}, model.codec is another")
     codec = load_codec(folder, device)

@@ -15,7 +15,7 @@ import numpy as np
 
 from shards.columns import common_rows, shared_audio
 from shards.errors import ShardError
-from shards.manifest import Dataset
+from shards.manifest import Dataset, short_name
 from tools.inspect_shards.figures import Columns, dataset_columns, sound_shares, sound_values, text_shares
 from tools.inspect_shards.opened import OpenedData, open_data
 
@@ -93,7 +93,7 @@ def distance(ours: np.ndarray, theirs: np.ndarray) -> float:
 def fingerprints(a: Dataset, b: Dataset) -> dict[str, str]:
     ours, theirs = msgspec.to_builtins(a.fingerprints), msgspec.to_builtins(b.fingerprints)
     return {
-        name: "same" if value == theirs[name] else f"differs: {str(value)[:16]}, {str(theirs[name])[:16]}"
+        name: "same" if value == theirs[name] else f"differs: {short_name(str(value))}, {short_name(str(theirs[name]))}"
         for name, value in ours.items()
     }
 

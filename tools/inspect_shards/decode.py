@@ -8,7 +8,7 @@ import msgspec
 
 from shards.config import ModelSection, read_config
 from shards.errors import ShardError
-from shards.manifest import Dataset
+from shards.manifest import Dataset, decoder_of
 from shards.sample import Sample
 
 
@@ -36,7 +36,7 @@ def codec_of(record: Dataset, config_path: Path | None, overrides: tuple[str, ..
     config = read_config(DecodeConfig, config_path, overrides)
     codec_dir = resolve(config.model.codec, config.model.codec_revision, "model.codec")
     found = codec_fingerprint(codec_dir)
-    if found != record.fingerprints.codec:
+    if found != decoder_of(record.fingerprints.codec):
         raise ShardError(
             f"the codes were made with codec {record.fingerprints.codec[:16]}, model.codec = {config.model.codec!r} is "
             f"{found[:16]}, which would make another sound of them; name the data set's codec with --config or --set"

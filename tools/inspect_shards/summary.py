@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 
 from shards.config import ModelSection, read_config
-from shards.manifest import Dataset
+from shards.manifest import Dataset, short_name
 from tools.inspect_shards.figures import Columns, code_figures, histograms, sound_shares, text_shares
 from tools.inspect_shards.opened import OpenedData
 from tools.inspect_shards.readiness import readiness
@@ -43,7 +43,7 @@ def summary_facts(record: Dataset, index: np.ndarray) -> dict[str, object]:
         "whisper": f"{int((index['mel_samples'] > 0).sum())} samples have Whisper features of the reference ({what})",
         "rejects": record.rejects or "none",
         "warnings": record.warnings or "none",
-        "codec": record.fingerprints.codec[:16],
+        "codec": short_name(record.fingerprints.codec),
         "tokenizer": record.fingerprints.tokenizer[:16],
         "digest": record.digest[:16],
     }

@@ -20,7 +20,7 @@ import numpy as np
 
 from shards.columns import read_columns
 from shards.errors import ConfigError, ShardError
-from shards.manifest import Dataset, open_dataset, text_rules
+from shards.manifest import Dataset, open_dataset, require_one_precision, text_rules
 from shards.printable import redact
 from shards.reader import SampleReader
 from train.config import TrainSection
@@ -111,6 +111,7 @@ def require_compatible(one: OpenSet, other: OpenSet) -> None:
         raise ConfigError(
             f"train.data: {names} are one data set (digest {one.dataset.digest[:16]}); give it once, with a weight"
         )
+    require_one_precision(names, one.dataset, other.dataset)
     ours, theirs = one.dataset.fingerprints, other.dataset.fingerprints
     differing = [
         f"{what} {here[:16]} and {there[:16]}"

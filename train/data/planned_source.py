@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 
 from shards.errors import ConfigError
-from shards.manifest import Fingerprints, check_fingerprints
+from shards.manifest import Dataset, Fingerprints, check_fingerprints, require_one_precision
 from shards.sample import Sample
 from shards.sequence import SequenceBuilder
 from train.config import TrainSection
@@ -73,9 +73,16 @@ class PlannedSource:
                 "a Whisper encoder; run preprocess with one features.whisper for both, or set sequence.conditioning = "
                 '"codes"'
             )
+        if self._validation:
+            self._validation.require_precision_of(self._sets[0].location, self._sets[0].dataset)
         if self._validation and self._validation.check(expected, conditioning).runs_tower:
             return conditioning  # held-out shards hold mels, whatever those trained on hold: the tower is needed
         return settled
+
+    def require_precision_of(self, location: str, trained_on: Dataset) -> None:
+        """Losses on codes of another precision would say nothing about training. Raises ShardError."""
+        for one in self._sets:
+            require_one_precision(f"{location} and {one.location}", trained_on, one.dataset)
 
     def require_apart(self) -> None:
         if self._validation:

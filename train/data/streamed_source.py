@@ -24,7 +24,7 @@ from webdataset.pipeline import DataPipeline
 
 from shards.errors import ConfigError, PipelineError, ShardError
 from shards.label_shift import IGNORE
-from shards.manifest import Dataset, Fingerprints, check_fingerprints, open_dataset, text_rules
+from shards.manifest import Dataset, Fingerprints, check_fingerprints, open_dataset, require_one_precision, text_rules
 from shards.sample import Sample, unpack_sample
 from shards.sequence import SequenceBuilder
 from train.config import TrainSection
@@ -95,11 +95,15 @@ class StreamedSource:
 
     def check(self, expected: Fingerprints, conditioning: Conditioning) -> Conditioning:
         """Hold fingerprints against the model where there are any: foreign shards have none."""
-        for dataset in self._datasets().values():
-            if dataset:
-                check_fingerprints(dataset, expected)
-                self.text_rules = self.text_rules or text_rules(dataset)
+        known = {location: dataset for location, dataset in self._datasets().items() if dataset}
+        for dataset in known.values():
+            check_fingerprints(dataset, expected)
+            self.text_rules = self.text_rules or text_rules(dataset)
+        for (one, ours), (other, theirs) in itertools.combinations(known.items(), 2):
+            require_one_precision(f"{one} and {other}", ours, theirs)
         if self._validation:
+            for location, dataset in known.items():
+                self._validation.require_precision_of(location, dataset)
             self._validation.check(expected, conditioning)
         return conditioning
 
