@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -23,6 +24,38 @@ def test_bench_preprocess_stores_every_figure(run_command, tmp_path):
     assert set(jobs["audio_s_per_s"]) == set(jobs["parallel_efficiency"]) == {"1", "2"}
     assert jobs["deduplication_gain"] > 0
     assert jobs["gain_over_plain_loop"] > 0
+
+
+def test_bench_codec_counts_codes_by_codebook(monkeypatch, tiny_dir, tmp_path, arabic_mini, repository, capsys):
+    """Its ways in this process, those of a GPU on the CPU: what a GPU rounds is for a machine that has one."""
+    from preprocess import codec_server
+    from tools.bench import code_differences as bench
+
+    monkeypatch.chdir(repository)  # the list's audio paths are relative to it
+    monkeypatch.setattr(bench, "run_side", lambda _, __, settings, ___, ____: bench.measure(settings))
+    monkeypatch.setattr(codec_server, "cuda_devices", lambda: ["cuda:0"])
+    on_cpu = [dataclasses.replace(way, device="cpu") for way in bench.CUDA_WAYS]
+    monkeypatch.setattr(bench, "CUDA_WAYS", tuple(on_cpu))
+    settings = bench.Settings(str(tiny_dir / "codec"), arabic_mini, 10, "cuda", 1)
+    figures = bench.bench(settings, tmp_path / "figures.json")
+    assert json.loads((tmp_path / "figures.json").read_text()) == figures
+    assert figures["num_distinct_codes"] > 100
+    ways = figures["ways"]
+    assert {len(found["share_by_codebook"]) for found in ways.values()} == {8}
+    assert all(found["audio_s_per_s"] > 0 for found in ways.values())
+    for name, found in ways.items():
+        assert found["share"] == pytest.approx(sum(found["share_by_codebook"]) / 8)
+        assert (found["share"] > 0) == name.startswith("bfloat16"), "batches of equal length change no code"
+    assert "codes that differ" in capsys.readouterr().out
+
+
+def test_bench_codec_names_what_is_no_codec(run_command, tmp_path, tiny_dir):
+    for codec, message in ((tmp_path / "no", "--codec = "), (tmp_path, "config.json: not readable")):
+        result = run_command("bench", "codec", "--codec", codec, "--out", tmp_path / "x.json")
+        assert result.returncode == 1
+        assert result.stderr.startswith("error: ")
+        assert message in result.stderr
+        assert "Traceback" not in result.stderr
 
 
 @pytest.mark.slow

@@ -173,7 +173,7 @@ def test_a_part_of_a_file_is_a_clip_of_its_own(repository, arabic_mini, tmp_path
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda path: path.mkdir(), "no clip to fit the codec to"),
+        (lambda path: path.mkdir(), "no usable clip"),
         (lambda path: path.write_text('[{"messages": []}]'), "the first of 1 faults"),
         (lambda path: path.write_text("RIFF"), "list"),
         (lambda path: None, "no such file"),

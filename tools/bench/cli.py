@@ -33,6 +33,26 @@ def preprocess_command(
         bench(Settings(speech, clips, list_mb, workers, codec, rounds), out)
 
 
+@main.command("codec", context_settings={"show_default": True})
+@click.option("--codec", default="full", help="Your codec's folder; full or tiny: random weights of this size.")
+@click.option(
+    "--clips",
+    default="tests/data/arabic-mini",
+    type=click.Path(path_type=Path),
+    help="A folder of audio files, or a ChatML list.",
+)
+@click.option("--num-clips", default=48, type=click.IntRange(1), help="The first ones of these.")
+@click.option("--device", default="cpu", type=click.Choice(["cpu", "cuda"]), help="cuda: the first GPU beside the CPU.")
+@click.option("--threads", default=1, type=click.IntRange(1), help="CPU threads.")
+@click.option("--out", default="out/bench-codec.json", type=FileToWrite(), help="The JSON file.")
+def codec_command(codec: str, clips: Path, num_clips: int, device: str, threads: int, out: Path) -> None:
+    """How many codes of your codec and clips change with bfloat16, in batches and on a GPU, and how fast each way is."""
+    from tools.bench.code_differences import Settings, bench
+
+    with explained():
+        bench(Settings(codec, clips, num_clips, device, threads), out)
+
+
 @main.command("train", context_settings={"show_default": True})
 @click.option("--out", default="out/bench-train.json", type=FileToWrite(), help="The JSON file.")
 @click.option(

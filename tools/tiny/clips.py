@@ -28,8 +28,8 @@ class Clips:
     num_left: int  # clips behind the last one that was read
 
 
-def read_clips(source: Path, num_frames: int, base: Path = Path()) -> Clips:
-    """Clips of `source` until they have `num_frames` frames of 40 ms. A list's paths are relative to `base`.
+def read_clips(source: Path, num_frames: int, base: Path = Path(), most: int | None = None) -> Clips:
+    """Clips of `source` until they have `num_frames` frames of 40 ms, or are `most`. A list's paths are relative to `base`.
 
     Raises DataError when there is no such folder or list, or no usable clip in it.
     """
@@ -42,7 +42,7 @@ def read_clips(source: Path, num_frames: int, base: Path = Path()) -> Clips:
     skipped: list[str] = []
     num_left = 0
     for path, segment in _folder(source) if source.is_dir() else _list(source, base, skipped):
-        if sum(-(-len(wave) // HOP) for wave in waves) >= num_frames:
+        if len(waves) == most or sum(-(-len(wave) // HOP) for wave in waves) >= num_frames:
             num_left += 1
             continue
         try:
@@ -54,9 +54,7 @@ def read_clips(source: Path, num_frames: int, base: Path = Path()) -> Clips:
         paths.append(path)
     if not waves:
         first = f"; the first of {len(skipped)} faults: {skipped[0]}" if skipped else ""
-        raise DataError(
-            f"{source}: no clip to fit the codec to; expected a folder of audio files or a ChatML list{first}"
-        )
+        raise DataError(f"{source}: no usable clip; expected a folder of audio files or a ChatML list{first}")
     return Clips(waves, paths, skipped, num_left)
 
 
