@@ -1,6 +1,7 @@
 """Several ranks on gloo: the same losses, norms and adapters for any number of ranks, and any of the step's options.
 
-Real processes by the real `train --gpus N` on CPU. Packs are made by the plan, so a global batch is the same for all.
+Real processes by the real `train --gpus N` on CPU. Packs are made by the plan, so a global batch is the same for all: here of
+two data sets mixed by temperature, with a reference drawn for each sample and some of their texts left out.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mixed_sets import with_clips, write_columns
 from safetensors.torch import load_file
 from train_process import (
     STEPS,
@@ -38,18 +40,35 @@ from tools.checkpoints.merge import merge_checkpoint
 from train.launch import allocator_settings, first_host, slurm_ranks
 from train.run_folder.checkpoint_folders import damage
 
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory, make_dataset, make_sample) -> Path:
-    rng = np.random.default_rng(0)
-    samples = [make_sample(seed, *rng.integers(3, 30, 2).tolist()) for seed in range(40)]
-    return make_dataset(tmp_path_factory.mktemp("dataset"), samples)
+MIX = ["train.data_temperature=0.5", "train.speaker_temperature=0.5"]
+MIX += ["train.reference=same_speaker", "sequence.reference_text_dropout=0.3", "train.validation_fraction=0.3"]
 
 
 @pytest.fixture(scope="module")
-def command_of(dataset, tiny_dir):
+def data_sets(tmp_path_factory, make_dataset, make_sample) -> list[Path]:
+    """A large and a small one, in which every clip has a hash of its own."""
+    place, rng = tmp_path_factory.mktemp("data-sets"), np.random.default_rng(0)
+    folders = []
+    for name, size, speakers in (("large", 32, 4), ("small", 8, 2)):
+        samples = []
+        for seed in range(size):
+            speaker = f"{name}-{seed % speakers}"
+            sample = make_sample(seed + 100 * speakers, *rng.integers(3, 30, 2).tolist(), speaker=speaker)
+            samples.append(with_clips(sample, f"{name} {seed} reference", f"{name} {seed} target"))
+        folders.append(write_columns(make_dataset(place / name, samples), samples))
+    return folders
+
+
+@pytest.fixture(scope="module")
+def command_of(data_sets, tiny_dir):
     """A function (run, gpus, settings...) -> the real command as a list."""
-    return lambda run, gpus, *settings: [*train_command(dataset, run, tiny_dir, gpus, *settings), "--skip-preflight"]
+
+    def command(run: Path, gpus: int, *settings: str) -> list[str]:
+        words = train_command(data_sets[0], run, tiny_dir, gpus, *MIX, *settings)
+        words.insert(words.index(str(data_sets[0])) + 1, str(data_sets[1]))
+        return [*words, "--skip-preflight"]
+
+    return command
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +82,24 @@ def train_run(command_of, tmp_path_factory, repository):
         return folder
 
     return start
+
+
+def of_data_sets(run: Path) -> list[dict[str, float]]:
+    """Metrics of single data sets, of every step."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name.count("/") == 2} for line in lines]
+
+
+def same_metrics_of_data_sets(found: Path, expected: Path) -> None:
+    """Counts exactly, losses as closely as those of whole steps."""
+    one, other = of_data_sets(expected), of_data_sets(found)
+    assert [line.keys() for line in one] == [line.keys() for line in other]
+    names = {"metrics/samples/small", "metrics/hours/large", "loss/audio_loss/large", "eval/audio_loss/large"}
+    assert names <= one[-1].keys()
+    for line, same in zip(one, other, strict=True):
+        for name, value in line.items():
+            exactly = name.startswith("metrics/")
+            assert same[name] == (value if exactly else pytest.approx(value, abs=1e-5)), name
 
 
 def adapter(run: Path) -> dict:
@@ -102,6 +139,7 @@ def test_ranks_accumulation_and_options_do_not_change_a_step(alone, train_run, g
     """Four packs make a step: one rank accumulates four, two ranks two each, four ranks one each."""
     run = train_run("run", gpus, *settings)
     same_history(run, history(alone))
+    same_metrics_of_data_sets(run, alone)
     same_adapter(run, alone)
     assert len(adapter(run)) == 2 * (4 * 10 + 1)  # ten linear layers in each of four, and the audio head
     if (gpus, settings) == (2, []):  # what two ranks wrote is merged as what one has written
@@ -284,8 +322,13 @@ LONG = [f"train.max_steps={LAST}", "train.save_every=2"]
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(train_run) -> list[tuple[float, float]]:
-    return history(train_run("uninterrupted", 1, *LONG))
+def uninterrupted_run(train_run) -> Path:
+    return train_run("uninterrupted", 1, *LONG)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(uninterrupted_run) -> list[tuple[float, float]]:
+    return history(uninterrupted_run)
 
 
 @pytest.fixture
@@ -303,7 +346,7 @@ def start(command_of, repository):
 
 
 @pytest.mark.slow
-def test_killed_and_continued_with_other_numbers_of_ranks(start, train_run, uninterrupted, tmp_path):
+def test_killed_and_continued_with_other_numbers_of_ranks(start, train_run, uninterrupted_run, tmp_path):
     """kill -9 of everything at 2 ranks, then at 1, then to the end with 4."""
     run = tmp_path / "run"
     for gpus, step in ((2, random.randint(3, 4)), (1, random.randint(5, 7))):
@@ -311,7 +354,8 @@ def test_killed_and_continued_with_other_numbers_of_ranks(start, train_run, unin
         process.wait_for(f"step {step}/{LAST}")
         process.kill_all()
     train_run("again", 4, *LONG, run=run)
-    same_history(run, uninterrupted)
+    same_history(run, history(uninterrupted_run))
+    same_metrics_of_data_sets(run, uninterrupted_run)
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from train import preflight
 from train.config import TrainConfig
 from train.data.feed import Feed, WaitingEnded
 from train.data.loader import LoaderShare, dead_loader
+from train.data_progress import DataProgress
 from train.evaluation.curve_monitor import CurveMonitor
 from train.run import Run, RunOptions
 from train.run_folder import checkpoint_folders
@@ -88,6 +89,7 @@ def take_steps(run: Run) -> Path | None:
     history = world.gather(held_out_history(run.run_dir, step))[0]
     monitor = CurveMonitor(history, config.train.patience, logs=world.is_first)
     clock = StepClock(model, world)
+    progress = DataProgress(run.source.data_sets, world, run.start_from)
     values: dict[str, float] = {}  # the last logged ones
 
     with (
@@ -111,12 +113,14 @@ def take_steps(run: Run) -> Path | None:
                 stopped = True
                 break
             clock.count(given.batches)
+            progress.count(given.batches)
             step += 1
             if step == run.first_step + 1:
                 after_first_step(run)
             if run.is_log_step(step):
-                values = {"epoch": given.epoch, **result.values(world), "metrics/learning_rate": settings.learning_rate}
-                values |= {**clock.values(), **feed.values()}
+                losses = result.values(world, run.source.data_sets)
+                values = {"epoch": given.epoch, **losses, "metrics/learning_rate": settings.learning_rate}
+                values |= {**clock.values(), **feed.values(), **progress.values()}
                 if run.is_eval_step(step):
                     values |= evaluate(run, step)
                     clock.restart()  # throughput is that of training
@@ -129,11 +133,11 @@ def take_steps(run: Run) -> Path | None:
                     name: value for name, value in values.items() if not name.startswith("eval/")
                 }  # an older step's
             if step % config.train.save_every == 0 and step < total_steps:
-                run.saver.save(step, model, optimizer, values)
+                run.saver.save(step, model, optimizer, {**values, **progress.values()})
 
         last = run.start_from
         if step > run.first_step:
-            last = run.saver.save(step, model, optimizer, values)
+            last = run.saver.save(step, model, optimizer, {**values, **progress.values()})
             run.saver.finish(must_succeed=True)
     end_run(run, step, last, stopped, monitor.should_stop_early)
     return last

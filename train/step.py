@@ -23,7 +23,7 @@ from train.model.batch import PackedBatch
 from train.model.decoder import HiggsAudio
 from train.model.flops import lora_sizes_of, matmul_rate, step_flops
 from train.model.fsdp import full_tensor, sync_gradients
-from train.model.loss import LossCounts, LossSums, curriculum_factor, step_losses
+from train.model.loss import LossCounts, LossSums, curriculum_factor, losses_of_sets, step_losses
 from train.optim import learning_rate_at
 from train.world import ALONE, World
 
@@ -42,12 +42,20 @@ class StepResult:
     contrastive: Tensor  # []
     accuracy: Tensor  # [K], this rank's targets with the highest logit, by those of the whole step
     grad_norm: Tensor  # [], of all ranks
+    by_set: Tensor | None = None  # [D, 1 + K] sums of this rank, None of a single data set
+    set_counts: Tensor | None = None  # [D, 3 + K] of this rank, on the CPU
 
-    def values(self, world: World = ALONE) -> dict[str, float]:
-        """Metrics of the whole step; every rank must call this."""
+    def values(self, world: World = ALONE, data_sets: tuple[str, ...] = ()) -> dict[str, float]:
+        """Metrics of the whole step, and of each of several data sets; every rank must call this."""
         parts = torch.cat((torch.stack((self.total, self.text, self.contrastive)), self.codebooks, self.accuracy))
-        total, text, contrastive, *both = world.sum(parts.double().cpu()).tolist()
-        codebooks, accuracy = both[: len(self.codebooks)], both[len(self.codebooks) :]
+        local, num_books = parts.double().cpu(), len(self.codebooks)
+        if self.by_set is not None and self.set_counts is not None:
+            of_sets = torch.stack((self.by_set.double().cpu(), self.set_counts[:, 2:].double()))
+            local = torch.cat((local, of_sets.flatten()))  # one exchange for all
+        total, text, contrastive, *others = world.sum(local).tolist()
+        codebooks, accuracy = others[:num_books], others[num_books : 2 * num_books]
+        sums_and_counts = torch.tensor(others[2 * num_books :]).view(2, -1, 1 + num_books)
+        of_sets = losses_of_sets("loss", data_sets, *sums_and_counts) if self.by_set is not None else {}
         return {
             "loss/total_loss": total,
             "loss/text_loss": text,
@@ -56,6 +64,7 @@ class StepResult:
             **{f"loss/codebook_{k}": value for k, value in enumerate(codebooks)},
             "accuracy/audio": sum(accuracy) / len(accuracy),
             **{f"accuracy/codebook_{k}": value for k, value in enumerate(accuracy)},
+            **of_sets,
             "metrics/grad_norm": self.grad_norm.item(),
         }
 
@@ -99,7 +108,7 @@ def train_step(
     section = settings.loss
     ramp = curriculum_factor(settings.step, section.curriculum_steps, section.enable_curriculum_learning)
     torch.manual_seed(settings.dropout_seed(world.rank))
-    parts, correct = [], []
+    parts, correct, by_set = [], [], []
     for number, batch in enumerate(batches, start=1):
         if number > 1 and interrupted():
             optimizer.zero_grad(set_to_none=True)
@@ -109,6 +118,7 @@ def train_step(
         losses = step_losses(sums, counts, section, ramp)
         losses.total.backward()
         correct.append(sums.correct)
+        by_set += [] if sums.by_set is None else [sums.by_set]
         parts.append([value.detach() for value in losses])
     total, text, codebooks, contrastive = (torch.stack(values).sum(dim=0) for values in zip(*parts, strict=True))
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -119,7 +129,12 @@ def train_step(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     accuracy = torch.stack(correct).sum(dim=0).float() / counts.audio.to(total.device, non_blocking=True)
-    return StepResult(total, text, codebooks, contrastive, accuracy, grad_norm)
+    of_sets = (
+        (torch.stack(by_set).sum(dim=0), torch.stack([batch.set_counts for batch in batches]).sum(dim=0))
+        if by_set
+        else ()
+    )
+    return StepResult(total, text, codebooks, contrastive, accuracy, grad_norm, *of_sets)
 
 
 def stop_unless_finite(step: int, total: Tensor, grad_norm: Tensor, batches: list[PackedBatch], world: World) -> None:

@@ -73,6 +73,7 @@ class RawSample(NamedTuple):
     pack_size: int = 1  # samples of the planned pack it belongs to; 0 marks an empty pack
     with_text: bool = True  # whether it keeps its reference's text in this epoch
     donor: Donor | None = None  # of its reference; None: its own
+    data_set: int = 0  # its number among those of the run
 
 
 class Fault(NamedTuple):
@@ -110,6 +111,7 @@ class BuiltSample(NamedTuple):
     reason: str  # of the damage
     epoch: int
     pack_size: int  # samples of the planned pack it belongs to; 0 marks an empty pack
+    data_set: int = 0  # its number among those of the run
 
 
 # --- stages ---------------------------------------------------------------------------------------------------------
@@ -126,7 +128,10 @@ class PlannedSamples(torch.utils.data.IterableDataset):
         planner: Planner,
         builder: SequenceBuilder,
         dropout: TextDropout | None,
+        first_rows: tuple[int, ...] = (0,),
     ) -> None:
+        """`first_rows`: where each data set begins in the index."""
+        self._first_rows = np.array(first_rows)
         self._builder = builder
         self._dropout = dropout
         self._reader = reader
@@ -146,11 +151,13 @@ class PlannedSamples(torch.utils.data.IterableDataset):
                 found = references.with_clips(rows, clips)
             with_text = self._dropout.with_text(found, epoch) if self._dropout else np.ones(len(rows), bool)
             lengths = self._builder.lengths(found, with_text)
-            planned = zip(rows.tolist(), clips.tolist(), lengths.tolist(), with_text.tolist(), strict=True)
-            for number, clip, length, has_text in planned:
+            data_sets = np.searchsorted(self._first_rows, rows, side="right") - 1
+            planned = (rows, clips, lengths, with_text, data_sets)
+            for number, clip, length, has_text, data_set in zip(*(values.tolist() for values in planned), strict=True):
                 row = self._index[number]
                 shard = self._reader.shard_name(row)
                 known = {"shard": shard, "speaker": int(row["speaker"]), "epoch": epoch, "pack_size": len(rows)}
+                known["data_set"] = data_set
                 try:
                     members = self._reader.read_raw(row)
                     donor = self._read_donor(clip)
@@ -202,34 +209,41 @@ def build_sequences(builder: SequenceBuilder, dropout: TextDropout | None = None
                     speaker = hash64(sample.facts.speaker) if speaker is None else speaker
                 except (ShardError, ValueError, IndexError) as error:  # the facts of a foreign sample may contradict it
                     reason = str(error)
-            yield BuiltSample(raw.key, raw.shard, speaker or 0, sequence, reason, raw.epoch, raw.pack_size)
+            yield BuiltSample(
+                raw.key, raw.shard, speaker or 0, sequence, reason, raw.epoch, raw.pack_size, raw.data_set
+            )
 
     return stage
 
 
-def pack_planned(items: Iterable[BuiltSample]) -> Iterator[LoadedPack | PipelineError]:
-    """Stage: sequences -> packs of the planned size."""
-    group: list[BuiltSample] = []
-    try:
-        for item in items:
-            if item.pack_size:
-                group.append(item)
-            if len(group) == item.pack_size:
-                yield collate(group, item.epoch)
-                group = []
-    except PipelineError as error:
-        yield error
+def pack_planned(num_sets: int):
+    """Stage: sequences of so many data sets -> packs of the planned size."""
+
+    def stage(items: Iterable[BuiltSample]) -> Iterator[LoadedPack | PipelineError]:
+        group: list[BuiltSample] = []
+        try:
+            for item in items:
+                if item.pack_size:
+                    group.append(item)
+                if len(group) == item.pack_size:
+                    yield collate(group, item.epoch, num_sets)
+                    group = []
+        except PipelineError as error:
+            yield error
+
+    return stage
 
 
-def collate(group: list[BuiltSample], epoch: int) -> LoadedPack:
+def collate(group: list[BuiltSample], epoch: int, num_sets: int = 1) -> LoadedPack:
     """The pack of a group's sound samples, and the faults of the others."""
     sound = [(item, item.sequence) for item in group if item.sequence is not None]
     faults = [Fault(item.shard, item.key, item.reason) for item in group if item.sequence is None]
     if not sound:
-        return LoadedPack(pack([FILLER], [0], []), epoch, faults)
+        return LoadedPack(pack([FILLER], [0], [], num_sets=num_sets), epoch, faults)
     sequences = [sequence for _, sequence in sound]
     keys = [item.key for item, _ in sound]
-    return LoadedPack(pack(sequences, [item.speaker for item, _ in sound], keys), epoch, faults)
+    speakers, data_sets = [item.speaker for item, _ in sound], [item.data_set for item, _ in sound]
+    return LoadedPack(pack(sequences, speakers, keys, data_sets, num_sets), epoch, faults)
 
 
 def read_pack(
@@ -279,17 +293,19 @@ def load_planned_packs(
     share: LoaderShare,
     on_window: Callable[[int, int], None] | None = None,
     dropout: TextDropout | None = None,
+    first_rows: tuple[int, ...] = (0,),
 ) -> Iterator[LoadedPack]:
     """One rank's packs of every step from `start_step` on, without end. Raises PipelineError.
 
-    `dropout`: the planner's; None: every sample has its text.
+    `dropout`: the planner's; None: every sample has its text. `first_rows`: where each data set begins in the index.
     """
 
     def packs() -> Iterator[tuple[int, np.ndarray]]:
         return planner.rank_packs(start_step, share.rank, share.world_size, on_window)
 
-    source = PlannedSamples(reader, index, packs, planner, builder, dropout)
-    return run_pipeline(DataPipeline(source, build_sequences(builder), pack_planned), share.num_workers)
+    source = PlannedSamples(reader, index, packs, planner, builder, dropout, first_rows)
+    stages = build_sequences(builder), pack_planned(len(first_rows))
+    return run_pipeline(DataPipeline(source, *stages), share.num_workers)
 
 
 def run_pipeline(pipeline: DataPipeline, num_workers: int) -> Iterator[LoadedPack]:

@@ -53,6 +53,7 @@ class PlannedSource:
         self._sets = self._data.sets
         self._is_remote = any(one.remote for one in self._sets)
         self.mixing = mixing_of(section, self._data)
+        self.data_sets = self._data.names
         self.index, self.reader = self._data.index, self._data.reader
         self.digest = self._data.digest
         self.text_rules = common_text_rules(self._data)
@@ -248,7 +249,9 @@ class PlannedSource:
                     one.remote.require_room(everything, "held-out speakers lie in all shards")
 
         def one_pass() -> Iterator[LoadedPack]:
-            packs = load_planned_packs(self.reader, self.index, planner, 0, builder, share, on_window)
+            packs = load_planned_packs(
+                self.reader, self.index, planner, 0, builder, share, on_window, first_rows=self._data.first_rows[:-1]
+            )
             return islice(packs, planner.num_steps(0))
 
         return HeldOut(
@@ -257,6 +260,7 @@ class PlannedSource:
             num_samples=planner.num_samples,
             num_packs=planner.num_packs(0),
             num_too_long=planner.num_too_long,
+            data_sets=self.data_sets,
         )
 
     def listening_samples(self, num_samples: int) -> list[Sample]:
@@ -312,7 +316,15 @@ class PlannedSource:
     def loaded_packs(self, first_step: int, share: LoaderShare) -> Iterator[LoadedPack]:
         on_window = self._fetches(self.planner)
         return load_planned_packs(
-            self.reader, self.index, self.planner, first_step, self._builder, share, on_window, self._dropout
+            self.reader,
+            self.index,
+            self.planner,
+            first_step,
+            self._builder,
+            share,
+            on_window,
+            self._dropout,
+            self._data.first_rows[:-1],
         )
 
     def _fetches(self, planner: Planner) -> Callable[[int, int], None] | None:

@@ -31,6 +31,7 @@ class HeldOut:
     num_samples: int = 0
     num_packs: int = 0
     num_too_long: int = 0
+    data_sets: tuple[str, ...] = ("data",)  # names of those that the samples are of
 
     def __str__(self) -> str:
         skipped = f" (skipped: {self.num_too_long} longer than train.batch_tokens)" if self.num_too_long else ""
@@ -43,6 +44,7 @@ class Source(Protocol):
     digest: str  # of the data set, or of the list of shards of a stream
     validation_digest: str  # of the data set in train.validation_data; "" without
     total_steps: int  # known after `prepare`
+    data_sets: tuple[str, ...]  # their names in metrics, in order
     text_rules: list[str] | None  # what stage one did to the texts, known after `check`; None: shards do not say
 
     def check(self, expected: Fingerprints, conditioning: Conditioning) -> Conditioning:

@@ -28,6 +28,7 @@ from shards.manifest import Dataset, Fingerprints, check_fingerprints, open_data
 from shards.sample import Sample, unpack_sample
 from shards.sequence import SequenceBuilder
 from train.config import TrainSection
+from train.data.data_sets import short_names
 from train.data.feed import DamageLimits
 from train.data.heaviest_pack import PackSource, StreamedPacks
 from train.data.loader import (
@@ -87,6 +88,7 @@ class StreamedSource:
         self._locations = [location] if location else [source.path for source in section.data]
         self._lists = [shard_urls(one) for one in self._locations]
         self._weights = stream_weights(section, self._datasets())
+        self.data_sets = short_names(self._locations)
         self.urls = [url for urls in self._lists for url in urls]
         self.digest = hashlib.sha256("\n".join(self.urls).encode()).hexdigest()
         self.text_rules: list[str] | None = None
@@ -171,7 +173,8 @@ class StreamedSource:
         source = MixedSamples(streams, self._weights) if self._weights else streams[0]
         mixed = shuffled(self._section.shuffle_buffer, self._section.seed, first_step, share.rank)
         built = build_sequences(self._builder, TextDropout(self._builder, self._section.seed))
-        pipeline = DataPipeline(source, mixed, built, pack_online(self._section, passes))
+        packed = pack_online(self._section, passes, len(self._lists))
+        pipeline = DataPipeline(source, numbered(self._lists), mixed, built, packed)
         return run_pipeline(pipeline, share.num_workers)
 
     def preflight_batch(self, num_samples: int) -> PackedBatch:
@@ -258,6 +261,18 @@ class StreamedSamples(torch.utils.data.IterableDataset):
                 self._passes.num_samples = max(self._passes.num_samples, num_read * parts)
 
 
+def numbered(lists: list[list[str]]):
+    """Stage: raw samples know the number of the data set that their shard is of; of a shard in two lists, the first."""
+    numbers = {url: number for number, urls in reversed(list(enumerate(lists))) for url in urls}
+    numbers |= {str(Path(url).absolute()): number for url, number in numbers.items() if "://" not in url}
+
+    def stage(raws: Iterable[RawSample]) -> Iterator[RawSample]:
+        for raw in raws:
+            yield raw._replace(data_set=numbers.get(raw.shard, 0))
+
+    return stage
+
+
 def shuffled(size: int, seed: int, first_step: int, rank: int) -> Callable[[Iterable[RawSample]], Iterator[RawSample]]:
     """Stage: webdataset's shuffle buffer, the same order for the same reader of the same run."""
 
@@ -313,7 +328,7 @@ class Passes:
         )
 
 
-def pack_online(section: TrainSection, passes: Passes):
+def pack_online(section: TrainSection, passes: Passes, num_sets: int = 1):
     """Stage: sequences -> packs within the budgets; a sequence that fits no pack is skipped and logged."""
 
     def stage(items: Iterable[BuiltSample]) -> Iterator[LoadedPack | PipelineError]:
@@ -327,7 +342,7 @@ def pack_online(section: TrainSection, passes: Passes):
                 if item.sequence is None:
                     aside.append(Fault(item.shard, item.key, reason))
                     if len(aside) >= OPEN_PACKS:  # a shard of damage only must be reported too
-                        yield with_faults(collate([], item.epoch), aside)
+                        yield with_faults(collate([], item.epoch, num_sets), aside)
                     continue
                 length = len(item.sequence)
                 columns = int((item.sequence.next_codes != IGNORE).any(axis=0).sum())
@@ -335,10 +350,10 @@ def pack_online(section: TrainSection, passes: Passes):
                     too_long = f"{length} tokens, {columns} targets: longer than a pack"
                     aside.append(Fault(item.shard, item.key, too_long, is_damage=False))
                     if len(aside) >= MAX_ASIDE:
-                        yield with_faults(collate([], item.epoch), aside)
+                        yield with_faults(collate([], item.epoch, num_sets), aside)
                     continue
                 for group in packs.add(item, length, columns):
-                    yield with_faults(collate(group, max(item.epoch for item in group)), aside)
+                    yield with_faults(collate(group, max(item.epoch for item in group), num_sets), aside)
         except PipelineError as error:
             yield error
 

@@ -23,7 +23,7 @@ from train.data.feed import prefetch
 from train.data.loader import LoadedPack
 from train.data.source import HeldOut
 from train.model.batch import PackedBatch
-from train.model.loss import LossCounts, LossSums, step_losses
+from train.model.loss import LossCounts, LossSums, losses_of_sets, step_losses
 from train.world import World
 
 MAX_KEYS = 8  # of a pack that are logged
@@ -39,6 +39,8 @@ class EvalSums(msgspec.Struct, frozen=True):
     correct: list[int] = []  # of the K codebooks' targets, those with the highest logit
     samples: int = 0
     bad: int = 0
+    set_sums: list[list[float]] = []  # [D, 1 + K] of each data set: text, K codebooks
+    set_counts: list[list[int]] = []  # [D, 3 + K] as in `PackedBatch.set_counts`
     not_finite: list[str] = []  # keys of the packs whose losses are not
 
 
@@ -92,8 +94,21 @@ class Evaluation:
             **{f"eval/codebook_{k}": value for k, value in enumerate(codebooks)},
             "eval/accuracy": sum(accuracy) / len(accuracy),
             **{f"eval/accuracy_{k}": value for k, value in enumerate(accuracy)},
+            **self._of_sets(shares),
             **numbers,
         }
+
+    def _of_sets(self, shares: list[EvalSums]) -> dict[str, float]:
+        """Losses and samples of each data set, where there are several."""
+        names = self.held_out.data_sets
+        if len(names) == 1:
+            return {}
+        sums = torch.tensor([share.set_sums for share in shares], dtype=torch.float64).sum(dim=0)
+        counts = torch.tensor([share.set_counts for share in shares]).sum(dim=0)
+        num_samples = {
+            f"eval/samples/{name}": number for name, number in zip(names, counts[:, 0].tolist(), strict=True)
+        }
+        return {**losses_of_sets("eval", names, sums, counts[:, 2:]), **num_samples}
 
     def _not_an_evaluation(self, shares: list[EvalSums], losses: list[float]) -> str:
         """Why nothing may be judged by these losses; "" for sound ones."""
@@ -109,6 +124,9 @@ class Evaluation:
         sums = torch.zeros(2 + NUM_CODEBOOKS, dtype=torch.float64, device=device)
         counts = torch.zeros(2 + NUM_CODEBOOKS, dtype=torch.long)
         correct = torch.zeros(NUM_CODEBOOKS, dtype=torch.long, device=device)
+        num_sets = len(self.held_out.data_sets)
+        set_sums = torch.zeros(num_sets, 1 + NUM_CODEBOOKS, dtype=torch.float64, device=device)
+        set_counts = torch.zeros(num_sets, 3 + NUM_CODEBOOKS, dtype=torch.long)
         num_samples = num_bad = 0
         finite: list[torch.Tensor] = []  # of every pack, on the device: nothing waits for it
         keys: list[str] = []
@@ -119,6 +137,9 @@ class Evaluation:
             found = torch.cat((part.text[None], part.contrastive[None], part.audio)).double()
             sums += found
             correct += part.correct
+            if part.by_set is not None:
+                set_sums += part.by_set
+            set_counts += loaded.batch.set_counts
             finite.append(found.isfinite().all())
             host = loaded.batch
             keys.append(" ".join(host.keys[:MAX_KEYS]) + (" ..." if len(host.keys) > MAX_KEYS else ""))
@@ -131,7 +152,10 @@ class Evaluation:
                 log.warning("held-out data: skipped: %s", fault)
         flags = torch.stack(finite).tolist() if finite else []
         bad_packs = [names for names, sound in zip(keys, flags, strict=True) if not sound]
-        return EvalSums(sums.tolist(), counts.tolist(), correct.tolist(), num_samples, num_bad, bad_packs[:MAX_KEYS])
+        of_sets = set_sums.tolist(), set_counts.tolist()
+        return EvalSums(
+            sums.tolist(), counts.tolist(), correct.tolist(), num_samples, num_bad, *of_sets, bad_packs[:MAX_KEYS]
+        )
 
     def _together(self, found: Iterator[tuple[LoadedPack, PackedBatch]]) -> Iterator[tuple[LoadedPack, PackedBatch]]:
         """Packs as they come, as soon as every rank has its own: one without would leave the others in a collective."""

@@ -14,11 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shards.delay_pattern import NUM_MARKER_COLUMNS
 from shards.errors import ShardError
 from shards.label_shift import IGNORE
 from shards.mel import num_positions
 from shards.sequence import AUDIO_OUT, WHISPER, Sequence, WhisperClip
 from train.model.attention import Documents
+
+ON_CPU = frozenset({"targets_per_codebook", "set_counts"})  # what the loop counts with
 
 
 class WhisperRows(NamedTuple):
@@ -45,8 +48,13 @@ class PackedBatch:
     audio_targets: Tensor  # [m, K] int64, IGNORE in the staircases
     segments: Tensor  # [Na] int64, 2 s for sample s's reference columns, 2 s + 1 for its target's
     speakers: Tensor  # [S] int64
+    text_sets: Tensor  # [n] int64, the data set that each learned text row is of
+    audio_sets: Tensor  # [m] int64, the same of learned audio rows
     whisper: WhisperRows | None  # None without Whisper conditioning
     targets_per_codebook: Tensor  # [K] int64, stays on the CPU
+    set_counts: (
+        Tensor  # [D, 3 + K] int64, on the CPU: samples, target frames, text targets, targets per codebook of each set
+    )
     num_pairs: int  # samples with another speaker beside them: what the contrastive loss counts
     num_attended: int  # pairs of positions that attention compares
     keys: list[str]  # [S]
@@ -57,7 +65,8 @@ class PackedBatch:
     def shared(self) -> PackedBatch:
         """In shared memory, for another process. Raises RuntimeError when there is not enough."""
         batch = self._each(lambda tensor: tensor.share_memory_())
-        return dataclasses.replace(batch, targets_per_codebook=self.targets_per_codebook.share_memory_())
+        counts = {name: getattr(self, name).share_memory_() for name in ON_CPU}
+        return dataclasses.replace(batch, **counts)
 
     def pin(self) -> PackedBatch:
         return self._each(lambda tensor: tensor.pin_memory())
@@ -73,7 +82,7 @@ class PackedBatch:
     def _each(self, change: Callable[[Tensor], Tensor]) -> PackedBatch:
         changed: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         for name, value in changed.items():
-            if isinstance(value, Tensor) and name != "targets_per_codebook":  # counted on the CPU, and stays there
+            if isinstance(value, Tensor) and name not in ON_CPU:
                 changed[name] = change(value)
         order, place, bounds, longest = self.documents
         changed["documents"] = Documents(change(order), change(place), change(bounds), longest)
@@ -86,8 +95,15 @@ class PackedBatch:
         return len(self.positions)
 
 
-def pack(sequences: list[Sequence], speakers: list[int], keys: list[str]) -> PackedBatch:
-    """Lay sequences side by side. `speakers` are 64-bit hashes, one per sequence."""
+def pack(
+    sequences: list[Sequence],
+    speakers: list[int],
+    keys: list[str],
+    data_sets: list[int] | None = None,
+    num_sets: int = 1,
+) -> PackedBatch:
+    """Lay sequences side by side. `speakers` are 64-bit hashes, one per sequence; `data_sets` the number of the data set
+    among `num_sets` that each is of, None: all of the first."""
     ids = np.concatenate([sequence.token_ids for sequence in sequences])
     lengths = np.array([len(sequence) for sequence in sequences])
     is_audio = ids == AUDIO_OUT
@@ -105,7 +121,10 @@ def pack(sequences: list[Sequence], speakers: list[int], keys: list[str]) -> Pac
     says_text = np.flatnonzero(next_token != IGNORE)
     next_codes = np.concatenate([sequence.next_codes for sequence in sequences], axis=1).T  # [Na, K]
     speaker = np.array(speakers, np.uint64)
+    data_set = np.array(data_sets or [0] * len(sequences))
+    text_sets = np.repeat(data_set, lengths)[says_text]
     says_codes = np.flatnonzero((next_codes != IGNORE).any(axis=1))
+    audio_sets = np.repeat(data_set, [sequence.codes.shape[1] for sequence in sequences])[says_codes]
     return PackedBatch(
         text_ids=_int64(ids[~is_audio]),
         codes=_int64(np.concatenate([sequence.codes for sequence in sequences], axis=1).T),
@@ -123,10 +142,32 @@ def pack(sequences: list[Sequence], speakers: list[int], keys: list[str]) -> Pac
             _int64(row_of[ids == WHISPER]), [h for sequence in sequences for h in sequence.whisper_clips], keys
         ),
         targets_per_codebook=torch.from_numpy((next_codes != IGNORE).sum(axis=0)),
+        text_sets=_int64(text_sets),
+        audio_sets=_int64(audio_sets),
+        set_counts=count_sets(num_sets, data_set, sequences, text_sets, next_codes[says_codes], audio_sets),
         num_attended=int((lengths * (lengths + 1) // 2).sum()),
         num_pairs=int((speaker[:, None] != speaker[None, :]).any(axis=1).sum()),
         keys=keys,
     )
+
+
+def count_sets(
+    num_sets: int,
+    data_set: np.ndarray,
+    sequences: list[Sequence],
+    text_sets: np.ndarray,
+    next_codes: np.ndarray,
+    audio_sets: np.ndarray,
+) -> Tensor:
+    """`PackedBatch.set_counts` of sequences of these data sets [S], learned text rows [n] and audio rows [m]."""
+    frames = np.array([end - start - NUM_MARKER_COLUMNS for start, end in (one.target_columns for one in sequences)])
+    is_sample = frames > 0  # what fills up an empty pack is none
+    counts = np.zeros((num_sets, 3 + next_codes.shape[1]), np.int64)
+    np.add.at(counts[:, 0], data_set, is_sample)
+    np.add.at(counts[:, 1], data_set, np.where(is_sample, frames, 0))
+    np.add.at(counts[:, 2], text_sets, 1)
+    np.add.at(counts[:, 3:], audio_sets, next_codes != IGNORE)
+    return torch.from_numpy(counts)
 
 
 def pack_whisper(rows: Tensor, clips: list[WhisperClip], keys: list[str]) -> WhisperRows | None:

@@ -24,7 +24,15 @@ from shards.encoders.whisper_tower import WhisperTower
 from train.model.attention import Attend, AttentionKind
 from train.model.batch import PackedBatch, WhisperRows
 from train.model.config import ModelConfig
-from train.model.loss import LossSums, LossTerms, audio_losses, contrastive_loss_sum, num_correct, text_losses
+from train.model.loss import (
+    LossSums,
+    LossTerms,
+    audio_losses,
+    contrastive_loss_sum,
+    num_correct,
+    sums_by_set,
+    text_losses,
+)
 from train.model.rope import Rope, rotate
 
 # --- layers ---------------------------------------------------------------------------------------------------------
@@ -194,7 +202,10 @@ class HiggsAudio(nn.Module):
         if per_target:
             return LossTerms(text, audio)
         contrastive = contrastive_loss_sum(audio_hidden, batch.segments, batch.speakers)
-        return LossSums(text.sum(), audio.sum(dim=0), contrastive, num_correct(audio_logits, batch.audio_targets))
+        num_sets = len(batch.set_counts)
+        by_set = sums_by_set(text, audio, batch.text_sets, batch.audio_sets, num_sets) if num_sets > 1 else None
+        correct = num_correct(audio_logits, batch.audio_targets)
+        return LossSums(text.sum(), audio.sum(dim=0), contrastive, correct, by_set)
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """Normed hidden states [R, d] of a pack, text rows first."""

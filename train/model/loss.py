@@ -34,6 +34,9 @@ class LossSums(NamedTuple):
     audio: Tensor  # [K], one per codebook
     contrastive: Tensor  # []
     correct: Tensor  # [K] int64, targets that had the highest logit
+    by_set: Tensor | None = (
+        None  # [D, 1 + K], text and audio of each data set, without gradient; None where there is one
+    )
 
 
 class LossTerms(NamedTuple):
@@ -110,6 +113,29 @@ def num_correct(logits: Tensor, targets: Tensor) -> Tensor:
     Reads the logits once where they are, before they are raised to fp32: nothing of their size is made.
     """
     return (logits.detach().argmax(dim=-1) == targets).sum(dim=0)
+
+
+def sums_by_set(text: Tensor, audio: Tensor, text_sets: Tensor, audio_sets: Tensor, num_sets: int) -> Tensor:
+    """Losses text [n] and audio [m, K] of rows that are of these data sets [n], [m] -> [num_sets, 1 + K], without gradient."""
+    found = audio.new_zeros(num_sets, 1 + audio.shape[1])
+    found[:, 0].index_add_(0, text_sets, text.detach())
+    found[:, 1:].index_add_(0, audio_sets, audio.detach())
+    return found
+
+
+def losses_of_sets(prefix: str, names: tuple[str, ...], sums: Tensor, counts: Tensor) -> dict[str, float]:
+    """Metrics of data sets `names` [D] from loss sums and counts of targets, both [D, 1 + K] with text first.
+
+    The plain mean over codebooks, as in the loss of all sets. A set without a target of a kind has no such metric.
+    """
+    found: dict[str, float] = {}
+    for name, sums_of_one, counts_of_one in zip(names, sums.tolist(), counts.tolist(), strict=True):
+        text, *audio = (loss / max(1, count) for loss, count in zip(sums_of_one, counts_of_one, strict=True))
+        if counts_of_one[0]:
+            found[f"{prefix}/text_loss/{name}"] = text
+        if all(counts_of_one[1:]):
+            found[f"{prefix}/audio_loss/{name}"] = sum(audio) / len(audio)
+    return found
 
 
 def contrastive_loss_sum(audio_hidden: Tensor, segments: Tensor, speakers: Tensor) -> Tensor:
