@@ -108,6 +108,22 @@ def text_rules(dataset: Dataset) -> list[str] | None:
     return rules if isinstance(rules, list) and all(isinstance(rule, str) for rule in rules) else None
 
 
+def audio_edits(dataset: Dataset) -> dict[str, float]:
+    """What stage one did to clips before it encoded them: the keys of [audio] that were on, with their values."""
+    section = dataset.config.get("audio")
+    return {key: value for key, value in section.items() if value} if isinstance(section, dict) else {}
+
+
+def edits_in_words(one: Dataset, other: Dataset) -> list[str]:
+    """Each key of [audio] in which two data sets differ, with both values; [] where their clips were treated alike."""
+    ours, theirs = audio_edits(one), audio_edits(other)
+    return [
+        f"audio.{key} {ours.get(key, 'off')} and {theirs.get(key, 'off')}"
+        for key in sorted(ours.keys() | theirs.keys())
+        if ours.get(key) != theirs.get(key)
+    ]
+
+
 def folder_of(dataset: Path) -> Path:
     """The folder of a data set that is named by itself or by its dataset.json."""
     return dataset if dataset.is_dir() else dataset.parent

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -16,7 +18,7 @@ from mixed_sets import with_clips, write_columns
 from shards.config import FeaturesSection, SequenceSection, parse_toml, read_config, to_toml
 from shards.errors import CheckpointError, ConfigError, ShardError
 from shards.index import hash64
-from shards.manifest import Dataset, digest_of, open_dataset
+from shards.manifest import Dataset, Fingerprints, digest_of, open_dataset
 from shards.sequence import SequenceBuilder
 from shards.writer import write_json
 from train.cli import main as train_command
@@ -26,7 +28,7 @@ from train.data.loader import LoaderShare
 from train.data.planned_source import PlannedSource
 from train.data.streamed_source import StreamedSource
 from train.loop import RunOptions, train
-from train.model.conditioning import decide_conditioning
+from train.model.conditioning import CODES, decide_conditioning
 from train.run_folder.identity import MUST_BE_EQUAL, ModelFiles, check_identity, make_identity
 
 ALONE_HERE = LoaderShare()
@@ -36,6 +38,11 @@ MODEL = ModelFiles(base="a", tokenizer="b", codec="c")
 @pytest.fixture(scope="module")
 def builder(tokenizer) -> SequenceBuilder:
     return SequenceBuilder(tokenizer, SequenceSection())
+
+
+@pytest.fixture(scope="module")
+def expected(sets) -> Fingerprints:
+    return open_dataset(sets[0])[0].fingerprints
 
 
 @pytest.fixture(scope="module")
@@ -125,14 +132,23 @@ def test_one_named_data_set_is_what_it_is_without_a_name(sets, builder):
     assert named.planner.fingerprint() == plain.planner.fingerprint()
 
 
+def rewrite(folder: Path, change: Callable[[Dataset], Dataset]) -> None:
+    """Another record of a data set, with the digest that it then has."""
+    record = change(msgspec.json.decode((folder / "dataset.json").read_bytes(), type=Dataset))
+    write_json(folder / "dataset.json", msgspec.structs.replace(record, digest=digest_of(record)))
+
+
 def remade(folder: Path, place: Path, **fingerprints: str) -> Path:
     """A data set's records under other fingerprints."""
     place.mkdir()
-    record = msgspec.json.decode((folder / "dataset.json").read_bytes(), type=Dataset)
-    made = msgspec.structs.replace(record.fingerprints, **fingerprints)
-    record = msgspec.structs.replace(record, fingerprints=made, num_rows=record.num_rows + 1)
-    write_json(place / "dataset.json", msgspec.structs.replace(record, digest=digest_of(record)))
-    (place / "index.npy").write_bytes((folder / "index.npy").read_bytes())
+    for name in ("dataset.json", "index.npy"):
+        (place / name).write_bytes((folder / name).read_bytes())
+
+    def other(record: Dataset) -> Dataset:
+        made = msgspec.structs.replace(record.fingerprints, **fingerprints)
+        return msgspec.structs.replace(record, fingerprints=made, num_rows=record.num_rows + 1)
+
+    rewrite(place, other)
     return place
 
 
@@ -168,9 +184,34 @@ def test_codes_of_two_precisions_are_not_mixed(kind, sets, tmp_path, model_dir):
         assert "codec_precision" in str(raised.value)
 
 
-def test_a_data_set_given_twice_is_refused(sets):
+@pytest.mark.parametrize("role", ["mixed", "streamed", "held out"])
+def test_sets_whose_clips_were_edited_otherwise_are_refused(role, sets, tmp_path, make_dataset, make_sample, expected):
+    """[audio] cuts silence and sets loudness before clips are encoded; both values are told, in words."""
+    other = make_dataset(tmp_path / "other", [make_sample(300 + seed, speaker=f"other-{seed}") for seed in range(3)])
+    edits = {"max_edge_silence_s": 0.2, "target_rms_db": 0.0}
+    rewrite(other, lambda record: msgspec.structs.replace(record, config={**record.config, "audio": edits}))
+    kind, asked = {
+        "mixed": (PlannedSource, section((sets[0], None), (other, None))),
+        "streamed": (StreamedSource, section((sets[0], None), (other, None), loader="stream", max_steps=2)),
+        "held out": (PlannedSource, section((sets[0], None), validation_data=str(other))),
+    }[role]
+    with pytest.raises(ShardError, match=r"audio\.max_edge_silence_s off and 0\.2; run preprocess") as raised:
+        kind("", asked).check(expected, CODES)
+    assert str(sets[0]) in str(raised.value)
+    assert str(other) in str(raised.value)
+    assert "target_rms_db" not in str(raised.value)
+
+
+@pytest.mark.parametrize("way", ["named twice", "through a link", "copied"])
+def test_a_data_set_given_twice_is_refused(way, sets, tmp_path):
+    again = sets[0]
+    if way == "through a link":
+        again = tmp_path / "link"
+        again.symlink_to(sets[0])
+    elif way == "copied":
+        again = shutil.copytree(sets[0], tmp_path / "copy")
     with pytest.raises(ConfigError, match=r"one data set.*with a weight"):
-        PlannedSource("", section((sets[0], None), (sets[0], None)))
+        PlannedSource("", section((sets[0], None), (again, None)))
 
 
 @pytest.mark.parametrize("kind", [PlannedSource, StreamedSource])
@@ -227,6 +268,20 @@ def test_no_held_out_audio_or_speaker_is_in_training(seed, same_people, builder)
     for one, other in itertools.product(["reference_audio", "target_audio"], repeat=2):
         assert not np.isin(columns[one][trained], columns[other][held_out]).any()
     assert not np.isin(source.index["speaker"][trained], source.index["speaker"][held_out]).any()
+
+
+def test_the_only_speaker_of_a_data_set_is_not_held_out(tmp_path, make_dataset, make_sample, sets, builder):
+    """Else a whole data set would silently be missing from training."""
+    one = make_dataset(tmp_path / "one", [make_sample(400 + seed, 6, 12 + seed, speaker="only") for seed in range(6)])
+    for seed in range(12):
+        source = prepared(section((sets[0], 1.0), (one, 1.0), seed=seed, validation_fraction=0.15), builder)
+        assert source._held_out
+        held_out = source._held_out(source.index)
+        assert held_out.any()
+        assert not held_out[40:].any()
+    two = make_dataset(tmp_path / "two", [make_sample(500 + seed, 6, 12 + seed, speaker="alone") for seed in range(6)])
+    with pytest.raises(ConfigError, match=r"each of the 2 speakers is the only one of a data set"):
+        prepared(section((one, None), (two, None), validation_fraction=0.15), builder)
 
 
 def test_speakers_all_linked_by_one_clip_cannot_be_held_out(tmp_path, make_dataset, make_sample, builder):
@@ -320,7 +375,17 @@ def test_a_mixed_run_goes_on_but_not_with_other_weights(sets, short_config, tmp_
         return msgspec.structs.replace(plain, train=msgspec.structs.replace(plain.train, data=data))
 
     run = tmp_path / "run"
-    train(config(2.0, "train.max_steps=1"), "", run, RunOptions())
+    train(config(2.0, "train.max_steps=1", "train.eval_every=1"), "", run, RunOptions())
+    values = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    for part in ("loss", "eval"):  # the whole is made of the sets
+        of_sets = [values[f"{part}/audio_loss/{name}"] for name in ("data", "data-2")]
+        assert min(of_sets) < values[f"{part}/audio_loss"] < max(of_sets)
+        assert values[f"{part}/text_loss/data-2"] > 0
+    assert values["eval/samples/data"] + values["eval/samples/data-2"] == values["eval/samples"]
+    assert values["metrics/hours/data"] > 0
+    assert values["metrics/samples/data-2"] > 0
+    kept = json.loads((run / "checkpoints/checkpoint-1/metrics.json").read_text())
+    assert kept["metrics/samples/data"] == values["metrics/samples/data"]
     assert read_config(TrainConfig, run / "config.toml").train.data[1].weight == 2.0
     with pytest.raises(CheckpointError, match=r"weights of train\.data"):
         train(config(3.0), "", run, RunOptions())

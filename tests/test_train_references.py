@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mixed_sets import with_clips, write_columns
+from mixed_sets import with_clips, with_reference_of, write_columns
 
 from shards.columns import COLUMNS_DTYPE, audio_hash
 from shards.config import SequenceSection
 from shards.errors import ConfigError
-from shards.index import INDEX_DTYPE
+from shards.index import INDEX_DTYPE, read_index
+from shards.reader import SampleReader
 from shards.sample import unpack_sample
 from shards.sequence import SequenceBuilder
 from train.config import DataSource, TrainSection
@@ -24,6 +25,7 @@ from train.data.plan import Planner, PlanSettings
 from train.data.planned_source import PlannedSource
 from train.data.references import LISTED, SpeakerReferences
 from train.data.streamed_source import StreamedSource
+from train.world import ALONE
 
 BUDGET = 400
 
@@ -210,6 +212,42 @@ def test_drawn_references_stay_on_their_side_of_the_border(dataset, builder):
                 assert reference not in away
                 assert target not in away
                 assert reference != target or target == columns["target_audio"][32]
+
+
+@pytest.mark.parametrize("has_columns", [True, False], ids=["by hash", "by codes"])
+@pytest.mark.parametrize("reference", ["as_listed", "same_speaker"])
+def test_no_audio_of_validation_data_is_heard_in_training(
+    has_columns, reference, dataset, builder, tmp_path, make_dataset, make_sample
+):
+    """In any role over three epochs, by hash, of speakers that both sets have; what would be is left out and counted."""
+    own = [make_sample(300 + number, 6, 12 + number, speaker=f"speaker-{number % 4}") for number in range(8)]
+    held_out = [with_clips(sample, f"held out {n} reference", f"held out {n}") for n, sample in enumerate(own)]
+    trained = list(SampleReader(dataset).read_all(read_index(dataset / "index.npy")))
+    held_out[:3] = [with_reference_of(sample, other) for sample, other in zip(held_out[:3], trained[16:], strict=False)]
+    folder = make_dataset(tmp_path / "held-out", held_out)
+    if has_columns:
+        write_columns(folder, held_out)
+    asked = TrainSection(batch_tokens=700, packs_per_step=2, reference=reference, validation_data=str(folder))
+    source = PlannedSource(str(dataset), asked)
+    places = source.require_apart()
+    assert len(places) == 3
+    source.leave_out(places)
+    source.prepare(builder)
+    packs = source.held_out(ALONE)
+    assert packs
+    evaluated = {key for loaded in packs.loaded_packs() for key in loaded.batch.keys}
+    assert len(evaluated) == 5
+    assert {sample.key for sample in source.listening_samples(8)} == evaluated
+    samples = SampleReader(folder).read_all(read_index(folder / "index.npy"))
+    away = {
+        audio_hash(audio)
+        for sample in samples
+        if sample.key in evaluated
+        for audio in (sample.facts.reference, sample.facts.target)
+    }
+    for epoch in range(3):
+        for _, *roles in heard(source, epoch):
+            assert away.isdisjoint(roles)
 
 
 def test_speakers_of_one_clip_keep_theirs_and_are_counted(dataset, builder, caplog):

@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+from mixed_sets import with_reference_of
 
 from shards.errors import ConfigError
 from shards.sample import Sample
@@ -41,7 +42,8 @@ def compare(dataset, make_dataset, tmp_path, caplog):
 
     def compare(held_out: list[Sample]) -> str:
         folder = make_dataset(tmp_path / "held-out", held_out)
-        PlannedSource(str(dataset), section(folder)).require_apart()
+        source = PlannedSource(str(dataset), section(folder))
+        source.leave_out(source.require_apart())
         return caplog.text
 
     return compare
@@ -105,24 +107,18 @@ def test_a_reference_that_was_a_target_is_common_audio(compare, samples):
         compare([turned(samples[7])])
 
 
-def test_common_references_and_speakers_are_warned_of(compare, samples, make_sample):
-    """A speaker's one prompt in both sets: nothing that is learned is held out."""
-    other = make_sample(60, 5, 40, speaker="speaker-1")
-    facts, first = other.facts, samples[1]
-    texts = [facts.texts[0], first.facts.texts[1], *facts.texts[2:]]
-    counts = [facts.text_token_counts[0], first.facts.text_token_counts[1], *facts.text_token_counts[2:]]
-    ids = np.concatenate(
-        [other.text_item_ids(0), first.text_item_ids(1), other.text_item_ids(2), other.text_item_ids(3)]
-    )
-    shared = dataclasses.replace(
-        other,
-        facts=msgspec.structs.replace(facts, texts=texts, text_token_counts=counts, reference=first.facts.reference),
-        text_ids=ids,
-        reference_codes=first.reference_codes,
-    )
+def test_samples_with_references_of_training_are_left_out(compare, samples, make_sample):
+    """A speaker's one prompt in both sets: nothing that is learned is held out, but it is heard."""
+    shared = with_reference_of(make_sample(60, 5, 40, speaker="speaker-1"), samples[1])
     said = compare([shared, make_sample(61, speaker="new"), make_sample(62, speaker="new")])
-    assert "at least 1 reference clips are also references of training" in said
+    assert "1 of its 3 samples have a reference that is heard in training as well; they are not evaluated with" in said
     assert "1 of its 2 speakers, with 1 of its 3 samples, are trained on as well: speaker-1; their losses" in said
+
+
+def test_held_out_data_whose_references_are_heard_are_refused(compare, samples, make_sample):
+    everything = [with_reference_of(make_sample(60 + number, 5, 40), samples[number]) for number in range(3)]
+    with pytest.raises(ConfigError, match="the references of all its 3 samples are heard in training as well"):
+        compare(everything)
 
 
 def test_samples_of_equal_lengths_are_not_taken_for_the_same(compare, samples):
@@ -226,10 +222,13 @@ def test_held_out_samples_whose_audio_is_trained_on_are_skipped(make_dataset, sa
     everything[first] = with_target_of(samples[first], samples[trained])
     kept, held_out = held_out_of(make_dataset(tmp_path / "shared", everything))
     assert kept == held_out - 1
-    assert "1 samples of held-out speakers have audio that is trained on under another name (trained" in caplog.text
+    everything[first] = with_reference_of(samples[first], samples[trained])  # heard, although not learned
+    assert held_out_of(make_dataset(tmp_path / "prompt", everything)) == (kept, held_out)
+    assert (
+        "1 samples of held-out speakers have audio that is heard in training under another name (trained" in caplog.text
+    )
     assert "they are not evaluated with" in caplog.text
     for place in np.flatnonzero(inside):
         everything[place] = with_target_of(samples[place], samples[trained])
-    kept, held_out = held_out_of(make_dataset(tmp_path / "all", everything))
-    assert kept == held_out
-    assert "nothing else is held out, so held-out losses say little" in caplog.text
+    with pytest.raises(ConfigError, match="and nothing else is held out: name the speakers in the list"):
+        held_out_of(make_dataset(tmp_path / "all", everything))

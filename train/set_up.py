@@ -236,15 +236,17 @@ def find_inputs(source: Source, asked: TrainConfig) -> Inputs:
 
 
 def require_apart(source: Source, world: World) -> None:
-    """Held-out data are not trained on; the first rank looks for all. Raises ConfigError. Every rank must call this."""
-    problem = ""
+    """No held-out audio is heard in training; the first rank looks for all. Raises ConfigError. Every rank must call this."""
+    problem, places = "", list[int]()
     if world.is_first:
         try:
-            source.require_apart()
+            places = source.require_apart()
         except PipelineError as error:
             problem = str(error)
-    if problem := world.gather(problem)[0]:
+    problem, places = world.gather((problem, places))[0]
+    if problem:
         raise ConfigError(problem)
+    source.leave_out(places)
 
 
 def wanted_budget(section: TrainSection, start_from: Path | None) -> int | None:

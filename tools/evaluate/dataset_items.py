@@ -58,14 +58,15 @@ def held_out_rows(index: np.ndarray, fraction: float, seed: int) -> np.ndarray:
 
 
 def unseen_rows(reader: SampleReader, index: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """Of these, those whose audio is not trained on under another name either, as `train` evaluates; all where none is left."""
+    """Of these, those whose audio is not heard in training under another name either, as `train` evaluates; all where none is
+    left."""
     from train.data.same_audio import without_places
-    from train.data.validation_overlap import learned_places
+    from train.data.validation_overlap import heard_places
     from train.data.validation_split import choose_speakers, of_speakers
 
     speakers = choose_speakers(index, seed, fraction)
     trained, held_out = (of_speakers(speakers, inside=inside) for inside in (False, True))
-    places, _ = learned_places("the data set", reader, index, trained, held_out)
+    places, _ = heard_places("the data set", reader, index, trained, held_out)
     left = np.flatnonzero(without_places(held_out, places)(index))
     return left if len(left) else np.flatnonzero(held_out(index))
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from shards.columns import read_columns
 from shards.errors import ConfigError, ShardError
-from shards.manifest import Dataset, open_dataset, require_one_precision, text_rules
+from shards.manifest import Dataset, edits_in_words, open_dataset, require_one_precision, text_rules
 from shards.printable import redact
 from shards.reader import SampleReader
 from train.config import TrainSection
@@ -88,7 +88,7 @@ class JoinedSets:
 def join(sets: list[OpenSet]) -> JoinedSets:
     """Raises ShardError or ConfigError, naming both, where two do not fit together."""
     for one, other in itertools.combinations(sets, 2):
-        require_compatible(one, other)
+        require_compatible(one.location, one.dataset, other.location, other.dataset)
     if len(sets) == 1:
         (only,) = sets
         return JoinedSets(sets, only.index, only.reader, only.dataset.digest, (0, len(only.index)), (0, MOST_SHARDS))
@@ -104,28 +104,30 @@ def join(sets: list[OpenSet]) -> JoinedSets:
     return JoinedSets(sets, index, JoinedReader(sets, first_shards), digest, tuple(first_rows), tuple(first_shards))
 
 
-def require_compatible(one: OpenSet, other: OpenSet) -> None:
-    """Raises where two data sets cannot be trained on together."""
-    names = f"{one.location} and {other.location}"
-    if one.dataset.digest == other.dataset.digest:
+def require_compatible(one: str, ours: Dataset, other: str, theirs: Dataset) -> None:
+    """Raises where two data sets at these places cannot be trained on together."""
+    names = f"{redact(one)} and {redact(other)}"
+    if ours.digest == theirs.digest:
         raise ConfigError(
-            f"train.data: {names} are one data set (digest {one.dataset.digest[:16]}); give it once, with a weight"
+            f"train.data: {names} are one data set (digest {ours.digest[:16]}); give it once, with a weight"
         )
-    require_one_precision(names, one.dataset, other.dataset)
-    ours, theirs = one.dataset.fingerprints, other.dataset.fingerprints
+    require_made_alike(one, ours, other, theirs, "cannot be trained on together")
+
+
+def require_made_alike(one: str, ours: Dataset, other: str, theirs: Dataset, so: str) -> None:
+    """Raises ShardError with both values of what differs in how clips became numbers; `so`: what that means."""
+    require_one_precision(f"{redact(one)} and {redact(other)}", ours, theirs)
     differing = [
         f"{what} {here[:16]} and {there[:16]}"
         for what, here, there in (
-            ("codec", ours.codec, theirs.codec),
-            ("tokenizer", ours.tokenizer, theirs.tokenizer),
-            ("mel", ours.mel, theirs.mel),
-            ("whisper", ours.whisper, theirs.whisper),
+            (name, getattr(ours.fingerprints, name), getattr(theirs.fingerprints, name))
+            for name in ("codec", "tokenizer", "mel", "whisper")
         )
         if here is not None and there is not None and here != there
-    ]
+    ] + edits_in_words(ours, theirs)
     if differing:
         raise ShardError(
-            f"{names} were not made alike and cannot be trained on together: {'; '.join(differing)}; run preprocess for one "
+            f"{redact(one)} and {redact(other)} were not made alike and {so}: {'; '.join(differing)}; run preprocess for one "
             "of them again with the pipeline.toml of the other"
         )
 

@@ -15,8 +15,12 @@ from train.data.validation_split import choose_speakers
 ONE_SPEAKER = np.dtype([("speaker", "<u8")])
 
 
-def choose_linked_speakers(index: np.ndarray, columns: np.ndarray, seed: int, fraction: float) -> np.ndarray:
-    """Held-out speakers [v] uint64, sorted, of index and columns [n]. Raises ConfigError where all are linked."""
+def choose_linked_speakers(
+    index: np.ndarray, columns: np.ndarray, seed: int, fraction: float, first_rows: tuple[int, ...]
+) -> np.ndarray:
+    """Held-out speakers [v] uint64, sorted, of index and columns [n] of data sets that begin at `first_rows`.
+
+    Raises ConfigError where all are linked."""
     names, heads = linked_speakers(index["speaker"], [columns["target_audio"], columns["reference_audio"]])
     if len(names) > 1 and len(np.unique(heads)) == 1:
         raise ConfigError(
@@ -25,7 +29,7 @@ def choose_linked_speakers(index: np.ndarray, columns: np.ndarray, seed: int, fr
         )
     rows = np.empty(len(index), ONE_SPEAKER)
     rows["speaker"] = heads[np.searchsorted(names, index["speaker"])]
-    chosen = choose_speakers(rows, seed, fraction)
+    chosen = choose_speakers(rows, seed, fraction, first_rows)
     return names[np.isin(heads, chosen)]
 
 

@@ -17,11 +17,11 @@ import msgspec
 import numpy as np
 
 from shards.errors import ConfigError
-from shards.manifest import Dataset, Fingerprints, check_fingerprints, require_one_precision
+from shards.manifest import Dataset, Fingerprints, check_fingerprints
 from shards.sample import Sample
 from shards.sequence import SequenceBuilder
 from train.config import TrainSection
-from train.data.data_sets import common_text_rules, join, mixing_of, open_set
+from train.data.data_sets import common_text_rules, join, mixing_of, open_set, require_made_alike
 from train.data.feed import DamageLimits
 from train.data.heaviest_pack import FIRST_REMOTE_SAMPLES, FIRST_SAMPLES, PackSource, PlannedPacks
 from train.data.linked_speakers import choose_linked_speakers
@@ -31,7 +31,7 @@ from train.data.references import SpeakerReferences
 from train.data.same_audio import without_places
 from train.data.source import HeldOut
 from train.data.text_dropout import TextDropout
-from train.data.validation_overlap import OpenData, learned_places, require_apart
+from train.data.validation_overlap import MAX_NAMED, OpenData, heard_places, require_apart
 from train.data.validation_split import choose_samples, choose_speakers, of_speakers
 from train.model.batch import PackedBatch
 from train.model.conditioning import Conditioning, fit_to_shards
@@ -59,7 +59,9 @@ class PlannedSource:
         self.text_rules = common_text_rules(self._data)
         self._validation = validation_source(section)
         self.validation_digest = self._validation.digest if self._validation else ""
-        self._held_out: Keep | None = None  # of validation_fraction
+        self._trained: Keep | None = None
+        self._references: SpeakerReferences | None = None
+        self._held_out: Keep | None = None  # of validation_fraction, or of held-out data without what training hears
 
     def check(self, expected: Fingerprints, conditioning: Conditioning) -> Conditioning:
         """Refuse shards that were not made for this model; settle what the reference enters as."""
@@ -75,21 +77,53 @@ class PlannedSource:
                 '"codes"'
             )
         if self._validation:
-            self._validation.require_precision_of(self._sets[0].location, self._sets[0].dataset)
+            self._validation.require_like({one.location: one.dataset for one in self._sets})
         if self._validation and self._validation.check(expected, conditioning).runs_tower:
             return conditioning  # held-out shards hold mels, whatever those trained on hold: the tower is needed
         return settled
 
-    def require_precision_of(self, location: str, trained_on: Dataset) -> None:
-        """Losses on codes of another precision would say nothing about training. Raises ShardError."""
-        for one in self._sets:
-            require_one_precision(f"{location} and {one.location}", trained_on, one.dataset)
+    def require_apart(self) -> list[int]:
+        return self._validation.require_apart_from(self.open_data()) if self._validation else []
 
-    def require_apart(self) -> None:
+    def leave_out(self, places: list[int]) -> None:
         if self._validation:
-            for data in self.open_data():
-                for held_out in self._validation.open_data():
-                    require_apart(data, held_out)
+            self._validation.keep_without(places)
+
+    def require_apart_from(self, trained: list[OpenData]) -> list[int]:
+        """`Source.require_apart` of the held-out data set, against each that is trained on."""
+        (held_out,) = self.open_data()
+        return sorted({place for data in trained for place in require_apart(data, held_out)})
+
+    def require_like(self, trained: dict[str, Dataset]) -> None:
+        """Raises ShardError where this held-out data set was made in another way than one that is trained on."""
+        (own,) = self._sets
+        for location, dataset in trained.items():
+            so = "so losses of one say little of the other (train.validation_data)"
+            require_made_alike(location, dataset, own.location, own.dataset, so)
+
+    def keep_without(self, places: list[int]) -> None:
+        """This held-out data set without the rows at these places. Raises ConfigError where none is left."""
+        if not places:
+            return
+        keep = without_places(lambda rows: np.ones(len(rows), bool), places)
+        (own,) = self._sets
+        if len(places) == len(self.index):
+            raise ConfigError(
+                f"train.validation_data = {own.location!r}: the references of all its {len(places)} samples are heard in "
+                "training as well, so nothing of it is held out; give its rows other references, or hold out speakers with "
+                "train.validation_fraction"
+            )
+        first = ", ".join(self.reader.read(row).key for row in self.index[~keep(self.index)][:MAX_NAMED])
+        log.warning(
+            "train.validation_data = %r: %d of its %d samples have a reference that is heard in training as well; they are "
+            "not evaluated with: %s%s",
+            own.location,
+            len(places),
+            len(self.index),
+            first,
+            ", ..." if len(places) > MAX_NAMED else "",
+        )
+        self._held_out = keep
 
     def open_data(self) -> list[OpenData]:
         return [
@@ -146,9 +180,9 @@ class PlannedSource:
         seed = self._section.seed
         draws = self._section.reference != "as_listed"
         if (len(self._sets) > 1 or draws) and (columns := self._data.columns()) is not None:
-            speakers = choose_linked_speakers(self.index, columns, seed, fraction)
+            speakers = choose_linked_speakers(self.index, columns, seed, fraction, self._data.first_rows)
             return of_speakers(speakers, inside=False), of_speakers(speakers, inside=True)
-        speakers = choose_speakers(self.index, seed, fraction)
+        speakers = choose_speakers(self.index, seed, fraction, self._data.first_rows)
         keep = of_speakers(speakers, inside=False)
         return keep, self._without_trained(keep, of_speakers(speakers, inside=True), world)
 
@@ -190,31 +224,31 @@ class PlannedSource:
         )
 
     def _without_trained(self, trained: Keep, held_out: Keep, world: World) -> Keep:
-        """Of held-out speakers' rows those whose audio no other speaker's row has as well; the others are logged.
+        """Of held-out speakers' rows those whose audio no row trained on has as well; the others are logged.
 
-        Every rank must call this. The rows trained on stay what they are. Where nothing would be left all stay, with a warning.
+        Every rank must call this. The rows trained on stay what they are. Raises ConfigError where nothing would be left.
         """
         places: list[int] = []
         names: list[str] = []
         if world.is_first and not self._is_remote:
             name = ", ".join(one.location for one in self._sets)
-            places, names = learned_places(name, self.reader, self.index, trained, held_out)
+            places, names = heard_places(name, self.reader, self.index, trained, held_out)
         places, names = world.gather((places, names))[0]
         if not places:
             return held_out
         keep = without_places(held_out, places)
         is_any_left = any(keep(self.index[start : start + CHUNK]).any() for start in range(0, len(self.index), CHUNK))
-        log.warning(
-            "train.validation_fraction: %d samples of held-out speakers have audio that is trained on under another name "
-            "(%s); %s",
-            len(places),
-            "; ".join(names),
-            "they are not evaluated with"
-            if is_any_left
-            else "nothing else is held out, so held-out losses say little: name the speakers in the list, or give another "
-            "data set in train.validation_data",
+        found = (
+            f"train.validation_fraction: {len(places)} samples of held-out speakers have audio that is heard in training under "
+            f"another name ({'; '.join(names)})"
         )
-        return keep if is_any_left else held_out
+        if not is_any_left:
+            raise ConfigError(
+                f"{found}, and nothing else is held out: name the speakers in the list, give each a reference of its own, or "
+                "name another data set in train.validation_data"
+            )
+        log.warning("%s; they are not evaluated with", found)
+        return keep
 
     def _count_packs(self, world: World) -> None:
         """To count an epoch's packs is to plan it, so the first rank does it for all. Every rank must call this."""
@@ -226,13 +260,14 @@ class PlannedSource:
         """The held-out packs; None where nothing is held out."""
         budget = self.planner.settings.batch_tokens
         if self._validation:
-            return self._validation.held_out_packs(self._builder, world, None, budget)
+            return self._validation.held_out_packs(self._builder, world, budget)
         if self._held_out is not None:
-            return self.held_out_packs(self._builder, world, self._held_out, budget)
+            return self.held_out_packs(self._builder, world, budget)
         return None
 
-    def held_out_packs(self, builder: SequenceBuilder, world: World, keep: Keep | None, batch_tokens: int) -> HeldOut:
-        """One pass over the kept rows in a fixed order, filled up so that ranks stay in step. Raises ConfigError."""
+    def held_out_packs(self, builder: SequenceBuilder, world: World, batch_tokens: int) -> HeldOut:
+        """One pass over the held-out rows in a fixed order, filled up so that ranks stay in step. Raises ConfigError."""
+        keep = self._held_out
         settings = PlanSettings(
             seed=0,
             batch_tokens=batch_tokens,
@@ -271,7 +306,7 @@ class PlannedSource:
 
     def first_samples(self, num_samples: int, builder: SequenceBuilder) -> list[Sample]:
         """The same of a data set that is only validated with."""
-        return choose_samples(self.reader, self.index, None, num_samples, builder)
+        return choose_samples(self.reader, self.index, self._held_out, num_samples, builder)
 
     def describe(self) -> None:
         planner, section = self.planner, self._section

@@ -51,8 +51,14 @@ class Source(Protocol):
         """Refuse data that was not made for this model; settle what the reference enters as. Raises ShardError."""
         ...
 
-    def require_apart(self) -> None:
-        """Refuse held-out data that are trained on as well, and warn of common speakers. Raises ConfigError."""
+    def require_apart(self) -> list[int]:
+        """Refuse held-out data that are trained on as well, and warn of common speakers. Raises ConfigError.
+
+        Returns the places of held-out rows with audio that is heard in training, for `leave_out`."""
+        ...
+
+    def leave_out(self, places: list[int]) -> None:
+        """Evaluate without these rows of train.validation_data. Raises ConfigError where none is left."""
         ...
 
     def heaviest_packs(self, builder: SequenceBuilder) -> PackSource:

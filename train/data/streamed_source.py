@@ -24,11 +24,11 @@ from webdataset.pipeline import DataPipeline
 
 from shards.errors import ConfigError, PipelineError, ShardError
 from shards.label_shift import IGNORE
-from shards.manifest import Dataset, Fingerprints, check_fingerprints, open_dataset, require_one_precision, text_rules
+from shards.manifest import Dataset, Fingerprints, check_fingerprints, open_dataset, text_rules
 from shards.sample import Sample, unpack_sample
 from shards.sequence import SequenceBuilder
 from train.config import TrainSection
-from train.data.data_sets import short_names
+from train.data.data_sets import require_compatible, short_names
 from train.data.feed import DamageLimits
 from train.data.heaviest_pack import PackSource, StreamedPacks
 from train.data.loader import (
@@ -47,7 +47,7 @@ from train.data.shard_urls import read_shards, shard_urls
 from train.data.source import HeldOut
 from train.data.stream_mixing import MixedSamples, stream_weights
 from train.data.text_dropout import TextDropout
-from train.data.validation_overlap import data_of_shards, require_apart
+from train.data.validation_overlap import data_of_shards
 from train.model.batch import PackedBatch
 from train.model.conditioning import Conditioning
 from train.world import ALONE, World
@@ -102,11 +102,10 @@ class StreamedSource:
             check_fingerprints(dataset, expected)
             self.text_rules = self.text_rules or text_rules(dataset)
         for (one, ours), (other, theirs) in itertools.combinations(known.items(), 2):
-            require_one_precision(f"{one} and {other}", ours, theirs)
+            require_compatible(one, ours, other, theirs)
         if self._validation:
-            for location, dataset in known.items():
-                self._validation.require_precision_of(location, dataset)
             self._validation.check(expected, conditioning)
+            self._validation.require_like(known)
         return conditioning
 
     def _datasets(self) -> dict[str, Dataset | None]:
@@ -118,15 +117,18 @@ class StreamedSource:
 
     def require_apart(self) -> None:
         """Of shards that stage one made here; foreign ones say nothing about what is in them."""
-        if self._validation:
-            known = data_of_shards(self.urls)
-            for data in known:
-                for held_out in self._validation.open_data():
-                    require_apart(data, held_out)
-            if not known:
-                log.info("train.validation_data is not compared with the stream: its shards have no index")
+        if not self._validation:
+            return []
+        known = data_of_shards(self.urls)
+        if not known:
+            log.info("train.validation_data is not compared with the stream: its shards have no index")
+        return self._validation.require_apart_from(known)
 
-    def heaviest_packs(self, builder: SequenceBuilder) -> PackSource:
+    def leave_out(self, places: list[int]) -> None:
+        if self._validation:
+            self._validation.keep_without(places)
+
+    def heaviest_packs(self, builder: SequenceBuilder, world: World) -> PackSource:
         """Packs to measure memory with: of the first sound samples, in the order of the list."""
         built = build_sequences(builder, TextDropout(builder, self._section.seed))(read_shards(self.urls))
         return StreamedPacks(lambda: (item.sequence for item in built if item.sequence))
@@ -224,7 +226,7 @@ class StreamedSource:
         if self._validation is None:
             return None
         budget = plan_settings(self._section).batch_tokens
-        return self._validation.held_out_packs(self._builder, world, None, budget)
+        return self._validation.held_out_packs(self._builder, world, budget)
 
 
 # --- stages ---------------------------------------------------------------------------------------------------------

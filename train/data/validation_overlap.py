@@ -1,6 +1,7 @@
 """Whether the data set in train.validation_data is apart from the one trained on.
 
-In: both data sets. Out: an error where one audio is trained on and held out, a warning where only voices are common. The index
+In: both data sets. Out: an error where one audio is learned on one side and heard on the other, held-out rows to leave out where
+both only have the same reference, a warning where only voices are common. No held-out audio is heard in training. The index
 holds no hash of an audio, so samples are compared in two steps: lengths, text tokens and speaker of every index row, which
 takes no reading, then the codes of up to 512 pairs that agree in them. Where both sets have columns.npy, its hashes also find
 an audio under another speaker, and texts that both have, which is a warning; where not, same_audio.py looks for the audio. The
@@ -44,8 +45,12 @@ class OpenData:
     reader: SampleReader | None
 
 
-def require_apart(trained: OpenData, held_out: OpenData) -> None:
-    """Raises ConfigError where `held_out` is trained on; warns of common speakers and references."""
+def require_apart(trained: OpenData, held_out: OpenData) -> list[int]:
+    """Places (`place_of`) of held-out rows to leave out, whose reference is one of training too; warns of common speakers.
+
+    Raises ConfigError where `held_out` is trained on.
+    """
+    left_out: list[int] = []
     what = f"{KEY} = {held_out.name!r}"
     if trained.dataset.digest == held_out.dataset.digest:
         raise ConfigError(
@@ -55,13 +60,17 @@ def require_apart(trained: OpenData, held_out: OpenData) -> None:
         )
     rows, keys = look_alikes(trained.index, held_out.index)
     if trained.reader and held_out.reader:
-        _judge(what, list(find_common(trained, held_out, rows, keys).values()))
-        if not compare_columns(what, trained, held_out):
+        refuse_learned(what, find_common(trained, held_out, rows, keys).values())
+        found = compare_columns(what, trained, held_out)
+        if found is None:
             sides = (
                 Rows(trained.name, trained.reader, trained.index),
                 Rows(held_out.name, held_out.reader, held_out.index),
             )
-            _judge(what, [pair for pair, _ in same_audio(*sides, read_clips).values() if pair.is_learned])
+            common = same_audio(*sides, read_clips).values()
+            refuse_learned(what, (pair for pair, _ in common))
+            found = np.array(sorted(set[int]().union(*(places for _, places in common))), np.int64)
+        left_out = place_of(held_out.index[found]).tolist()
     elif len(rows):
         log.warning(
             "%s: %d training samples have speaker and lengths of held-out ones; whether their audio is the same is not "
@@ -70,17 +79,21 @@ def require_apart(trained: OpenData, held_out: OpenData) -> None:
             len(rows),
         )
     warn_of_speakers(what, trained.dataset, held_out.dataset)
+    return left_out
 
 
-def compare_columns(what: str, trained: OpenData, held_out: OpenData) -> bool:
-    """Where both sets have columns: the same audio under any speaker, and the same texts, of all samples. False without."""
+def compare_columns(what: str, trained: OpenData, held_out: OpenData) -> np.ndarray | None:
+    """Where both sets have columns: the same audio under any speaker, and the same texts, of all samples; None without.
+
+    Returns held-out rows [m] whose reference is one of training too. Raises ConfigError for audio that is learned.
+    """
     tables = [
         read_columns(Path(data.name), len(data.index)) if data.reader and Path(data.name).is_dir() else None
         for data in (trained, held_out)
     ]
     if tables[0] is None or tables[1] is None:
         log.debug("%s: texts are not compared: one of both data sets has no columns.npy here", what)
-        return False
+        return None
     audio = shared_audio(tables[0], tables[1])
     if len(audio):
         raise ConfigError(
@@ -97,7 +110,7 @@ def compare_columns(what: str, trained: OpenData, held_out: OpenData) -> bool:
             len(tables[1]),
             _named(held_out, texts),
         )
-    return True
+    return common_rows(tables[1]["reference_audio"], tables[0]["reference_audio"])
 
 
 def _named(data: OpenData, rows: np.ndarray) -> str:
@@ -106,29 +119,27 @@ def _named(data: OpenData, rows: np.ndarray) -> str:
     return shown + ("; ..." if len(rows) > MAX_NAMED else "")
 
 
-def learned_places(
+def heard_places(
     name: str, reader: SampleReader, index: np.ndarray, trained: Keep, held_out: Keep
 ) -> tuple[list[int], list[str]]:
-    """(places of held-out rows whose audio is a target on one of both sides of one data set, how the first are named)."""
+    """(places of held-out rows with audio that is heard in training, of one data set; how the first are named)."""
     sides = Rows(name, reader, index, trained), Rows(name, reader, index, held_out)
-    learned = [(pair, rows) for pair, rows in same_audio(*sides, read_clips).values() if pair.is_learned]
-    rows = sorted(set[int]().union(*(rows for _, rows in learned)))
-    names = [f"trained {pair.trained}, held out {pair.held_out}" for pair, _ in learned[:MAX_NAMED]]
+    common = list(same_audio(*sides, read_clips).values())
+    rows = sorted(set[int]().union(*(rows for _, rows in common)))
+    names = [f"trained {pair.trained}, held out {pair.held_out}" for pair, _ in common[:MAX_NAMED]]
     return place_of(index[rows]).tolist(), names
 
 
-def _judge(what: str, common: list[Common]) -> None:
+def refuse_learned(what: str, common: Iterable[Common]) -> None:
+    """Raises ConfigError where one of these clips is a target on one of both sides."""
     learned = [pair for pair in common if pair.is_learned]
-    for pairs in (learned, common):
-        shown = "; ".join(f"trained {pair.trained}, held out {pair.held_out}" for pair in pairs[:MAX_NAMED])
-        shown += "; ..." if len(pairs) > MAX_NAMED else ""
-        if pairs and pairs is learned:
-            raise ConfigError(
-                f"{what}: at least {len(pairs)} clips of it are trained on ({shown}): leave them out of one of both lists "
-                "and run preprocess again, or hold out speakers with train.validation_fraction"
-            )
-        if pairs:
-            log.warning("%s: at least %d reference clips are also references of training: %s", what, len(pairs), shown)
+    if learned:
+        shown = "; ".join(f"trained {pair.trained}, held out {pair.held_out}" for pair in learned[:MAX_NAMED])
+        shown += "; ..." if len(learned) > MAX_NAMED else ""
+        raise ConfigError(
+            f"{what}: at least {len(learned)} clips of it are trained on ({shown}): leave them out of one of both lists and "
+            "run preprocess again, or hold out speakers with train.validation_fraction"
+        )
 
 
 def warn_of_speakers(what: str, trained: Dataset, held_out: Dataset) -> None:

@@ -7,6 +7,7 @@ is only near the fraction asked for.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable
 
@@ -22,17 +23,29 @@ from train.data.scramble import scramble
 log = logging.getLogger("train")
 
 
-def choose_speakers(index: np.ndarray, seed: int, fraction: float) -> np.ndarray:
+def choose_speakers(
+    index: np.ndarray, seed: int, fraction: float, first_rows: tuple[int, ...] | None = None
+) -> np.ndarray:
     """Held-out speakers [v] uint64, sorted: a pure function of the speakers' names and counts, the seed and the fraction.
 
     Speakers are taken in an order given by the seed, each if it brings the share nearer to the fraction; at least one is
-    taken and at least one is left. Raises ConfigError when there is only one.
+    taken, and at least one is left of each data set (`first_rows`: where each begins, and the end; None: one). Raises
+    ConfigError when that cannot be.
     """
     counts: dict[int, int] = {}
-    for start in range(0, len(index), CHUNK):
-        speakers, numbers = np.unique(index[start : start + CHUNK]["speaker"], return_counts=True)
-        for speaker, number in zip(speakers.tolist(), numbers.tolist(), strict=True):
-            counts[speaker] = counts.get(speaker, 0) + number
+    sets_of: dict[int, set[int]] = {}
+    first_rows = first_rows or (0, len(index))
+    for data_set, (first, end) in enumerate(itertools.pairwise(first_rows)):
+        for start in range(first, end, CHUNK):
+            speakers, numbers = np.unique(index[start : min(end, start + CHUNK)]["speaker"], return_counts=True)
+            for speaker, number in zip(speakers.tolist(), numbers.tolist(), strict=True):
+                counts[speaker] = counts.get(speaker, 0) + number
+                sets_of.setdefault(speaker, set()).add(data_set)
+    left = [sum(data_set in sets for sets in sets_of.values()) for data_set in range(len(first_rows) - 1)]
+
+    def can_go(speaker: int) -> bool:
+        return all(left[data_set] > 1 for data_set in sets_of[speaker])
+
     if len(counts) < 2:
         raise ConfigError(
             f"train.validation_fraction = {fraction}: the data set has only {len(counts)} speaker, and held-out speakers "
@@ -44,11 +57,20 @@ def choose_speakers(index: np.ndarray, seed: int, fraction: float) -> np.ndarray
     taken: list[int] = []
     total = 0
     for speaker in names[order].tolist():
-        if len(taken) + 1 < len(names) and abs(total + counts[speaker] - wanted) < abs(total - wanted):
+        if can_go(speaker) and abs(total + counts[speaker] - wanted) < abs(total - wanted):
             taken.append(speaker)
             total += counts[speaker]
+            for data_set in sets_of[speaker]:
+                left[data_set] -= 1
     if not taken:  # the smallest share there is
-        taken = [min(counts, key=lambda speaker: (counts[speaker], speaker))]
+        possible = [speaker for speaker in counts if can_go(speaker)]
+        if not possible:
+            raise ConfigError(
+                f"train.validation_fraction = {fraction}: each of the {len(counts)} speakers is the only one of a data set, so "
+                "holding one out would leave nothing of it to train on; name another data set in train.validation_data or "
+                "set it to 0"
+            )
+        taken = [min(possible, key=lambda speaker: (counts[speaker], speaker))]
     return np.array(sorted(taken), np.uint64)
 
 
