@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 import numpy as np
@@ -14,9 +16,11 @@ from shards.config import SequenceSection, read_config
 from shards.errors import ConfigError
 from shards.reader import SampleReader
 from shards.sequence import SequenceBuilder
-from train.config import TrainConfig
+from train.config import TrainConfig, TrainSection
 from train.data.heaviest_pack import PackCosts, PlannedPacks
+from train.data.loader import LoaderShare
 from train.data.packing import PlanSettings
+from train.data.planned_source import PlannedSource
 from train.loop import RunOptions, train
 from train.memory import BUDGET_MULTIPLE, CLOSE_ENOUGH, MAX_GROWTH, HostMemory, LargestBudget, largest_budget
 from train.run_folder.checkpoint_folders import complete_checkpoints
@@ -90,6 +94,29 @@ def test_the_heaviest_pack_is_the_one_with_most_to_learn(make_dataset, make_samp
     heaviest = packs.heaviest_pack(budget, heavy)
     assert heaviest.num_tokens <= budget
     assert len(heaviest.audio_rows) > 1.5 * len(packs.heaviest_pack(budget, light).audio_rows)
+
+
+def test_the_heaviest_pack_has_the_references_that_are_drawn(make_dataset, make_sample, tokenizer, tmp_path):
+    """The list's are short, the speakers' other clips are not: the very pack that four epochs have as their largest."""
+    samples = [make_sample(seed, 3, 40 + 3 * seed, speaker=f"speaker-{seed % 2}") for seed in range(24)]
+    folder = make_dataset(tmp_path, samples)
+    builder = SequenceBuilder(tokenizer, SequenceSection())
+
+    def heaviest(reference: Literal["as_listed", "same_speaker"]) -> tuple[int, int]:
+        """Tokens of the heaviest pack, and of the largest that comes."""
+        source = PlannedSource(str(folder), TrainSection(batch_tokens=900, packs_per_step=1, reference=reference))
+        probed = source.heaviest_packs(builder).heaviest_pack(900, PackCosts(token=1, place=0, target=0))
+        source.prepare(builder)
+        packs = itertools.islice(source.loaded_packs(0, LoaderShare()), source.planner.total_steps(4))
+        return probed.num_tokens, max(pack.batch.num_tokens for pack in packs)
+
+    listed, drawn = heaviest("as_listed"), heaviest("same_speaker")
+    assert listed[0] == listed[1]
+    assert drawn[0] == drawn[1] != listed[0]
+    source = PlannedSource(str(folder), TrainSection(batch_tokens=900, packs_per_step=1, reference="same_speaker"))
+    most = source.heaviest_packs(builder).most_tokens()
+    source.prepare(builder)
+    assert most == int(0.9 * source.planner.epoch_tokens(0)) > 0.9 * builder.lengths(source.index).sum()
 
 
 def test_the_host_reports_what_was_really_taken():

@@ -149,7 +149,7 @@ def check(
     optimizer = make_optimizer([parameter for _, parameter in lora_parameters(model)], asked.train)
 
     # 4. Memory: what a step needs is measured; a budget that does not fit ends here. Nothing is "auto" from here on.
-    budget = find_budget(model, source.heaviest_packs(builder), asked, world, wanted)
+    budget = find_budget(model, source.heaviest_packs(builder, world), asked, world, wanted)
     config = with_budget(asked, inputs.sequence, budget)
     if not wanted:
         prepare(source, builder, budget.batch_tokens, run_dir, world)

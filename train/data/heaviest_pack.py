@@ -23,6 +23,8 @@ from shards.sequence import Sequence, SequenceBuilder
 from train.data.loader import read_pack
 from train.data.packing import PlanSettings
 from train.data.plan import CHUNK, Planner
+from train.data.references import SpeakerReferences
+from train.data.text_dropout import TextDropout
 from train.model.attention import AttentionKind
 from train.model.batch import PackedBatch, pack
 from train.model.config import ModelConfig
@@ -78,12 +80,16 @@ class PlannedPacks:
         index: np.ndarray,
         builder: SequenceBuilder,
         settings: PlanSettings,
-        first: np.ndarray | None = None,
+        places: np.ndarray | None = None,
+        references: SpeakerReferences | None = None,
     ) -> None:
-        """`settings`: their budget is replaced by whichever is asked for. `first`: the index rows that packs are made of."""
+        """`settings`: their budget is replaced by whichever is asked for. `places`: the index rows that packs are made of.
+        `references`: drawn anew each epoch; None: those of the list."""
         self._reader = reader
         self._index = index
-        self._first = index[:FIRST_SAMPLES] if first is None else first
+        self._places = np.arange(min(len(index), FIRST_SAMPLES)) if places is None else places
+        self._references = references
+        self._first = np.asarray(index[self._places])
         self._builder = builder
         self._settings = settings
         # In the shorter form more samples, with more targets, fill a pack; a pack of them alone is rare, but may come.
@@ -97,22 +103,37 @@ class PlannedPacks:
         return int(max(self._builder.lengths(self._first).max(), self._lengths(self._first).max()))
 
     def most_tokens(self) -> int:
-        chunks = range(0, len(self._index), CHUNK)
-        total = sum(int(self._lengths(self._index[start : start + CHUNK]).sum()) for start in chunks)
+        total = 0
+        for start in range(0, len(self._index), CHUNK):
+            rows = np.arange(start, min(len(self._index), start + CHUNK))
+            total += int(self._lengths(self._rows(0, rows, np.iinfo(np.int64).max)).sum())
         return max(self.longest(), int(0.9 * total / self._settings.packs_per_step))  # packs are not quite full
+
+    def _drawn(self, batch_tokens: int) -> SpeakerReferences | None:
+        """As the plan of this budget draws them."""
+        longest = TextDropout(self._builder, self._settings.seed).longest
+        return self._references and self._references.fitting(lambda rows: longest(rows) <= batch_tokens)
+
+    def _rows(self, epoch: int, places: np.ndarray, batch_tokens: int) -> np.ndarray:
+        """Index rows at `places` as they are in an epoch with this budget."""
+        drawn = self._drawn(batch_tokens)
+        return drawn.found(epoch, places) if drawn else self._index[places]
 
     def heaviest_pack(self, batch_tokens: int, costs: PackCosts) -> PackedBatch:
         settings = dataclasses.replace(self._settings, batch_tokens=batch_tokens)
-        planner = Planner(self._first, self._lengths, settings)
-        lengths = self._lengths(self._first)
         targets = self._first["target_frames"].astype(np.int64) + NUM_MARKER_COLUMNS
-        packs: list[np.ndarray] = []
+        packs: list[tuple[float, int, np.ndarray]] = []  # cost, epoch, places
         for epoch in range(MOST_EPOCHS):
-            packs += planner.window(epoch, 0).packs()
+            rows = self._rows(epoch, self._places, batch_tokens) if self._references else self._first
+            lengths = self._lengths(rows)
+            for found in Planner(rows, self._lengths, settings).window(epoch, 0).packs():
+                packs.append((costs.of_pack(lengths[found], targets[found]), epoch, self._places[found]))
             if len(packs) >= ENOUGH_PACKS:
                 break
-        rows = max(packs, key=lambda rows: costs.of_pack(lengths[rows], targets[rows]))
-        return read_pack(self._reader, self._first, rows, self._builder, len(rows), self._with_text)
+        _, epoch, places = max(packs, key=lambda found: found[0])
+        drawn = self._drawn(batch_tokens)
+        clips = drawn.clips(epoch, places) if drawn else None
+        return read_pack(self._reader, self._index, places, self._builder, len(places), self._with_text, clips)
 
 
 class StreamedPacks:

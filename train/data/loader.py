@@ -253,12 +253,18 @@ def read_pack(
     builder: SequenceBuilder,
     num_samples: int,
     with_text: bool = True,
+    clips: np.ndarray | None = None,
 ) -> PackedBatch:
-    """A pack of the first sound samples of these rows, read here and now. Raises ShardError when there is none."""
+    """A pack of the first sound samples of these rows [m], read here and now. Raises ShardError when there is none.
+
+    `clips` [m]: numbers of the clips (`SpeakerReferences`) that are their references; None: those of the list.
+    """
     found, reasons = [], []
-    for row in rows:
+    for row, clip in zip(rows, itertools.repeat(LISTED) if clips is None else clips, strict=clips is not None):
         try:
             sample = reader.read(index[row])
+            if clip != LISTED:
+                sample = with_reference(sample, reader.read(index[clip >> 1]), is_target=clip % 2 == 1)
             sequence = builder.training(sample, with_text)
         except (ShardError, ValueError, IndexError) as error:
             reasons.append(str(error))

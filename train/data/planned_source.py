@@ -130,14 +130,14 @@ class PlannedSource:
             OpenData(one.location, one.dataset, one.index, None if one.remote else one.reader) for one in self._sets
         ]
 
-    def heaviest_packs(self, builder: SequenceBuilder) -> PackSource:
-        """Packs to measure memory with, before anything is planned."""
+    def heaviest_packs(self, builder: SequenceBuilder, world: World = ALONE) -> PackSource:
+        """Packs to measure memory with, before anything is planned. Every rank must call this."""
         section = msgspec.structs.replace(self._section, batch_tokens=1)
+        references = self._drawn_references(builder, world)
         first_samples = (FIRST_REMOTE_SAMPLES if self._is_remote else FIRST_SAMPLES) // len(self._sets)
         starts = self._data.first_rows
-        parts = [self.index[start : min(end, start + first_samples)] for start, end in pairwise(starts)]
-        first = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        return PlannedPacks(self.reader, self.index, builder, plan_settings(section), first)
+        parts = [np.arange(start, min(end, start + first_samples)) for start, end in pairwise(starts)]
+        return PlannedPacks(self.reader, self.index, builder, plan_settings(section), np.concatenate(parts), references)
 
     def prepare(
         self,
@@ -151,20 +151,13 @@ class PlannedSource:
         self._builder = builder
         if batch_tokens:
             self._section = msgspec.structs.replace(self._section, batch_tokens=batch_tokens)
-        fraction, keep = self._section.validation_fraction, None
-        self._require_drawable(builder)
-        if fraction:
-            keep, self._held_out = self._hold_out(fraction, world)
-        self._dropout = TextDropout(builder, self._section.seed)
-        self.planner = Planner(
-            self.index,
-            self._dropout.longest,
-            plan_settings(self._section),
-            keep,
-            self.mixing,
-            self._dropout,
-            self._drawn_references(builder, keep),
-        )
+        settings = plan_settings(self._section)
+        dropout = self._dropout = TextDropout(builder, self._section.seed)
+        references = self._drawn_references(builder, world)
+        if references:
+            references = references.fitting(lambda rows: dropout.longest(rows) <= settings.batch_tokens)
+        keep = self._trained_rows(world)
+        self.planner = Planner(self.index, dropout.longest, settings, keep, self.mixing, dropout, references)
         self._require_room(self.planner)
         if counts_path and world.is_first:
             self.planner.load_counts(counts_path)
@@ -174,6 +167,13 @@ class PlannedSource:
         if counts_path and world.is_first:
             counts_path.parent.mkdir(parents=True, exist_ok=True)
             self.planner.save_counts(counts_path)
+
+    def _trained_rows(self, world: World) -> Keep | None:
+        """A filter of the rows trained on, None for all; the others are held out. Every rank must call this."""
+        fraction = self._section.validation_fraction
+        if fraction and self._trained is None:
+            self._trained, self._held_out = self._hold_out(fraction, world)
+        return self._trained
 
     def _hold_out(self, fraction: float, world: World) -> tuple[Keep, Keep]:
         """Filters of the rows trained on and of those held out: whole speakers, of all data sets by their names."""
@@ -201,27 +201,29 @@ class PlannedSource:
                 'were written, with their own reference; set it to "as_listed"'
             )
 
-    def _drawn_references(self, builder: SequenceBuilder, keep: Keep | None) -> SpeakerReferences | None:
-        if self._section.reference == "as_listed":
-            return None
-        chunks = range(0, len(self.index), CHUNK) if keep else ()
+    def _drawn_references(self, builder: SequenceBuilder, world: World) -> SpeakerReferences | None:
+        """Of all budgets (`fitting` sets one); None where references are those of the list. Every rank must call this."""
+        if self._section.reference == "as_listed" or self._references:
+            return self._references
+        self._require_drawable(builder)
+        keep = self._trained_rows(world)
         is_trained = np.ones(len(self.index), bool)
-        for start in chunks:
+        for start in range(0, len(self.index), CHUNK) if keep else ():
             is_trained[start : start + CHUNK] = keep(self.index[start : start + CHUNK]) if keep else True
-        settings = plan_settings(self._section)
         held_out = self._validation._data.columns() if self._validation else None
-        return SpeakerReferences(
+        self._references = SpeakerReferences(
             self.index,
             [one.columns() for one in self._sets],
             self._data.first_rows,
             is_trained,
-            settings.seed,
-            lambda rows: self._dropout.longest(rows) <= settings.batch_tokens,
+            self._section.seed,
+            lambda rows: np.ones(len(rows), bool),
             with_targets=not builder.uses_whisper,
             barred=None
             if held_out is None
             else np.concatenate([held_out["target_audio"], held_out["reference_audio"]]),
         )
+        return self._references
 
     def _without_trained(self, trained: Keep, held_out: Keep, world: World) -> Keep:
         """Of held-out speakers' rows those whose audio no row trained on has as well; the others are logged.

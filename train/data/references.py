@@ -9,6 +9,7 @@ The price: a second read for each sample, and about 50 bytes a sample in memory.
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
@@ -68,6 +69,12 @@ class SpeakerReferences:
         sizes = self._sizes(np.arange(len(index)))
         self.num_trained = int(is_trained.sum())
         self.num_listed = int((is_trained & (sizes == 0)).sum())  # rows whose speaker has no other clip
+
+    def fitting(self, fits: Callable[[np.ndarray], np.ndarray]) -> SpeakerReferences:
+        """The same draws under another budget, which `fits` knows; arrays are shared."""
+        other = copy.copy(self)
+        other._fits = fits
+        return other
 
     def clips(self, epoch: int, rows: np.ndarray) -> np.ndarray:
         """The reference of each row [m] in this epoch: numbers of clips int64, LISTED where none is drawn."""

@@ -61,8 +61,8 @@ class Source(Protocol):
         """Evaluate without these rows of train.validation_data. Raises ConfigError where none is left."""
         ...
 
-    def heaviest_packs(self, builder: SequenceBuilder) -> PackSource:
-        """Packs to measure memory with, before anything is planned."""
+    def heaviest_packs(self, builder: SequenceBuilder, world: World) -> PackSource:
+        """Packs to measure memory with, before anything is planned. Every rank must call this."""
         ...
 
     def prepare(

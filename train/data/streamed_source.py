@@ -115,7 +115,7 @@ class StreamedSource:
             for one in self._locations
         }
 
-    def require_apart(self) -> None:
+    def require_apart(self) -> list[int]:
         """Of shards that stage one made here; foreign ones say nothing about what is in them."""
         if not self._validation:
             return []
