@@ -136,25 +136,53 @@ def finalize_command(out: Path, max_reject_fraction: float | None) -> None:
 
 
 @main.command("convert")
-@click.argument("kind", type=click.Choice(["metadata", "csv", "folder", "ljspeech", "commonvoice", "kaldi", "lhotse"]))
+@click.argument(
+    "kind", type=click.Choice(["metadata", "csv", "folder", "ljspeech", "commonvoice", "kaldi", "lhotse", "hf"])
+)
 @click.argument("source", type=PATH)
 @click.argument("chatml", type=FileToWrite())
 @click.option("--seed", default=0, show_default=True, help="Of drawing references.")
 @click.option("--speaker", help="Who speaks all clips, where SOURCE names no speakers.")
 @click.option("--speaker-from-folder", is_flag=True, help="A folder per speaker, where SOURCE names no speakers.")
+@click.option("--split", help="Of hf: which one, where there are several.")
+@click.option("--text-column", help="Of hf, where its name is not text, sentence, transcription or transcript.")
+@click.option("--speaker-column", help="Of hf, where its name is not speaker, speaker_id or client_id.")
+@click.option(
+    "--audio-folder", type=PATH, help="Of hf: for audio inside the table; default: CHATML without its ending."
+)
 def convert_command(
-    kind: str, source: Path, chatml: Path, seed: int, speaker: str | None, speaker_from_folder: bool
+    kind: str,
+    source: Path,
+    chatml: Path,
+    seed: int,
+    speaker: str | None,
+    speaker_from_folder: bool,
+    audio_folder: Path | None,
+    **columns: Any,
 ) -> None:
     """Write the list CHATML (.json or .jsonl) from SOURCE, another project's data set."""
-    with explained(), ends_on_signals():
-        from preprocess.convert import convert
+    if speaker and speaker_from_folder:
+        raise click.UsageError("--speaker and --speaker-from-folder exclude each other")
+    if kind != "hf" and (audio_folder or any(columns.values())):
+        raise click.UsageError("--split, --text-column, --speaker-column and --audio-folder are of hf alone")
+    if kind == "hf" and speaker_from_folder:
+        raise click.UsageError("--speaker-from-folder: a table has no folders; give --speaker or --speaker-column")
+    place = audio_folder or chatml.with_suffix("")
+    if place == chatml:
+        raise click.UsageError(f"{chatml}: give the list a name that ends in .jsonl or .json, or --audio-folder")
+    with explained(CONTINUES if kind == "hf" else ""), ends_on_signals():
+        from preprocess.convert import convert, convert_hugging_face
+        from preprocess.convert_hugging_face import HuggingFaceSource
 
-        if speaker and speaker_from_folder:
-            raise click.UsageError("--speaker and --speaker-from-folder exclude each other")
-        made = convert(kind, source, chatml, seed, speaker, speaker_from_folder)
+        if kind == "hf":
+            made = convert_hugging_face(HuggingFaceSource(source, place, **columns), chatml, seed, speaker)
+        else:
+            made = convert(kind, source, chatml, seed, speaker, speaker_from_folder)
         print_line(f"{chatml}: {made.num_rows} rows of {made.num_speakers} speakers")
         if made.ignored_columns:
             print_line(f"columns that are not used: {', '.join(made.ignored_columns)}")
+        for lacking, count in sorted(made.skipped_rows.items()):
+            print_line(f"skipped: {count} rows without {lacking}")
         if made.lonely_clips:
             first = made.lonely_clips[0]
             print_line(f"skipped: {len(made.lonely_clips)} clips whose speaker has no other clip; first {first}")

@@ -3,7 +3,7 @@
     metadata   metadata.json of train-higgs-audio: {"samples": [{"audio_file", "transcript_file" or "transcript", "speaker_id"}]}
     csv        audio_file|text|speaker, as F5-TTS and Coqui use it; tab works too, and "," with a header
     folder     x.wav beside x.txt or x.lab; the speaker is the folder a file lies in
-    (of published corpora: convert_corpora.py)
+    (of published corpora: convert_corpora.py; of the Hugging Face hub: convert_hugging_face.py)
 
 Every clip becomes a target; its reference is another clip of the same speaker, drawn with a seed, never itself nor the same
 recording under another suffix. A clip without another one of its speaker is skipped and counted. Nothing is guessed: a field
@@ -19,7 +19,7 @@ import stat
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -30,8 +30,13 @@ from shards.cloning import cloning_messages
 from shards.errors import DataError
 from shards.writer import write_bytes
 
+if TYPE_CHECKING:
+    from preprocess.convert_hugging_face import HuggingFaceSource
+
 PYAV_SUFFIXES = (".m4a", ".mp4", ".webm", ".mka", ".aac", ".wma", ".amr")
 AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aiff", *PYAV_SUFFIXES)
+
+SPOKEN_WITH = ("dialect", "accents", "accent", "variant", "locale", "gender", "age")  # kept where a source says it
 
 
 class Clip(msgspec.Struct, frozen=True):
@@ -57,6 +62,7 @@ class Conversion(msgspec.Struct, frozen=True):
     num_speakers: int
     lonely_clips: list[str]  # without another recording of their speaker
     ignored_columns: list[str] = []
+    skipped_rows: dict[str, int] = {}  # by what they lack
 
 
 def convert(
@@ -70,11 +76,29 @@ def convert(
     clips = list(reader_of(kind)(source, ignored))
     if not clips:
         raise DataError(f"{source}: no clip found; expected {EXPECTED[kind]}")
-    rows, lonely, num_speakers = paired_rows(_with_speakers(clips, source, speaker, speaker_from_folder), seed)
+    named = _with_speakers(clips, source, speaker, speaker_from_folder)
+    return Conversion(*_listed(named, source, out, seed), ignored)
+
+
+def convert_hugging_face(asked: HuggingFaceSource, out: Path, seed: int, speaker: str | None = None) -> Conversion:
+    """As `convert`, of a Hugging Face data set, whose audio is written to files. Raises DataError."""
+    from preprocess.convert_hugging_face import read_hugging_face
+
+    clips = list(read_hugging_face(asked))
+    skipped = dict(asked.skipped)
+    if not clips:
+        raise DataError(f"{asked.path}: no row with audio, text and speaker; rows that lack one: {skipped or 'none'}")
+    named = _with_speakers(clips, asked.path, speaker, False)
+    return Conversion(*_listed(named, asked.path, out, seed), asked.ignored, skipped)
+
+
+def _listed(clips: Iterable[Clip], source: Path, out: Path, seed: int) -> tuple[int, int, list[str]]:
+    """Write the list: (rows, speakers, clips without another recording of their speaker)."""
+    rows, lonely, num_speakers = paired_rows(clips, seed)
     if not rows:
         raise DataError(f"{source}: every speaker has one clip only; cloning needs another clip as the reference")
     write_list(out, rows)
-    return Conversion(len(rows), num_speakers, lonely, ignored)
+    return len(rows), num_speakers, lonely
 
 
 def paired_rows(clips: Iterable[Clip], seed: int) -> tuple[list[dict[str, Any]], list[str], int]:
@@ -109,7 +133,7 @@ def _with_speakers(clips: list[Clip], source: Path, speaker: str | None, from_fo
     if unnamed and not (speaker or from_folder):
         raise DataError(
             f"{source}: {len(unnamed)} of {len(clips)} clips have no speaker, first {unnamed[0]}; add a column, or give "
-            "--speaker NAME (one voice speaks all) or --speaker-from-folder (a folder per speaker)"
+            "--speaker NAME (one voice speaks all) or, of files, --speaker-from-folder (a folder per speaker)"
         )
     for clip in clips:
         named = clip.speaker or speaker or _folder_of(clip, source)

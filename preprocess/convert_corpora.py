@@ -16,21 +16,13 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from preprocess.convert import Clip, read_text
+from preprocess.convert import SPOKEN_WITH, Clip, read_text
 from preprocess.list_encoding import UNREADABLE, open_list
 from preprocess.list_row import STRICT
 from shards.errors import DataError
 from shards.printable import excerpt
 
 COMMON_VOICE = ("client_id", "path", "sentence")
-SPOKEN_WITH = (
-    "accents",
-    "accent",
-    "variant",
-    "locale",
-    "gender",
-    "age",
-)  # of Common Voice, kept where they say something
 MAX_MANIFEST_LINE = 4 << 20
 
 

@@ -165,3 +165,23 @@ def test_a_cut_manifest_that_ends_early_is_refused(data: Path):
     (data / "cuts.jsonl.gz").write_bytes(whole[:-20])
     with pytest.raises(DataError, match="ended before"):
         convert("lhotse", data / "cuts.jsonl.gz", data / "list.jsonl", 0)
+
+
+def test_the_manual_says_of_each_layout_its_use_and_source(repository: Path):
+    from preprocess.cli import main
+    from preprocess.slicing.transcripts import SUFFIXES
+
+    lines = (repository / "preprocess" / "README.md").read_text().splitlines()
+    rows = [
+        [cell.strip() for cell in line.replace("\\|", "/").strip("|").split("|")]
+        for line in lines
+        if "https://" in line
+    ]
+    told = {name: row for row in rows for name in row[0].replace("`", "").split(", ")}
+    (kinds,) = [option.type for option in main.commands["convert"].params if option.name == "kind"]
+    files = [f"x{end}" for end in (*SUFFIXES, ".rttm") if end != ".textgrid"]
+    assert [name for name in (*kinds.choices, *files) if name not in told] == []
+    for row in rows:
+        assert len(row) >= 3
+        assert len(row[-2].split()) > 3, "what it is good for"
+        assert row[-1].startswith("https://")
