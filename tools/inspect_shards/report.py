@@ -179,9 +179,13 @@ def player_row(sample: Sample, why: str, players: Players) -> list[str]:
         f"<td>{escaped(facts.speaker)}<br><small>{escaped(sample.key)} {escaped(facts.id)}<br>{escaped(why)}</small></td>",
         f'<td class="text"><small>reference</small> {arabic(texts[0])}<br><small>target</small> {arabic(texts[1])}</td>',
     ]
-    for codes, audio in ((sample.reference_codes, facts.reference), (sample.target_codes, facts.target)):
+    for role, codes, audio in (
+        ("reference", sample.reference_codes, facts.reference),
+        ("target", sample.target_codes, facts.target),
+    ):
         cells.append(
-            f"<td><small>from its codes</small>{players.of_codes(codes)}<br><small>the file</small>{players.of_file(audio)}</td>"
+            f"<td><small>{role}, from its codes</small>{players.of_codes(codes)}<br>"
+            f"<small>{role}, the file</small>{players.of_file(audio)}</td>"
         )
     return [*cells, f"<td>{escaped(', '.join(facts.warnings))}</td>"]
 
