@@ -91,6 +91,12 @@ def test_list_takes_the_options(varied):
     assert run("list", varied, "--sort", "beauty").exit_code == 2
 
 
+def test_a_question_without_an_answer_says_so(varied):
+    done = run("list", varied, "--warning", "noisy", "--json")
+    assert (done.exit_code, done.stdout) == (0, "")
+    assert done.stderr == "none of 12 samples is like that; warnings that are there: none\n"
+
+
 def test_the_rate_is_of_the_target(varied):
     _, index = open_dataset(varied)
     sample = SampleReader(varied).read(index[4])

@@ -84,7 +84,9 @@ def list_command(
     from tools.inspect_shards.samples import Wanted, chars_per_s, wanted_samples
 
     with explained():
-        for sample in islice(wanted_samples(open_data(data), Wanted(**wanted), sort, descending), limit):
+        opened, found = open_data(data), 0
+        for sample in islice(wanted_samples(opened, Wanted(**wanted), sort, descending), limit):
+            found += 1
             facts = sample.facts
             if as_json:
                 print_json({"key": sample.key, **msgspec.to_builtins(facts)})
@@ -92,6 +94,9 @@ def list_command(
                 text = facts.texts[facts.target_text]
                 rate = f"{facts.target.duration_s:.2f} s  {chars_per_s(sample):.1f} chars/s"
                 print_line(printable(f"{sample.key}  {facts.id}  {facts.speaker}  {rate}  {text}"), to_stdout=True)
+        if not found:
+            known = ", ".join(opened.record.warnings) or "none"
+            print_line(f"none of {len(opened.index)} samples is like that; warnings that are there: {printable(known)}")
 
 
 @main.command()
