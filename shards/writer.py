@@ -229,8 +229,15 @@ def sync(file: Any) -> None:
     os.fsync(file.fileno())
 
 
+def sync_tree(folder: Path) -> None:
+    """Make the content of every file below `folder` durable, before the folder gets its name."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            sync_folder(path)
+
+
 def sync_folder(folder: Path) -> None:
-    """Make a rename durable."""
+    """Make a rename in `folder` durable, or the content of one file."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -19,7 +19,6 @@ the folder's name is for people, who copy and rename.
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -29,7 +28,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from shards.errors import CheckpointError
-from shards.writer import sync_folder, write_bytes, write_json
+from shards.writer import sync_folder, sync_tree, write_bytes, write_json
 from train.model.lora import save_adapter
 from train.run_folder.checkpoint_folders import digests, mark_best, move_away, remove_old
 from train.run_folder.identity import IDENTITY, Identity
@@ -127,7 +126,7 @@ class Checkpoints:
         write_json(partial / IDENTITY, self._identity)
         write_json(partial / "metrics.json", metrics)
         write_bytes(partial / "config.toml", self._config_toml.encode())
-        _sync_tree(partial)
+        sync_tree(partial)
         write_json(partial / "COMPLETE", digests(partial))
         if (folder / "COMPLETE").is_file():  # of another step, named so by a person
             move_away(folder)
@@ -162,11 +161,3 @@ def reason(error: BaseException) -> str:
     """The first line of what went wrong."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
-
-
-def _sync_tree(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)

@@ -37,7 +37,8 @@ IN_WORDS = {
 }  # by train.best_by, whose metric is eval/ and that
 MORE_IS_BETTER = frozenset({"similarity"})
 OWN_NAME = re.compile(r"checkpoint-[0-9]+")
-HIDDEN = (".", "aside-")  # being written, or moved away by a run
+HIDDEN = (".", "aside-")  # being written or removed, or moved away by a run
+REMOVED = ".removed"
 
 
 class State(msgspec.Struct, frozen=True, kw_only=True):
@@ -88,6 +89,8 @@ def resumable_checkpoints(run_dir: Path) -> list[Path]:
         try:
             step = read_step(folder)
         except CheckpointError as error:
+            if not folder.is_dir():  # its run removed it meanwhile
+                continue
             if OWN_NAME.fullmatch(folder.name) and not damage(
                 folder
             ):  # as it was written: of an older version, which must not be begun anew in silence
@@ -143,7 +146,8 @@ def complete_checkpoints(run_dir: Path) -> list[Path]:
         try:
             steps[folder] = read_step(folder)
         except CheckpointError as error:
-            log.warning("skipped: %s", error)
+            if folder.is_dir():  # else its run removed it meanwhile
+                log.warning("skipped: %s", error)
     return sorted(steps, key=lambda folder: (steps[folder], is_own(folder, steps[folder])))
 
 
@@ -153,10 +157,17 @@ def own_checkpoints(run_dir: Path) -> list[Path]:
 
 
 def remove_old(run_dir: Path, keep: int) -> None:
-    """Remove the oldest checkpoints so that the newest `keep` and the best are left; those a person renamed are left too."""
+    """Remove the oldest checkpoints so that the newest `keep` and the best are left; those a person renamed are left too.
+
+    Each loses its name first: whoever lists or merges beside the run never finds half of one.
+    """
+    for left in (run_dir / "checkpoints").glob(f".*{REMOVED}"):  # by a run that was killed while it removed
+        shutil.rmtree(left)
     for old in own_checkpoints(run_dir)[:-keep]:
         if old != best_checkpoint(run_dir):
-            shutil.rmtree(old)
+            leaving = old.with_name(f".{old.name}{REMOVED}")
+            old.rename(leaving)
+            shutil.rmtree(leaving)
 
 
 def is_own(folder: Path, step: int) -> bool:
