@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from shards.errors import CheckpointError, PipelineError
 from tools.checkpoints import quantize as module
 from tools.checkpoints.cli import main
 from tools.checkpoints.model_folder import convert_model
+from tools.checkpoints.quantize_effect import Outputs, Samples, compared
 from tools.checkpoints.quantized_card import own_card
 from tools.inference import HiggsAudioInference
 from train.model.probe import probe_logits
@@ -66,7 +69,34 @@ def test_it_is_smaller_by_what_the_report_says(eight, model_dir):
     assert effect["audio_loss_difference"] == pytest.approx(
         effect["quantized"]["audio_loss"] - effect["whole"]["audio_loss"]
     )
-    assert all(0 <= effect[model]["sampled_not_ended"] <= 2 for model in ("whole", "quantized"))
+    for model in ("whole", "quantized"):
+        ran_on = effect[model]["greedy_not_ended"] + effect[model]["sampled_not_ended"]
+        assert effect[model]["not_ended_rate"] == ran_on / 4
+    assert 0 <= effect["same_greedy_frames"] <= 1
+
+
+def test_what_is_published_names_no_path(eight, model_dir, short_data):
+    report = json.loads((eight / "quantize.json").read_text())
+    assert report["source"] == model_dir.name
+    assert report["effect"]["source"].endswith(f" of {short_data.name}")
+    assert "/" not in (report["source"] + report["effect"]["source"])
+
+
+def test_frames_agree_up_to_the_end_and_with_it():
+    """Two models that both end at once say the same, and one that goes on where the other ends does not."""
+    samples: Any = Samples([], None, "x")  # pyright: ignore[reportArgumentType] - nothing is built
+    codes, logits, targets = np.ones((8, 3), np.uint16), torch.zeros(2, 8, 1026), torch.zeros(2, 8, dtype=torch.long)
+
+    def said(num_frames: int, ended: bool) -> Outputs:
+        return Outputs(samples, [logits], [targets], [codes[:, :num_frames]], [ended], [ended])
+
+    def agreement(one: Outputs, other: Outputs) -> float:
+        return compared(one, other).same_greedy_frames
+
+    assert agreement(said(0, True), said(0, True)) == 1.0
+    assert agreement(said(3, True), said(3, True)) == 1.0
+    assert agreement(said(3, True), said(3, False)) == 0.75
+    assert agreement(said(2, True), said(3, True)) == 0.5
 
 
 def test_its_logits_are_those_of_its_weights_made_whole(eight):
@@ -80,11 +110,14 @@ def test_its_logits_are_those_of_its_weights_made_whole(eight):
     assert torch.allclose(logits, probe_logits(few), atol=1e-3)
 
 
-def test_4_bits_are_behind_a_warning_with_figures(model_dir, tmp_path):
-    done = run(model_dir, tmp_path / "q4", "--int4")
+def test_4_bits_are_behind_a_warning_with_figures(model_dir, short_data, tiny_dir, tmp_path):
+    done = run(model_dir, tmp_path / "bare", "--int4")
+    assert "not measured: loss, agreement and ends of speech" in done.stderr
+    data = ("--data", short_data, "--samples", 2, "--config", tiny_dir / "pipeline.toml")
+    done = run(model_dir, tmp_path / "q4", "--int4", *data)
     assert done.exit_code == 0, done.output
     assert "warning: 4 bits change what is said: SNR down to " in done.stderr
-    assert "not measured: loss, agreement and ends of speech" in done.stderr
+    assert re.search(r"another likeliest code in [\d.]+%, \d+% of speech does not end \(whole: \d+%\)", done.stderr)
     report = json.loads((tmp_path / "q4" / "quantize.json").read_text())
     assert report["linears_bytes_before"] / report["linears_bytes_after"] > 6  # fp32 -> 4 bits and a scale for 32
     assert 15 < min(report["snr_db"].values()) < 30

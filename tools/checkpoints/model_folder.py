@@ -10,7 +10,8 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +28,7 @@ from shards.encoders.tensor_files import load_tensors
 from shards.errors import CheckpointError
 from shards.json_file import read_json_object
 from shards.terminal import system_fault
-from shards.writer import sync_folder, write_bytes, write_json
+from shards.writer import sync_folder, sync_tree, write_bytes, write_json
 from tools.checkpoints.merge_proof import MergeProof, Rounding
 from train.model.conditioning import Conditioning
 from train.model.config import ModelConfig, boson_config, native_config, read_model_config
@@ -112,10 +113,11 @@ def write_model_folder(
     quantization: Quantization | None = None,
     reports: Mapping[str, Any] = {},
     texts: Mapping[str, str] = {},
+    check: Callable[[Path], None] = lambda folder: None,
 ) -> None:
     """`state` under native names. `codec` is written for vLLM-Omni, which reads `audio_tokenizer_id`.
 
-    `reports`: JSON files besides, by name. `texts`: other files.
+    `reports`: JSON files besides, by name. `texts`: other files. `check` is given the finished folder before it gets its name.
     """
     dtype = str(state["audio_lm_head.weight"].dtype).removeprefix("torch.")
     if layout == "boson":
@@ -145,6 +147,7 @@ def write_model_folder(
             write_json(partial / VOICE_FILE, voice)
         elif (tokenizer_dir / VOICE_FILE).is_file():  # a merged model in another layout is still that voice
             shutil.copyfile(tokenizer_dir / VOICE_FILE, partial / VOICE_FILE)
+        check(partial)
 
 
 @contextmanager
@@ -162,6 +165,7 @@ def new_folder(out: Path, num_bytes: int) -> Iterator[Path]:
             shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
         require_room(out, partial, num_bytes)
         yield partial
+        sync_tree(partial)  # a name that outlives a power cut must not stand for half a file
         if place.exists():
             place.rmdir()  # empty, checked above
         partial.rename(place)
@@ -209,11 +213,22 @@ def room_needed(num_bytes: int) -> str:
 
 
 def check_empty(out: Path) -> None:
-    """Raises CheckpointError when something is there already."""
+    """Raises CheckpointError when something is there already, or nothing can be put there: before work of minutes.
+
+    Whether it can is tried, because the bits of a folder say nothing of a read-only disk, and root may write in spite of them.
+    """
     if out.exists() and not out.is_dir():
         raise CheckpointError(f"{out}: is a file; give a folder")
-    if out.exists() and any(out.iterdir()):
-        raise CheckpointError(f"{out}: exists and is not empty; give another folder")
+    if os.path.ismount(out):
+        raise CheckpointError(f"{out}: a disk is mounted here, which cannot be renamed to; give a folder inside it")
+    try:
+        if out.exists() and any(out.iterdir()):
+            raise CheckpointError(f"{out}: exists and is not empty; give another folder")
+        nearest = next(folder for folder in out.absolute().parents if os.path.lexists(folder))
+        with tempfile.TemporaryDirectory(prefix=f".{out.absolute().name[:32]}.", dir=nearest):
+            pass
+    except OSError as error:
+        raise CheckpointError(f"{out}: not written: {system_fault(error)}; give an OUT that you may write to") from None
 
 
 def merged_state(model: HiggsAudio, rounding: Rounding | None = None) -> dict[str, Tensor]:

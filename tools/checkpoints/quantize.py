@@ -9,7 +9,6 @@ bit, which costs a second loading.
 
 from __future__ import annotations
 
-import shutil
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +22,7 @@ from shards.errors import CheckpointError, ConfigError
 from shards.json_file import read_json_object
 from tools.checkpoints.model_folder import check_empty, own_conditioning, write_model_folder
 from tools.checkpoints.quantize_effect import Effect, Samples, compared, measured
-from tools.checkpoints.quantized_card import quantized_card
+from tools.checkpoints.quantized_card import is_hub_id, quantized_card
 from train.model.config import read_model_config
 from train.model.decoder import HiggsAudio
 from train.model.lora import group_of
@@ -46,9 +45,9 @@ class Layer(msgspec.Struct, frozen=True):
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """quantize.json."""
+    """quantize.json, which is published with the folder: no path of this machine stands in it."""
 
-    source: str
+    source: str  # id of the hub, or the name of the folder
     bits: int
     group_size: int  # 0: a scale per row
     torchao: str
@@ -110,7 +109,7 @@ def quantize_model(
 
     # 2. The folder, and whether what stands in it is what was measured.
     report = Report(
-        source=str(folder),
+        source=name if is_hub_id(name) else folder.resolve().name,
         bits=bits,
         group_size=quantization.group_size,
         torchao=torchao,
@@ -139,9 +138,8 @@ def quantize_model(
         quantization=quantization,
         reports={REPORT: report},
         texts=quantized_card(folder, name, report),
+        check=lambda written: check_written(written, logits, device),
     )
-    del state
-    check_written(out, logits, device)
     return report
 
 
@@ -229,14 +227,13 @@ def lowest_of_groups(layers: dict[str, Layer]) -> dict[str, float]:
 
 
 def check_written(out: Path, logits: Tensor, device: str) -> None:
-    """Load it as everybody will. Raises CheckpointError, and removes it, where it says something else."""
+    """Load it as everybody will, before it has its name. Raises CheckpointError where it says something else."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     again = probe_logits(load_model(out, dtype, device, conditioning=own_conditioning(out)).eval())
     if not torch.equal(again, logits):
-        shutil.rmtree(out)
         raise CheckpointError(
-            f"{out}: what was written does not say what was measured, so it was removed; this is a fault of the program, "
-            "please report it"
+            "what was written does not say what was measured, so it was removed; this is a fault of the program, please "
+            "report it"
         )
 
 

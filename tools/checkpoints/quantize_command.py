@@ -105,8 +105,9 @@ def in_words(effect: Effect) -> str:
     return (
         f"{effect.samples} samples ({effect.source}): audio loss {whole.audio_loss:.4f} -> {few.audio_loss:.4f} "
         f"({effect.audio_loss_difference:+.4f}), KL of logits {effect.logits_kl:.2g}, likeliest code the same in "
-        f"{effect.same_likeliest_code:.1%}, greedy frames in {effect.same_greedy_frames:.1%}; not ended: greedy "
-        f"{whole.greedy_not_ended} -> {few.greedy_not_ended}, sampled {whole.sampled_not_ended} -> {few.sampled_not_ended}"
+        f"{effect.same_likeliest_code:.1%}, greedy frames in {effect.same_greedy_frames:.1%}; did not end: greedy "
+        f"{whole.greedy_not_ended} -> {few.greedy_not_ended}, sampled {whole.sampled_not_ended} -> {few.sampled_not_ended} "
+        f"({whole.not_ended_rate:.0%} -> {few.not_ended_rate:.0%} of all speech)"
     )
 
 
@@ -117,10 +118,10 @@ def cost_of_4_bits(report: Report) -> str:
             f"SNR down to {snr_db:.1f} dB, logits off by {report.probe_logits_change:.1%}, speech not measured (--data)"
         )
     effect = report.effect
-    runs_on = effect.quantized.sampled_not_ended / effect.samples
     return (
         f"SNR down to {snr_db:.1f} dB, audio loss {effect.audio_loss_difference:+.4f}, another likeliest code in "
-        f"{1 - effect.same_likeliest_code:.1%}, {runs_on:.0%} of sampled speech does not end"
+        f"{1 - effect.same_likeliest_code:.1%}, {effect.quantized.not_ended_rate:.0%} of speech does not end "
+        f"(whole: {effect.whole.not_ended_rate:.0%})"
     )
 
 

@@ -37,19 +37,20 @@ class Spoken(msgspec.Struct, frozen=True):
     audio_loss: float  # mean over codes that are learned, in nats
     greedy_not_ended: int
     sampled_not_ended: int
+    not_ended_rate: float  # share of all speech, greedy and sampled, that did not end by itself
 
 
 class Effect(msgspec.Struct, frozen=True, kw_only=True):
     """The quantized model beside the whole one."""
 
     samples: int
-    source: str  # of the samples
+    source: str  # of the samples, without its path
     whole: Spoken
     quantized: Spoken
     audio_loss_difference: float
     logits_kl: float  # KL(whole || quantized), mean over codes that are learned, in nats
     same_likeliest_code: float  # share of those codes, given the right codes before them
-    same_greedy_frames: float  # share of frames that both say, when each goes on from its own
+    same_greedy_frames: float  # share of frames that both say, when each goes on from its own; an end counts as a frame
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,10 @@ def compared(whole: Outputs, quantized: Outputs) -> Effect:
         same += int((before_log.argmax(dim=-1) == after_log.argmax(dim=-1)).sum())
         count += int(learned.sum())
     frames = [same_frames(one, other) for one, other in zip(whole.greedy, quantized.greedy, strict=True)]
+    ends = list(zip(whole.greedy_ended, quantized.greedy_ended, strict=True))
+    frames += [
+        (int(all(both) and equal == longer), int(any(both))) for both, (equal, longer) in zip(ends, frames, strict=True)
+    ]
     both = (spoken(whole), spoken(quantized))
     return Effect(
         samples=len(whole.logits),
@@ -113,7 +118,7 @@ def compared(whole: Outputs, quantized: Outputs) -> Effect:
         audio_loss_difference=both[1].audio_loss - both[0].audio_loss,
         logits_kl=divergence / count,
         same_likeliest_code=same / count,
-        same_greedy_frames=sum(equal for equal, _ in frames) / max(1, sum(total for _, total in frames)),
+        same_greedy_frames=sum(equal for equal, _ in frames) / sum(total for _, total in frames),
     )
 
 
@@ -123,9 +128,8 @@ def spoken(outputs: Outputs) -> Spoken:
         for logits, targets in zip(outputs.logits, outputs.targets, strict=True)
     ]
     count = sum(int((targets != IGNORE).sum()) for targets in outputs.targets)
-    return Spoken(
-        float(torch.stack(losses).sum()) / count, outputs.greedy_ended.count(False), outputs.sampled_ended.count(False)
-    )
+    not_ended = outputs.greedy_ended.count(False), outputs.sampled_ended.count(False)
+    return Spoken(float(torch.stack(losses).sum()) / count, *not_ended, sum(not_ended) / (2 * len(losses)))
 
 
 def same_frames(one: np.ndarray, other: np.ndarray) -> tuple[int, int]:
@@ -158,4 +162,5 @@ def read_held_out(data: Path, model_dir: Path, config: EvaluateConfig, limit: in
     builder = SequenceBuilder(
         load_tokenizer(model_dir), msgspec.structs.replace(section, conditioning=conditioning.name)
     )
-    return Samples([sample for _, sample in read_samples(items)], builder, f"{items.kind} of {items.source}", seed)
+    source = f"{items.kind} of {Path(items.source).resolve().name}"
+    return Samples([sample for _, sample in read_samples(items)], builder, source, seed)

@@ -23,7 +23,7 @@ CARD, CURVES = "README.md", "curves.svg"
 
 def quantized_card(folder: Path, name: str, report: Report) -> dict[str, str]:
     """`name`: MODEL as the user wrote it; only an id of the hub is named."""
-    hub_id = name if HUB_ID.fullmatch(name) and not Path(name).exists() else ""
+    hub_id = name if is_hub_id(name) else ""
     metadata, body = own_card(folder)
     if not body:
         metadata = {"license": "other", "language": [LANGUAGE]}
@@ -46,6 +46,10 @@ def quantized_card(folder: Path, name: str, report: Report) -> dict[str, str]:
     text = "\n".join(["---", *lines, "---", "", title, "## Quantization\n", quantization(report), body])
     curves = folder / CURVES
     return {CARD: text, **({CURVES: curves.read_text(encoding="utf-8")} if CURVES in body and curves.is_file() else {})}
+
+
+def is_hub_id(name: str) -> bool:
+    return bool(HUB_ID.fullmatch(name)) and not Path(name).exists()
 
 
 def own_card(folder: Path) -> tuple[dict[str, Any], str]:
@@ -79,7 +83,8 @@ def quantization(report: Report) -> str:
             ("frames that both say greedily", percent(effect.same_greedy_frames)),
             (
                 f"sampled speech that did not end, of {effect.samples}",
-                f"{effect.whole.sampled_not_ended} whole, {effect.quantized.sampled_not_ended} quantized",
+                f"{effect.whole.sampled_not_ended} whole, {effect.quantized.sampled_not_ended} quantized "
+                f"({percent(effect.quantized.not_ended_rate)})",
             ),
         ]
     else:
