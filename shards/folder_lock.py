@@ -88,6 +88,15 @@ def hold_folder(
             os.close(descriptor)
 
 
+def living_holder(folder: Path) -> str | None:
+    """Who holds `folder` now, in words; None where nobody does. Changes nothing there."""
+    for path in sorted(folder.glob(f"{PREFIX}*")):
+        holder, alive = (None, False) if path.name.startswith(f"{PREFIX}tmp.") else _read_holder(path)
+        if holder and alive:
+            return _named(holder)
+    return None
+
+
 def _close_in_child() -> None:
     """A forked child would keep the lock of a parent that was killed: loader processes live some seconds longer."""
     while _held:

@@ -104,6 +104,29 @@ def judged(tmp_path: Path, finished: Path, losses: tuple[float | None, float | N
     return folders
 
 
+def test_a_link_among_checkpoints_is_compared_once(finished, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run", symlinks=True)
+    (run / "checkpoints" / "mine").symlink_to("checkpoint-2")
+    assert [entry.name for entry in compared([run]).entries] == ["checkpoint-2", "checkpoint-4"]
+
+
+@pytest.mark.parametrize("part", ["base", "codec"])
+def test_other_files_are_said_and_bases_have_no_distance(finished, tmp_path, part):
+    folders = judged(tmp_path, finished, (4.0, 3.0))
+    identity = json.loads((folders[1] / "identity.json").read_text())
+    was = identity["model"][part][:16]
+    identity["model"][part] = "0" * 64
+    write_json(folders[1] / "identity.json", identity)
+    write_json(folders[1] / "COMPLETE", digests(folders[1]))
+    done = invoke("compare", *folders, "--html", tmp_path / "page.html")
+    assert done.exit_code == 0, done.output
+    note = f"trained on different files as {part}: checkpoint-2 {was}, checkpoint-4 0000000000000000"
+    assert note in done.stderr
+    assert note in (tmp_path / "page.html").read_text()
+    assert ("cosine" in done.stdout) == (part != "base")
+    assert ("take: none" in done.stdout) == (part == "codec"), "losses of other codes are not comparable"
+
+
 @pytest.mark.parametrize(
     ("losses", "winner"),
     [((4.0, 3.0), "checkpoint-4"), ((3.0, 3.0), "checkpoint-2"), ((3.0, None), None), ((3.0, float("nan")), None)],

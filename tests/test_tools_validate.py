@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,12 +15,13 @@ from safetensors.torch import load_file, save_file
 
 from shards.writer import write_json
 from tools.checkpoints.cli import main
+from tools.checkpoints.listing import Listed
 from tools.checkpoints.validate import validate_checkpoint
 from train.loop import RunOptions, train
 from train.run_folder.checkpoint_folders import digests
 
 ADAPTER, STATE = "adapter/adapter_model.safetensors", "state/tensors.safetensors"
-CHECKS = ("files", "step", "base", "adapter fits the base", "finite", "state equals adapter", "resumable")
+CHECKS = ("files", "step", "metrics", "base", "adapter fits the base", "finite", "state equals adapter", "resumable")
 CHECKS += ("every group acts", "adapter changes logits", "its own vote on labels")
 
 
@@ -102,6 +104,15 @@ def test_an_untrained_adapter_does_nothing(copied):
     found = failed(copied)
     assert set(found) == {"every group acts", "adapter changes logits", "its own vote on labels"}
     assert "it does nothing" in found["adapter changes logits"]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"eval/audio_loss": nan}'])
+def test_metrics_that_nobody_can_read_are_named(copied, text):
+    (copied / "metrics.json").write_text(text)
+    write_json(copied / "COMPLETE", digests(copied))
+    found = failed(copied)
+    assert set(found) == {"metrics"}
+    assert "metrics.json is not readable" in found["metrics"]
 
 
 def test_one_group_that_learned_nothing_is_named(copied):
@@ -273,6 +284,13 @@ def test_list_says_which_is_complete_and_best(sound, tmp_path):
     assert good.exit_code == 0, good.output
     assert "checkpoint-2  step 2  " in good.stdout
     assert " MB  complete" in good.stdout
+    assert re.search(r"  training: audio \d+\.\d{4}, .*text \d+\.\d{4}", good.stdout)
+    assert (
+        "held out: audio 2.5000"
+        in Listed(
+            folder="x", step=1, num_bytes=1, is_best=False, faults=[], evaluations=[], metrics={"eval/audio_loss": 2.5}
+        ).in_words()
+    )
     (run / "best").symlink_to("checkpoints/checkpoint-2")
     (run / "checkpoints" / "checkpoint-2" / "adapter" / "adapter_model.safetensors").write_bytes(b"torn")
     bad = CliRunner().invoke(main, ["list", str(run), "--json"])

@@ -25,9 +25,10 @@ from shards.writer import write_bytes, write_json
 from tools.checkpoints.card import AVERAGE, card, gather
 from tools.checkpoints.merge import require_config
 from tools.checkpoints.model_folder import check_empty, new_folder
+from tools.checkpoints.sound import require_sound
 from tools.checkpoints.updates import A, B, Factors, Update, read_update
 from train.model.lora import PEFT_PREFIX
-from train.run_folder.checkpoint_folders import damage, digests, read_step
+from train.run_folder.checkpoint_folders import digests, read_step
 from train.run_folder.identity import IDENTITY, model_differences, read_identity
 from train.run_folder.state import write_state
 
@@ -53,8 +54,7 @@ def average_checkpoints(folders: Sequence[Path], out: Path) -> Average:
         raise CheckpointError("one checkpoint has no average; give two or more")
     check_empty(out)
     for folder in folders:
-        if faults := damage(folder):
-            raise CheckpointError(f"{folder}: damaged: {faults[0]}; give sound checkpoints (`checkpoints list`)")
+        require_sound(folder)
     updates = [read_update(folder) for folder in folders]
     check_alike(folders, updates)
     steps = [read_step(folder) for folder in folders]

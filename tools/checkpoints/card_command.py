@@ -27,13 +27,12 @@ def card(run: Path, out: Path, which: str, evaluations: tuple[Path, ...], as_jso
         from shards.writer import write_bytes
         from tools.checkpoints import card as module
         from tools.checkpoints.merge import choose_checkpoint
-        from train.run_folder.checkpoint_folders import damage
+        from tools.checkpoints.sound import require_sound
 
         folder, chosen = choose_checkpoint(run, which)
         if out.suffix.lower() == ".svg":
             raise CheckpointError(f"{out}: the curves would overwrite the card; give a name that ends in .md")
-        if faults := damage(folder):
-            raise CheckpointError(f"{folder}: damaged: {faults[0]}; give a sound checkpoint (`checkpoints list`)")
+        require_sound(folder)
         facts = module.gather(folder, "adapter", evaluations)
         curves = out.with_suffix(".svg")
         out.parent.mkdir(parents=True, exist_ok=True)

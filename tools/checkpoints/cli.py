@@ -96,10 +96,15 @@ def validate(path: Path, data: Path | None, as_json: bool) -> None:
 
             folder, findings = path, validate_model(path)
         else:
+            from tools.checkpoints.evaluations import run_of
+            from tools.checkpoints.sound import gone, say_if_written
             from tools.checkpoints.validate import validate_checkpoint
 
             folder = find_checkpoint(path)
+            say_if_written(run_of(folder))
             findings = validate_checkpoint(folder, data)
+            if not folder.is_dir():  # its checks have failed because of that
+                raise gone(folder)
     if as_json:
         print_json(
             {"checkpoint": str(folder), "checks": [msgspec.to_builtins(finding) for finding in findings]}, indent=1
@@ -146,15 +151,17 @@ def merge(
     """Merge a checkpoint of RUN (or a checkpoint folder) into its base model and write OUT; OUT/merge.json has the proof."""
     with explained():
         from tools.checkpoints.merge import MovedTo, merge_checkpoint
-        from tools.checkpoints.merge_proof import ENOUGH_KEPT
+        from tools.checkpoints.merge_proof import ENOUGH_KEPT, PROBE_FRAMES
 
         proof = merge_checkpoint(run, out, layout, MovedTo(base, codec, whisper), which, dtype)
     if as_json:
         print_json(msgspec.to_builtins(proof), indent=1)
     group, kept = proof.least_kept
+    ended = "" if proof.greedy_frames == PROBE_FRAMES else " (it ended by itself)"
     print_line(
         f"merged as {proof.dtype}: the adapter changes logits by {proof.adapter_changes_logits:.2%}, merging differs by "
-        f"{proof.merged_differs:.2%} of that; {proof.greedy_frames_equal} of {proof.greedy_frames} greedy frames are equal; "
+        f"{proof.merged_differs:.2%} of that; {proof.greedy_frames_equal} of {proof.greedy_frames} greedy frames are "
+        f"equal{ended}, and the likeliest codes behind {proof.likeliest_frames_equal} of {PROBE_FRAMES} seeded frames; "
         f"rounding kept {kept:.1%} of the update or more (least: {group})"
     )
     if kept < ENOUGH_KEPT:

@@ -21,9 +21,10 @@ from shards.terminal import progress_bar
 from tools.checkpoints.curves import read_curves
 from tools.checkpoints.evaluations import Row, evaluations_of, rows_of, run_of
 from tools.checkpoints.merge import choose_checkpoint
+from tools.checkpoints.sound import require_sound, say_if_written, still_there
 from tools.checkpoints.updates import Update, read_update
-from train.run_folder.checkpoint_folders import AUDIO_LOSS, complete_checkpoints, damage, read_metrics, read_step
-from train.run_folder.identity import read_identity
+from train.run_folder.checkpoint_folders import AUDIO_LOSS, complete_checkpoints, read_metrics, read_step
+from train.run_folder.identity import WHAT, Identity, read_identity
 
 HELD_OUT_LOSS = f"eval/{AUDIO_LOSS}"
 
@@ -63,6 +64,7 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
 class _Read:
     entry: Entry
     update: Update
+    identity: Identity
 
 
 def compare(paths: Sequence[Path], evaluations: Sequence[Path] = ()) -> Comparison:
@@ -71,7 +73,8 @@ def compare(paths: Sequence[Path], evaluations: Sequence[Path] = ()) -> Comparis
     read = []
     with progress_bar("reading", len(folders)) as done:
         for name, folder in names_of(folders).items():
-            read.append(_read(folder, name, evaluations))
+            with still_there(folder):
+                read.append(_read(folder, name, evaluations))
             done()
     entries = [part.entry for part in read]
     winner, criterion = choose(entries)
@@ -84,9 +87,10 @@ def compare(paths: Sequence[Path], evaluations: Sequence[Path] = ()) -> Comparis
         )
     if len({entry.judged_on for entry in entries if entry.held_out}) > 1:
         notes.append("held-out losses are of different data: they stand side by side, and nothing is judged by them")
+    notes += other_models(read)
     distances, unlike = distances_of(read)
     if unlike:
-        notes.append(f"no distance for {unlike} pairs, which do not change the same modules")
+        notes.append(f"no distance for {unlike} pairs, which do not change the same modules of the same base")
     return Comparison(
         entries=entries,
         distances=distances,
@@ -99,7 +103,8 @@ def compare(paths: Sequence[Path], evaluations: Sequence[Path] = ()) -> Comparis
 
 def chosen_folders(paths: Sequence[Path]) -> list[Path]:
     if len(paths) == 1 and not (paths[0] / "COMPLETE").is_file():
-        folders = complete_checkpoints(paths[0])
+        say_if_written(paths[0])
+        folders = list({folder.resolve(): folder for folder in complete_checkpoints(paths[0])}.values())  # links once
         if not folders:
             raise CheckpointError(
                 f"{paths[0]}: no complete checkpoint here; give a RUN of `train`, or checkpoint folders"
@@ -124,8 +129,7 @@ def names_of(folders: Sequence[Path]) -> dict[str, Path]:
 
 
 def _read(folder: Path, name: str, named: Sequence[Path]) -> _Read:
-    if faults := damage(folder):
-        raise CheckpointError(f"{folder}: damaged: {faults[0]}; leave it out, or see `checkpoints validate`")
+    require_sound(folder)
     update, metrics, identity = read_update(folder), read_metrics(folder), read_identity(folder)
     settings = identity.settings
     held_out = {
@@ -141,12 +145,25 @@ def _read(folder: Path, name: str, named: Sequence[Path]) -> _Read:
         folder=str(folder),
         step=read_step(folder),
         held_out=held_out,
-        judged_on=f"{data} {settings.get('sequence.layout')}",
+        judged_on=f"{data} {settings.get('sequence.layout')} {identity.model.codec}",
         evaluations=rows_of(folder, evaluations_of(run_of(folder), named)),
         norms={group: squares**0.5 for group, squares in sorted(update.squares().items())},
         uses_dora=update.uses_dora,
     )
-    return _Read(entry, update)
+    return _Read(entry, update, identity)
+
+
+def other_models(read: Sequence[_Read]) -> list[str]:
+    """A note for each file that not all were trained on: base, tokenizer, codec, Whisper tower."""
+    found = []
+    for part, what in WHAT.items():
+        prints = {one.entry.name: getattr(one.identity.model, part)[:16] or "none" for one in read}
+        if len(set(prints.values())) > 1:
+            named = ", ".join(f"{name} {value}" for name, value in prints.items())
+            found.append(
+                f"trained on different files as {what}: {named}; what differs between them is not training alone"
+            )
+    return found
 
 
 def choose(entries: Sequence[Entry]) -> tuple[Entry | None, str]:
@@ -184,7 +201,9 @@ def distances_of(read: Sequence[_Read]) -> tuple[list[Distance], int]:
 
 
 def distance(first: _Read, second: _Read) -> Distance | None:
-    """None where they do not change the same modules."""
+    """None where they do not change the same modules of the same base."""
+    if first.identity.model.base != second.identity.model.base:
+        return None
     product = first.update.product(second.update)
     if product is None:
         return None

@@ -26,6 +26,7 @@ from train.run_folder.checkpoint_folders import read_step
 log = logging.getLogger("checkpoints")
 FOLDER = "evaluations"  # of a RUN
 HEADLINE = "strict"
+Evaluations = Sequence[tuple[Path, dict[str, Any]]]  # (folder, results.json)
 
 
 class Difference(msgspec.Struct, frozen=True):
@@ -87,7 +88,7 @@ def read_results(folder: Path) -> dict[str, Any]:
     raise DataError(f"{path}: not the results of an evaluation; give a folder that `evaluate` wrote")
 
 
-def rows_of(checkpoint: Path, evaluations: Sequence[tuple[Path, dict[str, Any]]]) -> list[Row]:
+def rows_of(checkpoint: Path, evaluations: Evaluations) -> list[Row]:
     """The rows of the checkpoint in `checkpoint`, in the order of the evaluations. Raises DataError for damaged ones."""
     if not evaluations:
         return []

@@ -103,12 +103,17 @@ def merge_checkpoint(
 
     from shards.terminal import print_line
     from tools.checkpoints.model_folder import check_empty, write_model_folder
+    from tools.checkpoints.sound import still_there
 
     folder, why = choose_checkpoint(run, which)
     check_empty(out)
-    chosen = open_checkpoint(folder, why, moved_to)
-    print_line(f"merging step {chosen.step} ({why}): loading, merging and proving it takes a minute for a model of 3B")
-    state, model_config, proof = merged_and_proven(chosen, dtype)
+    with still_there(folder):
+        chosen = open_checkpoint(folder, why, moved_to)
+        texts = card_files(folder)
+        print_line(
+            f"merging step {chosen.step} ({why}): loading, merging and proving it takes a minute for a model of 3B"
+        )
+        state, model_config, proof = merged_and_proven(chosen, dtype)
     write_model_folder(
         out,
         state,
@@ -118,7 +123,7 @@ def merge_checkpoint(
         codec=chosen.config.model.codec,
         voice=chosen.voice(),
         proof=proof,
-        texts=card_files(folder),
+        texts=texts,
     )
     return proof
 
@@ -127,15 +132,13 @@ def open_checkpoint(folder: Path, why: str, moved_to: MovedTo) -> Chosen:
     """The checkpoint and the files it was trained on. Raises CheckpointError where it is damaged or they are others."""
     from shards.artifacts import resolve
     from shards.config import read_config
-    from shards.errors import CheckpointError
+    from tools.checkpoints.sound import require_sound
     from train.model.conditioning import decide_conditioning
-    from train.run_folder.checkpoint_folders import damage, read_step
+    from train.run_folder.checkpoint_folders import read_step
     from train.run_folder.identity import check_model_files, find_model_files
 
     step = read_step(folder)
-    faults = damage(folder)
-    if faults:
-        raise CheckpointError(f"{folder}: damaged: {faults[0]}; give a sound checkpoint's folder (`checkpoints list`)")
+    require_sound(folder)
     config = moved_to.applied(read_config(CheckpointConfig, require_config(folder / "config.toml")))
     base_dir = resolve(config.model.base, config.model.revision, "model.base")
     codec_dir = resolve(config.model.codec, config.model.codec_revision, "model.codec")
@@ -152,7 +155,7 @@ def merged_and_proven(chosen: Chosen, dtype: str) -> tuple[dict[str, Tensor], Mo
     """
     import torch
 
-    from tools.checkpoints.merge_proof import MergeProof, Rounding, check_logits, greedy_codes
+    from tools.checkpoints.merge_proof import MergeProof, Rounding, check_logits, greedy_codes, likeliest_codes
     from tools.checkpoints.model_folder import merged_state
     from tools.checkpoints.quantize_effect import same_frames
     from train.model.lora import load_adapter
@@ -165,12 +168,14 @@ def merged_and_proven(chosen: Chosen, dtype: str) -> tuple[dict[str, Tensor], Mo
     base_logits = probe_logits(model)
     load_adapter(model, chosen.folder / "adapter")
     adapted_logits, adapted_codes = probe_logits(model), greedy_codes(model, base_dir)
+    adapted_likeliest = likeliest_codes(model)
     rounding = Rounding()
     state = merged_state(model, rounding)
     changes, differs = check_logits(base_logits, adapted_logits, probe_logits(model), wanted)
     equal, said = same_frames(adapted_codes, greedy_codes(model, base_dir))
+    likeliest = int((likeliest_codes(model) == adapted_likeliest).all(dim=-1).sum())
     name = str(wanted).removeprefix("torch.")
-    proof = MergeProof(chosen.step, chosen.why, name, changes, differs, rounding.groups(), said, equal)
+    proof = MergeProof(chosen.step, chosen.why, name, changes, differs, rounding.groups(), said, equal, likeliest)
     return state, model.config, proof
 
 
@@ -188,12 +193,16 @@ def choose_checkpoint(run: Path, which: str = AUTO) -> tuple[Path, str]:
     auto: the best where held-out data have judged one, else the newest. Raises CheckpointError.
     """
     from shards.errors import CheckpointError
+    from tools.checkpoints.evaluations import run_of
+    from tools.checkpoints.sound import pinned, say_if_written
     from train.run_folder.checkpoint_folders import best_checkpoint, own_checkpoints, read_step, why_best
 
     if (run / "COMPLETE").is_file():
         if which != AUTO:
             raise CheckpointError(f"{run}: is one checkpoint; --which {which} chooses among those of a RUN folder")
-        return run, "named"
+        say_if_written(run_of(run))
+        return pinned(run), "named"
+    say_if_written(run)
     best = best_checkpoint(run)
     if which == "best" or (which == AUTO and best is not None and (best / "COMPLETE").is_file()):
         if best is None or not (best / "COMPLETE").is_file():
@@ -218,10 +227,11 @@ def find_checkpoint(run: Path) -> Path:
     Of a run, only those that it named itself: a copy beside them is taken when it is named.
     """
     from shards.errors import CheckpointError
+    from tools.checkpoints.sound import pinned
     from train.run_folder.checkpoint_folders import resumable_checkpoints
 
     if (run / "COMPLETE").is_file():
-        return run
+        return pinned(run)
     folders = resumable_checkpoints(run)
     if not folders:
         raise CheckpointError(

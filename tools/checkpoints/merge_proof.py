@@ -7,6 +7,7 @@ learning rates can vanish on merging although it speaks well as an adapter (hugg
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ from shards.errors import CheckpointError
 from shards.sequence import NUM_CODEBOOKS, SequenceBuilder
 from train.model.decoder import HiggsAudio
 from train.model.generate import generate
+from train.model.probe import probe_logits
 
 PROBE_FRAMES = 50
 ENOUGH_KEPT = 0.9  # of an update's norm; below it a merge in fp32 is advised
@@ -50,6 +52,9 @@ class MergeProof(msgspec.Struct, frozen=True):
     groups: dict[str, GroupKept]
     greedy_frames: int  # said by base + adapter to a seeded prompt, PROBE_FRAMES at most
     greedy_frames_equal: int  # of them, said by the merged model too
+    likeliest_frames_equal: (
+        int  # of PROBE_FRAMES seeded frames, those after which all eight likeliest codes are the same
+    )
 
     @property
     def least_kept(self) -> tuple[str, float]:
@@ -98,6 +103,12 @@ def check_logits(base: Tensor, adapted: Tensor, merged: Tensor, dtype: torch.dty
             "adapter changes; nothing was written; this is a fault of the program or of peft's version, please report it"
         )
     return effect / float(base.norm()), error / effect if effect else 0.0
+
+
+def likeliest_codes(model: HiggsAudio) -> Tensor:
+    """[PROBE_FRAMES, K]: the likeliest code behind each of as many seeded frames, for a model that ends at once."""
+    size = (PROBE_FRAMES, model.config.num_codebooks, model.config.codebook_vocab)
+    return probe_logits(model, audio_rows=PROBE_FRAMES)[-math.prod(size) :].view(size).argmax(dim=-1)
 
 
 def greedy_codes(model: HiggsAudio, tokenizer_dir: Path) -> np.ndarray:

@@ -12,6 +12,7 @@ import dataclasses
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
@@ -28,6 +29,7 @@ from tools.checkpoints.card import AVERAGE
 from tools.checkpoints.evaluations import run_of
 from tools.checkpoints.findings import Failed, Finding, all_checked, some
 from tools.checkpoints.merge import CheckpointConfig, require_config
+from tools.checkpoints.sound import faults_of
 from tools.evaluate.systems import run_data
 from train.model.batch import PackedBatch, pack
 from train.model.conditioning import Conditioning, decide_conditioning
@@ -36,11 +38,10 @@ from train.model.lora import file_name, group_of, load_adapter
 from train.model.probe import probe_logits
 from train.model.weights import empty_model, load_model, stored_dtype
 from train.preflight import NUM_SAMPLES, check_vote
-from train.run_folder.checkpoint_folders import damage, read_step
+from train.run_folder.checkpoint_folders import read_step
 from train.run_folder.identity import find_model_files, model_differences, read_identity
 from train.run_folder.state import TENSORS
 
-SEALED = ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "config.toml", "identity.json", TENSORS)
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # of AdamW
 
 
@@ -53,6 +54,7 @@ def validate_checkpoint(folder: Path, data: Path | None = None) -> list[Finding]
     checks: list[tuple[str, Callable[[], str]]] = [
         ("files", found.check_files),
         ("step", found.check_step),
+        ("metrics", found.check_metrics),
         ("base", found.check_base),
         ("adapter fits the base", found.check_shapes),
         ("finite", found.check_finite),
@@ -75,18 +77,23 @@ class _Checkpoint:
         self._files: dict[str, dict[str, Tensor]] = {}
 
     def check_files(self) -> str:
-        faults = damage(self._folder)
-        if faults:
+        if faults := faults_of(self._folder):
             raise Failed(some(faults))
-        sealed = msgspec.json.decode((self._folder / "COMPLETE").read_bytes())
-        loose = [name for name in SEALED if (self._folder / name).is_file() and name not in sealed]
-        if loose:
-            raise Failed(f"COMPLETE does not name {some(loose)}, so nothing says whether they are what was written")
         count = sum(path.is_file() for path in self._folder.rglob("*"))
         return f"{count} files, every byte as written"
 
     def check_step(self) -> str:
         return f"{read_step(self._folder)} finished steps"
+
+    def check_metrics(self) -> str:
+        """`list`, `compare` and RUN/best judge by them, and take an unreadable file for no metrics at all."""
+        path = self._folder / "metrics.json"
+        try:
+            metrics = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+        except (OSError, msgspec.DecodeError, RecursionError) as error:
+            raise Failed(f"metrics.json is not readable: {error}; its losses are lost, its weights are not") from None
+        losses = sum(name.startswith("eval/") and name.endswith("_loss") for name in metrics)
+        return f"{len(metrics)} values, {losses} of them held-out losses"
 
     def check_base(self) -> str:
         """Weights, tokenizer, codec and tower, by the fingerprints that the checkpoint keeps."""
