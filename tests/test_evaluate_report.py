@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
+from browser import CHROMIUM, Page, opened
 
 from tools.evaluate.report import write_report
 from tools.evaluate.request import Request
@@ -21,7 +21,6 @@ from tools.web_page.page import POLICY, arabic
 from train.model.generate import Sampling
 
 HOSTILE = 'نص "><script>alert(1)</script> \u202e http://evil.example/x.png'
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 @pytest.fixture(scope="module")
@@ -87,16 +86,68 @@ def test_the_blind_page_names_nobody_to_the_listener(pages: Path):
     assert "mine</" not in shown.split("<body>")[1]
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium here: apt-get install chromium")
-def test_the_report_opens_in_chromium(pages: Path, tmp_path: Path):
-    """Players know their length after the page has run, and a click sorts."""
-    source = (pages / "report.html").read_text()
-    clicked = tmp_path / "clicked.html"
-    clicked.write_text(source.replace("</body>", "<script>document.querySelectorAll('th')[1].click()</script></body>"))
-    command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    command += ["--virtual-time-budget=10000", "--dump-dom", clicked.as_uri()]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-    lengths = [float(found) for found in re.findall(r'class="seconds">([0-9.]+) s<', dom)]
+async def look_at_the_report(page: Page) -> None:
+    await page.until(
+        "document.readyState === 'complete' && [...document.querySelectorAll('audio')].every(a => a.duration)"
+    )
+    lengths = await page.value("[...document.querySelectorAll('audio')].map(a => a.duration)")
     assert len(lengths) == 8
     assert all(0.5 <= length < 0.7 for length in lengths)  # MP3 frames pad the half second
-    assert 'aria-sort="descending"' in dom
+    await page.value("document.querySelectorAll('th')[1].click()")
+    assert await page.value("document.querySelectorAll('th')[1].ariaSort") == "descending"
+    systems = "document.querySelector('.wide')"
+    assert await page.value(f"{systems}.scrollWidth > {systems}.clientWidth"), "it is wide here"
+    assert await page.value("document.documentElement.scrollWidth <= innerWidth"), "but the page is not"
+    left = "getBoundingClientRect().left"
+    names = await page.value(f"({systems}.scrollLeft = 9999, {systems}.querySelector('td').{left} >= {systems}.{left})")
+    assert names, "systems' names stay in sight while their figures are scrolled"
+
+
+async def look_at_both_schemes(page: Page) -> None:
+    colours = "(s => [s.color, s.backgroundColor])(getComputedStyle(document.body))"
+    light = await page.value(colours)
+    await page.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark"}])
+    dark = await page.value(colours)
+    assert [brightness(colour) > 128 for colour in (*light, *dark)] == [False, True, True, False]
+
+
+def brightness(colour: str) -> float:
+    return sum(map(int, re.findall(r"\d+", colour)[:3])) / 3
+
+
+async def vote(page: Page, folder: Path) -> None:
+    """A for the first pair, no difference for the second, and then B for the first after all."""
+    await page.send("Page.setDownloadBehavior", behavior="allow", downloadPath=str(folder))
+    await page.value("document.getElementById('listener').value = 'سلمى'")
+    for number, choice in ((0, "A"), (1, "no difference"), (0, "B")):
+        await page.value(f"document.querySelector('#pair-{number} [data-choice=\"{choice}\"]').click()")
+    assert await page.value("document.getElementById('count').textContent") == "2 of 2"
+    assert await page.value("document.querySelector('#pair-0 .mine').textContent") == "your vote: B"
+    await page.value("document.getElementById('download').click()")
+    async with asyncio.timeout(30):
+        while not (folder / "votes.json").is_file():
+            await asyncio.sleep(0.05)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
+def test_the_pages_work_in_chromium_and_ask_for_nothing(pages: Path, tmp_path: Path):
+    """Players know their length, tables sort and scroll, light and dark, votes are downloaded; no request leaves the pages."""
+
+    async def look() -> None:
+        async with opened((pages / "report.html").as_uri(), tmp_path / "profile", width=1300) as page:
+            await look_at_the_report(page)
+            await look_at_both_schemes(page)
+            await page.send("Page.navigate", url=(pages / "blind.html").as_uri())
+            await page.until("document.title === 'Blind comparison' && document.readyState === 'complete'")
+            await vote(page, tmp_path)
+            foreign = [one for one in page.asked if not one.startswith(("file:", "data:", "blob:"))]
+            assert (foreign, page.faults) == ([], [])
+
+    asyncio.run(look())
+    found = json.loads((tmp_path / "votes.json").read_text())
+    key = json.loads((pages / "blind.html").read_text().split('id="key">')[1].split("</script>")[0])
+    assert (found["listener"], found["question"]) == ("سلمى", key["question"])
+    first, second = found["votes"]
+    assert (first["vote"], first["preferred"]) == ("B", key["pairs"][0]["b"])
+    assert (second["vote"], second["preferred"]) == ("no difference", "no difference")
+    assert [{name: row[name] for name in ("item", "speaker", "a", "b")} for row in (first, second)] == key["pairs"]
