@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from tools.evaluate.paired import compare
+from tools.evaluate.paired import COSINE, SHARE, compare
 
 
 def simulated(rng: np.random.Generator, num_speakers: int, truth: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -141,3 +141,56 @@ def test_speakers_are_drawn_not_sentences():
     often = compare(*(np.repeat(part, 20, axis=0) for part in (tuned, base, speakers)), lower_is_better=True)
     assert often.low == pytest.approx(once.low, abs=1e-12)
     assert often.high == pytest.approx(once.high, abs=1e-12)
+
+
+def yes_or_no(first: list[float], second: list[float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """One item a speaker."""
+    ones = np.ones(len(first))
+    return np.stack([first, ones], 1), np.stack([second, ones], 1), np.arange(len(first))
+
+
+def test_intervals_of_shares_end_where_shares_do():
+    """Five of six speakers' items fail: without an end the interval would reach beyond what a difference of shares can be."""
+    data = yes_or_no([1, 1, 1, 1, 1, 0], [0] * 6)
+    free = compare(*data, lower_is_better=True)
+    found = compare(*data, lower_is_better=True, bounds=SHARE)
+    assert free.high is not None
+    assert free.high > 1
+    assert (found.low, found.high) == (free.low, 1)
+    assert (found.verdict, found.p_worse) == (free.verdict, free.p_worse)
+    flat = np.stack([[0.99, 0.99, 0.99, 0.99, -0.99], np.ones(5)], 1)
+    wide = compare(flat, flat * [-1, 1], np.arange(5), lower_is_better=False, bounds=COSINE)
+    assert wide.low is not None
+    assert -2 < wide.low < wide.difference < 2
+    assert wide.high == 2
+
+
+@pytest.mark.parametrize(("num_speakers", "verdict"), [(5, "cannot tell"), (6, "worse"), (12, "worse")])
+def test_shares_without_spread_have_the_sign_tests_bound(num_speakers: int, verdict: str):
+    """All fail against none: five heads in a row come once in 16 throws of either side, six once in 32."""
+    found = compare(*yes_or_no([1] * num_speakers, [0] * num_speakers), lower_is_better=True, bounds=SHARE)
+    assert (found.method, found.verdict, found.high) == ("sign test by speaker", verdict, 1)
+    assert found.p_worse == 1 - 0.5**num_speakers
+
+
+def test_no_failure_of_either_is_no_proof_of_none():
+    """Of 12 speakers: people who make up 27 % of all can be missed by all 12 draws."""
+    found = compare(*yes_or_no([0] * 12, [0] * 12), lower_is_better=True, bounds=SHARE)
+    assert (found.difference, found.p_worse, found.verdict) == (0, 0.5, "cannot tell")
+    assert found.high == pytest.approx(1 - 0.025 ** (1 / 12))
+    assert found.low == pytest.approx(-(1 - 0.025 ** (1 / 12)))
+    assert (1 - found.high) ** 12 == pytest.approx(0.025)
+
+
+def test_intervals_of_failures_cover_the_truth_as_well():
+    rng = np.random.default_rng(4)
+    hits = 0
+    for seed in range(300):
+        of_speaker = rng.beta(0.8, 7.2, 12), rng.beta(2.4, 5.6, 12)  # a tenth and three tenths fail
+        failed = [(rng.random((12, 6)) < share[:, None]).sum(1).astype(float) for share in of_speaker]
+        data = (np.stack([part, np.full(12, 6.0)], 1) for part in failed)
+        found = compare(*data, np.arange(12), lower_is_better=True, bounds=SHARE, seed=seed, draws=600)
+        assert found.low is not None
+        assert found.high is not None
+        hits += found.low <= -0.2 <= found.high
+    assert 0.92 <= hits / 300 <= 0.98  # 300 draws of 95 % have a standard error of 1.3 %

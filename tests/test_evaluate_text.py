@@ -68,7 +68,8 @@ def test_groups_of_a_text():
     [
         ("abc", "abc", Edits(3)),
         ("abc", "", Edits(3, 0, 3, 0)),
-        ("", "ab", Edits(0, 0, 0, 2)),
+        ("", "", Edits(1)),
+        ("", "ab", Edits(1, 0, 0, 2)),
         ("abcd", "axcd", Edits(4, 1, 0, 0)),
         ("abcd", "acd", Edits(4, 0, 1, 0)),
         ("abcd", "abxcd", Edits(4, 0, 0, 1)),
@@ -106,3 +107,13 @@ def test_corpus_and_mean_of_utterances_differ():
 def test_a_failure_counts_all_and_never_hides_more():
     assert failed(Edits(10, 1, 0, 0)).rate == 1
     assert failed(Edits(10, 0, 0, 30)).rate == 3
+
+
+@pytest.mark.parametrize("kind", [character_edits, word_edits])
+def test_a_failed_text_without_letters_is_an_error_too(kind):
+    """Otherwise it would stand under the failures and in no error rate; heard or not, it is divided by the same."""
+    asked = PROTOCOLS["strict"]("؟!")
+    sentence = kind("نعم", "نعم")
+    assert failed(kind(asked, "")) == Edits(1, deletions=1)
+    assert corpus([failed(kind(asked, "")), sentence]).rate == 1 / (1 + sentence.length)
+    assert corpus([kind(asked, ""), sentence]) == Edits(1 + sentence.length)

@@ -6,7 +6,10 @@ percentile bootstrap covers too little with a dozen speakers, so it is studentis
 its own cluster-robust error (bootstrap-t: Efron 1981; for few clusters: Cameron, Gelbach and Miller, "Bootstrap-based
 improvements for inference with clustered errors", Review of Economics and Statistics 90(3), 2008). With fewer than ten, or
 where draws have no spread of their own, it is Student's t with one degree of freedom less than speakers (Cameron and Miller,
-"A practitioner's guide to cluster-robust inference", Journal of Human Resources 50(2), 2015). `method` says which.
+"A practitioner's guide to cluster-robust inference", Journal of Human Resources 50(2), 2015). Of shares all speakers may have
+the same difference (no failure at all, say), which is no proof that the next one will: then the sign test's bound holds, up to
+2.5 % of such samples miss a share 1 - 0.025^(1/n) of people who are otherwise. `method` says which. An interval ends where the
+metric does (a difference of shares at -1 and 1): what lies beyond cannot be true, so cutting it off costs no coverage.
 """
 
 from __future__ import annotations
@@ -25,7 +28,25 @@ MIN_FOR_BOOTSTRAP = (
 )
 DEGENERATE_SHARE = 0.01  # of draws without a spread of their own; above, Student's t takes over
 WIDEST = 3.0  # times Student's t interval; a wider one has exploded as well
+NO_SPREAD = 1e-9  # of a difference's error: what rounding leaves of 0
 POWER = 1.959964 + 0.841621  # standard errors away from 0 for a 95 % interval to exclude it 80 times in 100
+
+
+Method = Literal["bootstrap-t by speaker", "t by speaker", "sign test by speaker"]
+
+
+class Bounds(msgspec.Struct, frozen=True):
+    """What a metric's value can be, and whether it is a share of yes and no."""
+
+    lowest: float = -math.inf
+    highest: float = math.inf
+    is_share: bool = False
+
+
+ERROR_RATE = Bounds(0.0)
+COSINE = Bounds(-1.0, 1.0)
+SHARE = Bounds(0.0, 1.0, is_share=True)
+MOS_DIFFERENCE = Bounds(-4.0, 4.0)  # of two grades from 1 to 5
 
 
 class Comparison(msgspec.Struct, frozen=True, kw_only=True):
@@ -38,7 +59,7 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     num_items: int
     num_speakers: int
     speakers_needed: int | None  # that would tell a difference of this size, 80 times in 100; None: no size would
-    method: Literal["bootstrap-t by speaker", "t by speaker", "none"]
+    method: Method | Literal["none"]
     verdict: Literal["better", "worse", "cannot tell"]
     words: str
 
@@ -49,10 +70,11 @@ def compare(
     speakers: np.ndarray,
     *,
     lower_is_better: bool,
+    bounds: Bounds = Bounds(),  # noqa: B008 - frozen
     seed: int = 0,
     draws: int = DRAWS,
 ) -> Comparison:
-    """Compare two systems on the same items.
+    """Compare two systems on the same items. `bounds`: of a system's value.
 
     `first`, `second`: [n, 2] float64, numerator and denominator of each item (errors and letters; a mean has denominator 1).
     `speakers`: [n], any kind that sorts. A system's value is its sum of numerators over its sum of denominators.
@@ -78,10 +100,15 @@ def compare(
         )
     difference, error = _estimate(np.ones((1, num_speakers)), sums)
     difference, error = float(difference[0]), float(error[0])
-    method, likely = _distribution(sums, difference, error, seed, draws)
-    low, high = (float(x) for x in np.quantile(likely, [0.025, 0.975]))
-    worse = likely > 0 if lower_is_better else likely < 0
-    p_worse = float(worse.mean() + (likely == 0).mean() / 2)
+    widest = bounds.highest - bounds.lowest  # of a difference, to either side
+    if bounds.is_share and error < NO_SPREAD:
+        method, low, high, p_above = "sign test by speaker", *_without_spread(difference, num_speakers, widest)
+    else:
+        method, likely = _distribution(sums, difference, error, seed, draws)
+        low, high = (float(x) for x in np.quantile(likely, [0.025, 0.975]))
+        p_above = float((likely > 0).mean() + (likely == 0).mean() / 2)
+    low, high = max(low, -widest), min(high, widest)
+    p_worse = p_above if lower_is_better else 1 - p_above
     needed = speakers_needed(difference, error, num_speakers)
     verdict, words = _verdict(difference, low, high, num_speakers, needed, lower_is_better)
     return Comparison(
@@ -117,6 +144,13 @@ def _estimate(weights: np.ndarray, sums: np.ndarray) -> tuple[np.ndarray, np.nda
         part -= (sums[:, 2] - ratio_2[:, None] * sums[:, 3]) / total[:, 3, None]  # [B, G]
         variance = (weights * part**2).sum(1) * num_speakers / (num_speakers - 1)
     return ratio_1 - ratio_2, np.sqrt(variance)
+
+
+def _without_spread(difference: float, num_speakers: int, widest: float) -> tuple[float, float, float]:
+    """(low, high, P(above 0)) of a share's difference that is the same of every speaker: others may be at either end."""
+    missed = 1 - 0.025 ** (1 / num_speakers)
+    sign = 0.5 if difference == 0 else 1 - 0.5**num_speakers if difference > 0 else 0.5**num_speakers
+    return difference - missed * (difference + widest), difference + missed * (widest - difference), sign
 
 
 def _distribution(

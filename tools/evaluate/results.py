@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from tools.evaluate.paired import Comparison, compare
+from tools.evaluate.paired import COSINE, ERROR_RATE, MOS_DIFFERENCE, SHARE, Comparison, compare
 from tools.evaluate.systems import System
 from tools.evaluate.utterances import Utterance, of_system
 from train.evaluation.edits import Edits, corpus, mean_rate
@@ -151,8 +151,7 @@ def comparisons(by_name: dict[str, list[Utterance]], systems: list[System]) -> l
     found = []
     for first, second in pairs_of(systems):
         for metric, values in metrics_of(by_name[first.name] + by_name[second.name]).items():
-            more_is_better = metric.startswith(("similarity", "mos"))
-            compared = paired(by_name[first.name], by_name[second.name], values, lower_is_better=not more_is_better)
+            compared = paired(by_name[first.name], by_name[second.name], metric, values)
             found.append({"first": first.name, "second": second.name, "metric": metric, **figures(compared)})
     return found
 
@@ -204,13 +203,17 @@ def mos_of(row: Utterance, name: str) -> tuple[float, float] | None:
     return None if value is None else (value, 1.0)
 
 
-def paired(first: list[Utterance], second: list[Utterance], values: Values, *, lower_is_better: bool) -> Comparison:
+BOUNDS = {"cer": ERROR_RATE, "wer": ERROR_RATE, "failures": SHARE}
+
+
+def paired(first: list[Utterance], second: list[Utterance], metric: str, values: Values) -> Comparison:
     """By item: the draws of an item are summed up, so that a system with more draws weighs no more. Only items of both."""
     sums = [by_item(rows, values) for rows in (first, second)]
     both = [item for item in sums[0] if item in sums[1]]
     arrays = [np.array([part[item][:2] for item in both], np.float64).reshape(-1, 2) for part in sums]
     speakers = np.array([sums[0][item][2] for item in both])
-    return compare(arrays[0], arrays[1], speakers, lower_is_better=lower_is_better)
+    bounds = BOUNDS.get(metric) or (COSINE if metric.startswith("similarity") else MOS_DIFFERENCE)
+    return compare(arrays[0], arrays[1], speakers, lower_is_better=metric in BOUNDS, bounds=bounds)
 
 
 def by_item(rows: list[Utterance], values: Values) -> dict[str, tuple[float, float, str]]:

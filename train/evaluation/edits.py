@@ -2,7 +2,8 @@
 
 In: two lists of symbols. Out: `Edits`. Rates are divided by the length of the text that was asked, so they can pass 100 %.
 Where several alignments are equally short, substitutions are preferred, then deletions; the sum is the same for all.
-Characters include the blanks between words, as in jiwer and NeMo.
+Characters include the blanks between words, as in jiwer and NeMo. A text that its rules leave nothing of counts as one
+symbol, heard unless something else was: so a failure of it is an error like any other, and all systems are divided by the same.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class Edits(msgspec.Struct, frozen=True):
 
     @property
     def rate(self) -> float:
-        """Errors per asked symbol; of an empty text 0 without and 1 with errors."""
+        """Errors per asked symbol; of nothing asked 0 without and 1 with errors."""
         return self.errors / self.length if self.length else float(self.errors > 0)
 
 
@@ -65,11 +66,15 @@ def _walk_back(costs: np.ndarray, asked: Sequence[str], recognised: Sequence[str
 
 
 def character_edits(asked: str, recognised: str) -> Edits:
-    return count_edits(asked, recognised)
+    return of_one_symbol_at_least(count_edits(asked, recognised))
 
 
 def word_edits(asked: str, recognised: str) -> Edits:
-    return count_edits(asked.split(), recognised.split())
+    return of_one_symbol_at_least(count_edits(asked.split(), recognised.split()))
+
+
+def of_one_symbol_at_least(found: Edits) -> Edits:
+    return found if found.length else Edits(1, insertions=found.insertions)
 
 
 def failed(measured: Edits) -> Edits:
