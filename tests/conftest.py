@@ -127,6 +127,22 @@ def whisper_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def wavlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random WavLM with an x-vector head: a speaker encoder that needs no package of its own."""
+    import torch
+    from transformers import WavLMConfig, WavLMForXVector
+
+    sizes: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 16, "conv_dim": (8,), "conv_kernel": (10,), "conv_stride": (160,)}
+    sizes |= {"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2, "classifier_proj_size": 8}
+    sizes |= {"tdnn_dim": (8, 8), "tdnn_kernel": (3, 1), "tdnn_dilation": (1, 1), "xvector_output_dim": 12}
+    folder = tmp_path_factory.mktemp("wavlm") / "sv"
+    torch.manual_seed(0)
+    WavLMForXVector(WavLMConfig(**sizes)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def make_sample(tokenizer):
     """A function (seed, reference_frames, target_frames) -> Sample in the user's ChatML form with random codes."""
     return SampleMaker(tokenizer)
@@ -176,6 +192,7 @@ def run_command():
         "speak": "tools.speak",
         "tiny": "tools.tiny.cli",
         "bench": "tools.bench.cli",
+        "evaluate": "tools.evaluate.cli",
     }
 
     def run(name: str, *arguments: object, env: dict[str, str] | None = None):

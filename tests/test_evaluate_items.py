@@ -10,14 +10,20 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import soundfile
+from mixed_sets import with_clips, write_columns
 
 from preprocess.text import TextSection
 from shards.cloning import cloning_messages, cloning_sample
 from shards.errors import DataError
-from tools.evaluate.dataset_items import dataset_items, in_words_of, training_overlap
+from tools.evaluate.dataset_items import dataset_items, in_words_of, read_samples, training_overlap
 from tools.evaluate.items import Item, read_items
+from tools.evaluate.request import Request
+from tools.evaluate.run import open_items
 from tools.evaluate.speaking import prompt_sample
 from tools.evaluate.systems import System, find_wave, other_clips, strangers
+from train.config import DataSource, TrainSection
+from train.data.planned_source import PlannedSource
+from train.world import ALONE
 
 
 def wave(path: Path) -> Path:
@@ -153,9 +159,43 @@ def test_an_instruction_with_invisible_marks_is_one(tmp_path: Path):
 
 
 def test_held_out_speakers_are_those_training_leaves_out(short_data: Path):
-    everything, held = dataset_items(short_data, 0.0, 0), dataset_items(short_data, 0.3, 0)
+    section = TrainSection(validation_fraction=0.3)
+    everything, held = dataset_items([short_data]), dataset_items([short_data], section)
     speakers = {row.speaker for row in held.items}
     assert 0 < len(speakers) < len({row.speaker for row in everything.items})
     assert [row for row in everything.items if row.speaker in speakers] == held.items
-    assert training_overlap(held, short_data, 0.3, 0).startswith("unseen: none of the 1 speakers")
-    assert training_overlap(everything, short_data, 0.3, 0).startswith("SEEN IN TRAINING: 2 of 3 speakers")
+    assert training_overlap(held, [short_data], section).startswith("unseen: none of the 1 speakers")
+    assert training_overlap(everything, [short_data], section).startswith("SEEN IN TRAINING: 2 of 3 speakers")
+
+
+@pytest.mark.parametrize("has_columns", [True, False])
+def test_speakers_are_held_out_of_all_data_sets_of_a_run(make_dataset, make_sample, tmp_path: Path, has_columns: bool):
+    """As `train` does it: of the joined sets other speakers than of each alone, and who shares a clip goes to one side."""
+    sets = []
+    for name, sizes in (("first", (20, 5)), ("second", (12, 4))):
+        samples = [make_sample(n, speaker=f"{name}-{n % sizes[1]}") for n in range(sizes[0])]
+        samples = [with_clips(one, f"{name}-{n}-r", f"{name}-{n}") for n, one in enumerate(samples)]
+        if name == "second":
+            samples[0] = with_clips(samples[0], "first-1-r", "second-0")
+        sets.append(make_dataset(tmp_path / name, samples))
+        if has_columns:
+            write_columns(sets[-1], samples)
+    first, second = sets
+    section = TrainSection(validation_fraction=0.3, data=[DataSource(path=str(first)), DataSource(path=str(second))])
+    source = PlannedSource("", section)
+    _, held_out = source.hold_out(0.3, ALONE)
+    together = dataset_items([first, second], section, together=[first, second])
+    assert (together.kind, len(together.items)) == (
+        "held-out speakers of 2 data sets (0.3 of it, seed 0)",
+        int(held_out(source.index).sum()),
+    )
+    assert {item.dataset for item in together.items} == {str(first), str(second)}
+    wanted = [source.reader.read(row).facts.target.path for row in source.index[held_out(source.index)]]
+    assert [item.real for item in together.items] == wanted
+    assert [sample.facts.target.path for _, sample in read_samples(together)] == wanted
+    assert training_overlap(together, [first, second], section).startswith("unseen")
+    config = SimpleNamespace(train=section)
+    of_one, said = open_items(Request(data=second, out=tmp_path, train_data=[first, second]), cast(Any, config))
+    assert [item.real for item in of_one.items] == [item.real for item in together.items if item.dataset == str(second)]
+    assert said.startswith("unseen: none of")
+    assert training_overlap(dataset_items([second]), [first, second], section).startswith("SEEN IN TRAINING")

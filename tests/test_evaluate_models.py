@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -55,33 +56,26 @@ def test_odd_waves_give_finite_vectors(encoder):
         assert np.isfinite(vector).all()
 
 
-def test_wavlm_is_named_by_its_folder_and_weights(tmp_path: Path):
-    import torch
-    from transformers import WavLMConfig, WavLMForXVector
-
-    torch.manual_seed(0)
-    config = WavLMConfig(
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        conv_dim=(8,),
-        conv_kernel=(10,),
-        conv_stride=(160,),
-        num_conv_pos_embeddings=16,
-        num_conv_pos_embedding_groups=2,
-        tdnn_dim=(8, 8),
-        tdnn_kernel=(3, 1),
-        tdnn_dilation=(1, 1),
-        xvector_output_dim=12,
-        classifier_proj_size=8,
-    )
-    WavLMForXVector(config).save_pretrained(tmp_path / "sv")
-    encoder = load_encoder(f"wavlm:{tmp_path / 'sv'}")
+def test_wavlm_is_named_by_its_folder_and_weights(wavlm: Path):
+    encoder = load_encoder(f"wavlm:{wavlm}")
     wave = np.random.default_rng(0).normal(0, 0.1, 20000).astype(np.float32)
     assert encoder.embed(wave) @ encoder.embed(wave) == pytest.approx(1, abs=1e-5)
     assert encoder.identity.name == "wavlm:sv"
     assert len(encoder.identity.sha256) == 64
+
+
+def test_wavlm_without_its_head_is_refused(wavlm: Path, tmp_path: Path):
+    """transformers would draw what is missing, and every similarity would be one of random numbers."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(wavlm, tmp_path / "sv")
+    weights = {k: v for k, v in load_file(wavlm / "model.safetensors").items() if not k.startswith("feature_extractor")}
+    save_file(weights, tmp_path / "sv" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"lacks .*feature_extractor\..* of WavLMForXVector"):
+        load_encoder(f"wavlm:{tmp_path / 'sv'}")
+    (tmp_path / "sv" / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(ConfigError, match="not loadable"):
+        load_encoder(f"wavlm:{tmp_path / 'sv'}")
 
 
 @pytest.mark.parametrize("name", ["speechbrain", "wavlm:", "wavlm:/nowhere"])
@@ -115,6 +109,15 @@ def test_a_real_recognizer_hears_the_text_that_is_said(
     assert results["models"]["asr"]["sha256"] == hashlib.sha256((whisper_base / "model.bin").read_bytes()).hexdigest()
     real, shuffled = (results["scores"][name]["cer"]["strict"]["corpus"] for name in ("real", "shuffled"))
     assert real < shuffled
+
+
+def test_a_recognizer_that_is_not_whole_is_refused(whisper: Path, tmp_path: Path):
+    """In one line: its weights alone are no recognizer, and other weights are no Whisper."""
+    with pytest.raises(ConfigError, match=r"--asr whisper:.*its processor is not loadable: .*; give a whole folder"):
+        load_recognizer(f"whisper:{whisper}", "ar")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"--asr whisper:.*: not loadable: "):
+        load_recognizer(f"whisper:{tmp_path}", "ar")
 
 
 def test_no_recognizer_is_a_choice():

@@ -14,7 +14,7 @@ from mixed_sets import with_reference_of
 
 from shards.errors import ConfigError
 from shards.sample import Sample
-from tools.evaluate.dataset_items import unseen_rows
+from tools.evaluate.dataset_items import chosen_rows
 from train.config import TrainSection
 from train.data.planned_source import PlannedSource
 from train.data.streamed_source import StreamedSource
@@ -203,7 +203,7 @@ def held_out_of(folder: Path) -> tuple[int, int]:
     speakers = choose_speakers(source.index, 0, 0.3)
     trained, held_out = (of_speakers(speakers, inside=inside) for inside in (False, True))
     kept = source._without_trained(trained, held_out, ALONE)
-    rows = unseen_rows(source.reader, source.index, 0.3, 0)
+    ((_, _, rows),) = chosen_rows([folder], TrainSection(validation_fraction=0.3), [folder])
     assert np.flatnonzero(kept(source.index)).tolist() == rows.tolist(), "evaluate speaks the same"
     return int(kept(source.index).sum()), int(held_out(source.index).sum())
 

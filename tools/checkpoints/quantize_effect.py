@@ -153,7 +153,7 @@ def read_held_out(data: Path, model_dir: Path, config: EvaluateConfig, limit: in
     if not is_run and not is_dataset(data):
         raise DataError(f"--data {data}: neither a data set of `preprocess` nor a RUN of `train`; give one of these")
     items, _ = open_items(Request(data=data, out=data, limit=limit), config)
-    dataset, _ = open_dataset(Path(items.source))
+    dataset, _ = open_dataset(Path(items.items[0].dataset))
     voice = read_voice(model_dir)
     section = voice.sequence if voice else config.sequence
     codec = voice.codec_fingerprint if voice else dataset.fingerprints.codec

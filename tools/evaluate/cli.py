@@ -7,12 +7,22 @@ DATA OUT` does the same for waves that another system has made. Exit status 1 wh
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
 
+from shards.errors import ConfigError
 from shards.terminal import explained, print_json, print_line, print_table
+from tools.evaluate.conditions import broken, parse_condition
+from tools.evaluate.mos import KNOWN, check_predictor
+from tools.evaluate.perturb import parse_perturbations
+from tools.evaluate.request import Request
+from train.evaluation.recognizers import check_recognizer
+from train.evaluation.speaker_encoders import check_encoder
 
 NUM_DRAWS = 3  # of sampling: one draw of a model that was not changed differs from the next by a point or two
 
@@ -53,7 +63,11 @@ NUM_DRAWS = 3  # of sampling: one draw of a model that was not changed differs f
 )
 @click.option("--language", default="ar", help="Of the texts, for the recognizer.")
 @click.option(
-    "--train-data", type=click.Path(path_type=Path), metavar="SHARDS", help="Say what training has seen of it."
+    "--train-data",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="SHARDS",
+    help="Say what training on these has seen of it; may be repeated.  [default: the data of a RUN]",
 )
 @click.option("--fail-if", multiple=True, metavar="'cer > 0.1'", help="Exit status 1 if this holds of a tuned model.")
 @click.option("--players", default=40, type=click.IntRange(0), help="Items with sound in the report.")
@@ -68,69 +82,37 @@ NUM_DRAWS = 3  # of sampling: one draw of a model that was not changed differs f
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON on stdout.")
 def main(
     paths: tuple[Path, ...],
-    only_score: tuple[str, ...],
     data_only: bool,
-    with_base: bool | None,
-    seeds: int | None,
-    limit: int | None,
-    similarity: tuple[str, ...],
-    asr: str,
-    mos: tuple[str, ...],
-    perturb: tuple[str, ...],
-    language: str,
-    train_data: Path | None,
     fail_if: tuple[str, ...],
     players: int,
     greedy: bool,
     temperature: float,
     seed: int,
-    device: str,
     config_path: Path | None,
     overrides: tuple[str, ...],
     as_json: bool,
+    **asked: Any,
 ) -> None:
     """Say DATA with MODEL (a merged model, a RUN, a checkpoint or an adapter) and score it beside its base model.
 
     DATA: a data set of `preprocess` or a RUN (held-out speakers), a ChatML list, a seed-tts .lst, a ZipVoice .tsv, a Habibi
     folder.
     """
-    if greedy and seeds and seeds > 1:
-        raise click.UsageError("--greedy says an item the same way each time; leave --seeds out")
-    if data_only and (len(paths) != 2 or only_score or fail_if or perturb):
-        raise click.UsageError("expected --data-only DATA OUT: no model, no other waves, no --fail-if, no --perturb")
-    if len(paths) < 2 or (len(paths) < 3 and not (data_only or only_score or with_base)):
-        raise click.UsageError("expected MODEL DATA OUT, or --only-score FOLDER DATA OUT")
-    *models, data, out = paths
+    refuse_combinations(paths, data_only, fail_if, greedy, asked)
+    with usage_errors():
+        conditions = [parse_condition(text) for text in fail_if]
+        request = request_of(paths, data_only, greedy, asked)
+    out = request.out
     with explained(f"what is done stays in {out}; the same command goes on"):
-        from tools.evaluate.conditions import broken, parse_condition
-        from tools.evaluate.mos import KNOWN
-        from tools.evaluate.perturb import parse_perturbations
         from tools.evaluate.report import write_report
-        from tools.evaluate.request import Request
         from tools.evaluate.run import evaluate
         from tools.evaluate.systems import EvaluateConfig, read_evaluate_config
         from train.model.generate import Sampling
 
-        conditions = [parse_condition(text) for text in fail_if]
+        request = msgspec.structs.replace(request, device=chosen_device(request.device))
         known = EvaluateConfig.__struct_fields__
         mine = [text for text in overrides if not data_only or text.split(".")[0] in known]  # the rest is stage one's
-        config = read_evaluate_config(config_path, tuple(mine), (*models, data))
-        request = Request(
-            data=data,
-            out=out,
-            models=models,
-            wave_folders=[named_folder(text) for text in only_score],
-            with_base=bool(models) if with_base is None else with_base,
-            draws=seeds or (1 if greedy else NUM_DRAWS),
-            limit=limit,
-            encoders=[name for name in similarity or ("resemblyzer", "ovfl") if name != "none"],
-            asr=asr,
-            mos=[name for name in mos or KNOWN if name != "none"],
-            perturbations=parse_perturbations(perturb),
-            language=language,
-            device=chosen_device(device),
-            train_data=train_data,
-        )
+        config = read_evaluate_config(config_path, tuple(mine), (*request.models, request.data))
         if data_only:
             from tools.evaluate import data_check
 
@@ -139,8 +121,7 @@ def main(
                 print_json(found)
             data_check.show(found, out)
             return
-        sampling = Sampling(temperature=0.0 if greedy else temperature, seed=seed)
-        results, rows, plan = evaluate(request, config, sampling)
+        results, rows, plan = evaluate(request, config, Sampling(0.0 if greedy else temperature, seed=seed))
         pages = write_report(out, results, rows, plan, players)
         failures = broken(conditions, results)
     if as_json:
@@ -151,6 +132,59 @@ def main(
         print_line(f"failed: {sentence}")
     if failures:
         raise SystemExit(1)
+
+
+# --- what was typed -------------------------------------------------------------------------------------------------
+
+
+def refuse_combinations(
+    paths: tuple[Path, ...], data_only: bool, fail_if: tuple[str, ...], greedy: bool, asked: dict[str, Any]
+) -> None:
+    """Raises click.UsageError for what does not go together."""
+    others = asked["only_score"]
+    if greedy and (asked["seeds"] or 1) > 1:
+        raise click.UsageError("--greedy says an item the same way each time; leave --seeds out")
+    if data_only and (len(paths) != 2 or others or fail_if or asked["perturb"]):
+        raise click.UsageError("expected --data-only DATA OUT: no model, no other waves, no --fail-if, no --perturb")
+    if len(paths) < 2 or (len(paths) < 3 and not (data_only or others or asked["with_base"])):
+        raise click.UsageError("expected MODEL DATA OUT, or --only-score FOLDER DATA OUT")
+
+
+@contextmanager
+def usage_errors() -> Iterator[None]:
+    """What is wrong with the words themselves ends with exit status 2, before anything is loaded."""
+    try:
+        yield
+    except ConfigError as error:
+        raise click.UsageError(str(error)) from None
+
+
+def request_of(paths: tuple[Path, ...], data_only: bool, greedy: bool, asked: dict[str, Any]) -> Request:
+    """Raises ConfigError for a name that is none; nothing is loaded."""
+    *models, data, out = paths
+    encoders, mos, with_base = asked["similarity"], asked["mos"], asked["with_base"]
+    request = Request(
+        data=data,
+        out=out,
+        models=models,
+        wave_folders=[named_folder(text) for text in asked["only_score"]],
+        with_base=bool(models) if with_base is None else with_base,
+        draws=asked["seeds"] or (1 if greedy else NUM_DRAWS),
+        limit=asked["limit"],
+        encoders=list(dict.fromkeys(name for name in encoders or ("resemblyzer", "ovfl") if name != "none")),
+        asr=asked["asr"],
+        mos=[] if data_only else list(dict.fromkeys(name for name in mos or KNOWN if name != "none")),
+        perturbations=parse_perturbations(asked["perturb"]),
+        language=asked["language"],
+        device=asked["device"],
+        train_data=list(asked["train_data"]),
+    )
+    for name in request.encoders:
+        check_encoder(name)
+    for name in request.mos:
+        check_predictor(name)
+    check_recognizer(request.asr)
+    return request
 
 
 def named_folder(text: str) -> tuple[str, Path]:

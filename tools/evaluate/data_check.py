@@ -20,7 +20,7 @@ from shards.printable import printable
 from shards.terminal import print_line
 from shards.writer import write_bytes, write_json
 from tools.evaluate.data_page import body
-from tools.evaluate.dataset_items import dataset_items, is_dataset
+from tools.evaluate.dataset_items import dataset_items, folder_of, is_dataset
 from tools.evaluate.items import Item, Items, read_items
 from tools.evaluate.metric_passes import last, recognised_texts, scored_voices
 from tools.evaluate.request import Plan, Request
@@ -28,9 +28,10 @@ from tools.evaluate.run import hold_plan
 from tools.evaluate.scoring import Scores, Similarity, measured
 from tools.evaluate.speaking import Spoken, speech_file, write_recordings
 from tools.evaluate.systems import REFERENCE, EvaluateConfig, System, strangers
+from tools.evaluate.utterances import NO_WAVE
 from tools.evaluate.waves import failure_of
 from tools.web_page.page import page
-from train.evaluation.edits import Edits, character_edits, corpus
+from train.evaluation.edits import Edits, character_edits, corpus, failed
 from train.evaluation.text_protocols import HEADLINE, PROTOCOLS
 
 WORST_SHARE = 0.01  # of the rows, and at least one
@@ -86,7 +87,7 @@ def check_data(
 
 def all_items(request: Request) -> Items:
     return (
-        dataset_items(request.data, 0.0, 0, request.limit)
+        dataset_items([folder_of(request.data)], None, request.limit)
         if is_dataset(request.data)
         else read_items(request.data, request.limit)
     )
@@ -150,13 +151,17 @@ def clip_of(role: str, item: Item, text: str, facts: Scores, texts: Scores | Non
     about = row.facts if row else None
     failure = failure_of(about, None, None) if about else "missing"
     recognised = None if texts is None else (texts[role, 0, item.id].text or "" if (role, 0, item.id) in texts else "")
-    rule = PROTOCOLS[HEADLINE]
+    characters = None
+    if recognised is not None:
+        rule = PROTOCOLS[HEADLINE]
+        characters = character_edits(rule(text), rule(recognised))
+        characters = failed(characters) if failure in NO_WAVE else characters
     return Clip(
         failure=failure,
         error=about.error if about else "no wave",
         duration_s=about.duration_s if about else 0.0,
         recognised=recognised,
-        characters=None if recognised is None else character_edits(rule(text), rule(recognised)),
+        characters=characters,
     )
 
 

@@ -1,13 +1,13 @@
-"""Items of a data set that `preprocess` made: its held-out speakers where something is held out, else all of them.
+"""Items of data sets that `preprocess` made: their held-out speakers where something is held out, else all of them.
 
-In: the folder, and the share and seed that training holds out with (`train.validation_fraction`, `train.seed`). Out: items
+In: folders, and the [train] section, of which `train` itself says what it holds out of all that it trains on together. Out: items
 whose audio is the stored codes. The real recordings are then heard through the codec: that is the best any voice made of
 these codes can reach, so it is the right ceiling, and a worse one than the recordings themselves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,59 +19,96 @@ if TYPE_CHECKING:
     from preprocess.text import TextSection
     from shards.reader import SampleReader
     from shards.sample import Sample
+    from train.config import TrainSection
+    from train.data.plan import Keep
+    from train.data.planned_source import PlannedSource
 
 
 def is_dataset(data: Path) -> bool:
     return (data / "dataset.json").is_file() or data.name == "dataset.json"
 
 
-def dataset_items(data: Path, fraction: float, seed: int, limit: int | None = None) -> Items:
-    """Items of the held-out speakers; of all where `fraction` is 0. Raises ShardError or ConfigError."""
+def folder_of(data: Path) -> Path:
+    return data.parent if data.name == "dataset.json" else data
+
+
+def dataset_items(
+    folders: list[Path],
+    section: TrainSection | None = None,
+    limit: int | None = None,
+    together: Sequence[Path] = (),
+) -> Items:
+    """Items of the held-out speakers of data sets; of all where `section` is None or holds nothing out.
+
+    `together`: the data sets that are trained on together, these among them; () for these alone. Raises ShardError or
+    ConfigError, DataError where nothing is left.
+    """
     from shards.errors import DataError, ShardError
-    from shards.manifest import open_dataset
     from shards.reader import SampleReader
 
-    folder = data.parent if data.name == "dataset.json" else data
-    _, index = open_dataset(folder)
-    reader = SampleReader(folder)
-    rows = unseen_rows(reader, index, fraction, seed) if fraction else np.arange(len(index))
+    fraction = section.validation_fraction if section else 0.0
     items: list[Item] = []
     skipped: list[str] = []
-    for row in rows.tolist():
-        if limit is not None and len(items) == limit:
-            break
-        try:
-            items.append(item_of(reader.read(index[row]), row))
-        except ShardError as error:
-            skipped.append(str(error))
+    for folder, index, rows in chosen_rows(folders, section, together or folders):
+        reader = SampleReader(folder)
+        for row in rows.tolist():
+            if limit is not None and len(items) == limit:
+                break
+            try:
+                items.append(item_of(reader.read(index[row]), str(folder), row))
+            except ShardError as error:
+                skipped.append(str(error))
+    source = ", ".join(map(str, folders))
     if not items:
-        raise DataError(f"{folder}: nothing to evaluate; {len(skipped)} samples could not be read")
-    kind = f"held-out speakers of a data set ({fraction:g} of it, seed {seed})" if fraction else "data set"
-    return Items(kind=kind, source=str(folder), items=with_distinct_ids(items), skipped=skipped)
+        held_out = ", and none of the others is held out" if fraction else ""
+        raise DataError(f"{source}: nothing to evaluate; {len(skipped)} samples could not be read{held_out}")
+    kind = "data set" if len(folders) == 1 else f"{len(folders)} data sets"
+    if section and fraction:
+        kind = f"held-out speakers of {'a ' * (len(folders) == 1)}{kind} ({fraction:g} of it, seed {section.seed})"
+    return Items(kind=kind, source=source, items=with_distinct_ids(items), skipped=skipped)
 
 
-def held_out_rows(index: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """Rows [n] int64 of the index that training with these settings leaves out."""
-    from train.data.validation_split import choose_speakers, of_speakers
+def chosen_rows(
+    folders: list[Path], section: TrainSection | None, together: Sequence[Path]
+) -> Iterator[tuple[Path, np.ndarray, np.ndarray]]:
+    """Of each folder its index [n] and the rows [m] int64 of it that training on `together` holds out; all without a share."""
+    from shards.manifest import open_dataset
 
-    return np.flatnonzero(of_speakers(choose_speakers(index, seed, fraction), inside=True)(index))
-
-
-def unseen_rows(reader: SampleReader, index: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """Of these, those whose audio is not heard in training under another name either, as `train` evaluates; all where none is
-    left."""
-    from train.data.same_audio import without_places
-    from train.data.validation_overlap import heard_places
-    from train.data.validation_split import choose_speakers, of_speakers
-
-    speakers = choose_speakers(index, seed, fraction)
-    trained, held_out = (of_speakers(speakers, inside=inside) for inside in (False, True))
-    places, _ = heard_places("the data set", reader, index, trained, held_out)
-    left = np.flatnonzero(without_places(held_out, places)(index))
-    return left if len(left) else np.flatnonzero(held_out(index))
+    if section is None or not section.validation_fraction:
+        for folder in folders:
+            index = open_dataset(folder)[1]
+            yield folder, index, np.arange(len(index))
+        return
+    source, _, held_out = split(together, section)
+    places = [path.resolve() for path in together]
+    for folder in folders:
+        first, end = source.mixing.first_rows[(place := places.index(folder.resolve())) : place + 2]
+        yield folder, open_dataset(folder)[1], np.flatnonzero(held_out(source.index)[first:end])
 
 
-def item_of(sample: Sample, row: int) -> Item:
+def split(together: Sequence[Path], section: TrainSection) -> tuple[PlannedSource, Keep, Keep]:
+    """The data sets as `train` opens them, and its filters of rows that are trained on and held out."""
+    from msgspec.structs import replace
+
+    from train.config import DataSource
+    from train.data.planned_source import PlannedSource
+    from train.world import ALONE
+
+    several = [DataSource(path=str(folder)) for folder in together] if len(together) > 1 else []
+    section = replace(section, data=several, validation_data="", data_temperature=1.0)
+    source = PlannedSource("" if several else str(together[0]), section)
+    if not section.validation_fraction:
+        return source, everything, everything
+    return source, *source.hold_out(section.validation_fraction, ALONE)
+
+
+def everything(index: np.ndarray) -> np.ndarray:
+    return np.ones(len(index), bool)
+
+
+def item_of(sample: Sample, folder: str, row: int) -> Item:
+    from shards.columns import audio_hash
+
     facts = sample.facts
     return Item(
         id=facts.id,
@@ -81,28 +118,46 @@ def item_of(sample: Sample, row: int) -> Item:
         reference_text=facts.texts[facts.reference_text],
         real=facts.target.path,
         dialect=dialect_of({**(facts.misc or {}), **facts.extra}),
+        dataset=folder,
         row=row,
-        audio_sha256=[digest for digest in (facts.reference.sha256, facts.target.sha256) if digest],
+        audio=[number for number in map(audio_hash, (facts.reference, facts.target)) if number],
     )
 
 
+class StoredSamples:
+    """The samples behind items of data sets, one at a time. Items of files have none."""
+
+    def __init__(self) -> None:
+        self._opened: dict[str, tuple[np.ndarray, SampleReader, list[str] | None]] = {}
+
+    def of(self, item: Item) -> Sample | None:
+        """Raises ShardError."""
+        if item.row is None:
+            return None
+        index, reader, _ = self._open(item.dataset)
+        return reader.read(index[item.row])
+
+    def rules_of(self, item: Item) -> list[str] | None:
+        """`text.normalize` of the item's data set; None for a file, and where the data set does not say."""
+        return None if item.row is None else self._open(item.dataset)[2]
+
+    def _open(self, folder: str) -> tuple[np.ndarray, SampleReader, list[str] | None]:
+        from shards.manifest import open_dataset, text_rules
+        from shards.reader import SampleReader
+
+        if folder not in self._opened:
+            dataset, index = open_dataset(Path(folder))
+            self._opened[folder] = index, SampleReader(Path(folder)), text_rules(dataset)
+        return self._opened[folder]
+
+
 def read_samples(items: Items) -> Iterator[tuple[Item, Sample]]:
-    """The samples behind the items of a data set, in their order."""
-    from shards.index import read_index
-    from shards.reader import SampleReader
-
-    folder = Path(items.source)
-    index, reader = read_index(folder / "index.npy"), SampleReader(folder)
+    """The samples behind the items of data sets, in their order."""
+    stored = StoredSamples()
     for item in items.items:
-        assert item.row is not None
-        yield item, reader.read(index[item.row])
-
-
-def rules_of(items: Items) -> list[str] | None:
-    """`text.normalize` of the data set behind the items; None for a list, and where the data set does not say."""
-    from shards.manifest import open_dataset, text_rules
-
-    return text_rules(open_dataset(Path(items.source))[0]) if items.items[0].row is not None else None
+        sample = stored.of(item)
+        assert sample is not None
+        yield item, sample
 
 
 def in_words_of(sample: Sample, rules: TextSection, tokenizer: Any) -> Sample:
@@ -125,40 +180,51 @@ def in_words_of(sample: Sample, rules: TextSection, tokenizer: Any) -> Sample:
     return dataclasses.replace(sample, facts=facts, text_ids=np.concatenate(ids))
 
 
-def training_overlap(items: Items, train_data: Path, fraction: float, seed: int) -> str:
-    """One line: which evaluated speakers and audio files training has seen. Raises ShardError."""
-    from shards.manifest import open_dataset
-    from shards.reader import SampleReader
+def training_overlap(items: Items, train_data: Sequence[Path], section: TrainSection) -> str:
+    """One line: which evaluated speakers and audio files training on these data sets has seen. Raises ShardError.
 
-    _, index = open_dataset(train_data)
-    held = set(held_out_rows(index, fraction, seed).tolist()) if fraction else set()
-    speakers: set[str] = set()
-    audio: set[str] = set()
-    reader = SampleReader(train_data)
-    for row in range(len(index)):
-        if row in held:
-            continue
-        facts = reader.read(index[row]).facts
-        speakers.add(facts.speaker)
-        audio |= {facts.reference.sha256, facts.target.sha256}
+    A part of a file is an audio of its own, as in stage one. Without columns.npy every sample is read for its audio.
+    """
+    from shards.index import hash64
+
+    source, trained, _ = split(train_data, section)
+    rows = np.flatnonzero(trained(source.index))
+    audio = audio_of(source, rows)
     known = {item.speaker for item in items.items}
-    seen = known & speakers
-    hashes = {digest for item in items.items for digest in item.audio_sha256 or hashes_of(item)}
-    seen_audio = (hashes & audio) - {""}
+    seen = np.isin(np.array([hash64(name) for name in known], np.uint64), source.index["speaker"][rows]).sum()
+    hashes = sorted({number for item in items.items for number in item.audio or hashes_of(item)})
+    seen_audio = np.isin(np.array(hashes, np.uint64), audio).sum()
+    where = ", ".join(map(str, train_data))
     if not seen and not seen_audio:
-        return f"unseen: none of the {len(known)} speakers and {len(hashes)} audio files stand in {train_data}"
+        return f"unseen: none of the {len(known)} speakers and {len(hashes)} audio files stand in {where}"
     return (
-        f"SEEN IN TRAINING: {len(seen)} of {len(known)} speakers and {len(seen_audio)} of {len(hashes)} audio files stand in "
-        f"{train_data}; figures below say how well training was learned, not how well a new voice is cloned"
+        f"SEEN IN TRAINING: {seen} of {len(known)} speakers and {seen_audio} of {len(hashes)} audio files stand in "
+        f"{where}; figures below say how well training was learned, not how well a new voice is cloned"
     )
 
 
-def hashes_of(item: Item) -> list[str]:
+def audio_of(source: PlannedSource, rows: np.ndarray) -> np.ndarray:
+    """`audio_hash` [2 n] uint64 of the references and targets of these rows."""
+    from shards.columns import audio_hash
+
+    columns = source.columns()
+    if columns is not None:
+        return np.concatenate([columns["reference_audio"][rows], columns["target_audio"][rows]])
+    facts = (source.reader.read(source.index[row]).facts for row in rows)
+    return np.array([audio_hash(audio) for found in facts for audio in (found.reference, found.target)], np.uint64)
+
+
+def hashes_of(item: Item) -> list[int]:
+    """`audio_hash` of an item's files, of their parts where the list says how long these are."""
     import hashlib
 
+    from shards.index import hash64
+
     found = []
-    for name in (item.reference, item.real):
+    for name, segment in ((item.reference, item.reference_segment), (item.real, item.real_segment)):
         if name and Path(name).is_file():
             with Path(name).open("rb") as file:
-                found.append(hashlib.file_digest(file, "sha256").hexdigest())
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            part = "" if segment.is_whole else f" {segment.offset_s:.3f} {segment.duration_s or 0:.2f}"
+            found.append(hash64(digest + part) or 1)
     return found

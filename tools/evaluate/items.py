@@ -39,8 +39,9 @@ class Item(msgspec.Struct, frozen=True, kw_only=True):
     dialect: str | None = None
     reference_segment: Segment = WHOLE
     real_segment: Segment = WHOLE
-    row: int | None = None  # in a data set's index: codes stand there instead of files
-    audio_sha256: list[str] = []  # of the files, where they are known without reading them
+    dataset: str = ""  # folder of `preprocess` that the item is of
+    row: int | None = None  # in its index: codes stand there instead of files
+    audio: list[int] = []  # shards.columns.audio_hash of the files, where they are known without reading them
 
 
 class Items(msgspec.Struct, frozen=True, kw_only=True):

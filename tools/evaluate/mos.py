@@ -39,13 +39,16 @@ class MosPredictor(Protocol):
         ...
 
 
+def check_predictor(name: str) -> None:
+    """Raises ConfigError for a name that is none; nothing is loaded."""
+    if name not in KNOWN:
+        raise ConfigError(f"--mos {name!r}: no such predictor; known: {', '.join(KNOWN)}, none")
+
+
 def load_predictor(name: str, device: str = "cpu") -> MosPredictor:
     """Load by the name of --mos. Raises NotInstalled, or ConfigError for a name that is none."""
-    if name == "dnsmos":
-        return Dnsmos()
-    if name == "distillmos":
-        return DistillMos(device)
-    raise ConfigError(f"--mos {name!r}: no such predictor; known: {', '.join(KNOWN)}, none")
+    check_predictor(name)
+    return Dnsmos() if name == "dnsmos" else DistillMos(device)
 
 
 class Dnsmos:

@@ -31,7 +31,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     perturbations: list[Perturbation] = []
     language: str = "ar"
     device: str = "cpu"
-    train_data: Path | None = None
+    train_data: list[Path] = []
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from shards.errors import ConfigError, DataError
+from shards.errors import ConfigError, DataError, PipelineError
 from shards.folder_lock import hold_folder
 from shards.terminal import print_line
 from shards.writer import write_bytes, write_json
-from tools.evaluate.dataset_items import dataset_items, is_dataset, training_overlap
+from tools.evaluate.dataset_items import dataset_items, folder_of, is_dataset, training_overlap
 from tools.evaluate.items import Items, read_items
 from tools.evaluate.metric_passes import last, predicted_mos, recognised_texts, scored_voices
 from tools.evaluate.request import Plan, Request
@@ -28,8 +28,11 @@ from tools.evaluate.systems import (
     EvaluateConfig,
     System,
     base_system,
+    is_run,
     perturbed_system,
-    run_data,
+    run_data_sets,
+    run_of,
+    run_section,
     strangers,
     tuned_system,
     waves_system,
@@ -37,6 +40,7 @@ from tools.evaluate.systems import (
 from tools.evaluate.utterances import Utterance, utterances_of
 
 if TYPE_CHECKING:
+    from train.config import TrainSection
     from train.model.generate import Sampling
 
 
@@ -90,23 +94,44 @@ def _evaluate(request: Request, config: EvaluateConfig, sampling: Sampling) -> R
 
 def open_items(request: Request, config: EvaluateConfig) -> tuple[Items, str]:
     """The items, and the first line of the report: whether training has seen them."""
-    data, section = request.data, config.train
-    fraction = section.validation_fraction
-    if (data / "checkpoints").is_dir() and (data / "config.toml").is_file():
-        data = Path(section.validation_data) if section.validation_data else run_data(data)
-        if not fraction and not section.validation_data:
-            raise DataError(
-                f"{request.data}: this run held nothing out (train.validation_fraction = 0); give other data"
-            )
-    if not is_dataset(data):
-        items = read_items(data, request.limit)
-    else:
-        items = dataset_items(data, fraction, section.seed, request.limit)
-    if request.train_data:
-        return items, training_overlap(items, request.train_data, fraction, section.seed)
+    trained_on, section = training_of(request, config)
+    items = items_of(request, config)
+    if trained_on:
+        return items, training_overlap(items, trained_on, section)
     if items.kind.startswith("held-out"):
         return items, f"unseen if {items.source} was the training data: {items.kind}"
     return items, "not checked whether training has seen these speakers; name its data set with --train-data SHARDS"
+
+
+def training_of(request: Request, config: EvaluateConfig) -> tuple[list[Path], TrainSection]:
+    """The data sets of --train-data, else those of the runs that models are of, and how training divides them."""
+    if request.train_data:
+        return [folder_of(path) for path in request.train_data], config.train
+    for run in filter(None, map(run_of, (*request.models, request.data))):
+        try:
+            section = run_section(run)
+            return run_data_sets(run, section), section
+        except PipelineError as error:
+            print_line(f"skipped: whether training has seen these speakers: {error}")
+    return [], config.train
+
+
+def items_of(request: Request, config: EvaluateConfig) -> Items:
+    """Of a RUN what it held out, as it wrote down itself; of a data set what the configuration holds out of it."""
+    data, section = request.data, config.train
+    if is_run(data):
+        section = run_section(data)
+        if section.validation_data:
+            return dataset_items([Path(section.validation_data)], None, request.limit)
+        if not section.validation_fraction:
+            raise DataError(f"{data}: this run held nothing out (train.validation_fraction = 0); give other data")
+        return dataset_items(run_data_sets(data, section), section, request.limit)
+    if not is_dataset(data):
+        return read_items(data, request.limit)
+    folder = folder_of(data)
+    together = [Path(source.path) for source in section.data]
+    is_one_of_them = folder.resolve() in {path.resolve() for path in together}
+    return dataset_items([folder], section, request.limit, together if is_one_of_them else ())
 
 
 def fixed_plan(request: Request, config: EvaluateConfig, items: Items, sampling: Sampling) -> Plan:

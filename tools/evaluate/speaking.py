@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ import numpy as np
 from preprocess.segment import WHOLE
 from shards.errors import DataError, PipelineError
 from shards.printable import file_name
-from tools.evaluate.dataset_items import in_words_of, read_samples, rules_of
+from tools.evaluate.dataset_items import StoredSamples, in_words_of, read_samples
 from tools.evaluate.items import Item, Items
 from tools.evaluate.perturb import parse_perturbation, perturbed
 from tools.evaluate.row_file import Key, RowFile
@@ -115,9 +116,11 @@ def write_decoded(items: Items, config: EvaluateConfig, out: Path, rows: RowFile
     from shards.manifest import decoder_of, open_dataset
 
     folder = resolve(config.model.codec, config.model.codec_revision, "model.codec")
-    made_with = decoder_of(open_dataset(Path(items.source))[0].fingerprints.codec)
-    if made_with != codec_fingerprint(folder):
-        raise ShardError(f"{items.source}: its codes were made with codec {made_with[:16]}, model.codec is another")
+    ours = codec_fingerprint(folder)
+    for source in dict.fromkeys(item.dataset for item in items.items):
+        made_with = decoder_of(open_dataset(Path(source))[0].fingerprints.codec)
+        if made_with != ours:
+            raise ShardError(f"{source}: its codes were made with codec {made_with[:16]}, model.codec is another")
     codec = load_codec(folder, device)
     for item, sample in read_samples(items):
         for role, codes in ((REFERENCE, sample.reference_codes), ("real", sample.target_codes)):
@@ -196,27 +199,24 @@ def speak(
     """
     from tools.speaker import load_speaker
 
-    todo = [
-        (system, draw, item, sample)
-        for system in systems
-        for draw in range(draws)
-        for item, sample in with_samples(items)
-        if not is_done(rows, (system.name, draw, item.id), out)
-    ]
-    named = [(system.name, draw, item.id) for system in systems for draw in range(draws) for item in items.items]
-    yield from [rows.rows[key] for key in named if is_done(rows, key, out)]
+    todo = []
+    for system, draw, item in itertools.product(systems, range(draws), items.items):
+        if is_done(rows, (key := (system.name, draw, item.id)), out):
+            yield rows.rows[key]
+        else:
+            todo.append((system, draw, item))
     if not todo:
         return
     first = systems[0]
     speaker = load_speaker(Path(first.model), Path(first.adapter) if first.adapter else None, config.speak, device)
-    made_with = rules_of(items)
-    for system, draw, item, sample in todo:
+    stored = StoredSamples()  # read one by one: all of them would be gigabytes
+    for system, draw, item in todo:
         drawn = dataclasses.replace(sampling, seed=sampling.seed + draw)
         longest = round((RUNAWAY * (expected_seconds(item, out, rows.rows) or 15.0)) * 25) + SPARE_FRAMES
         name = wave_name(system.name, draw, item.id)
         row = Spoken(system=system.name, draw=draw, item=item.id, wave=name)
         try:
-            prompt = prompt_sample(speaker, system, item, sample, out, made_with)
+            prompt = prompt_sample(speaker, system, item, stored.of(item), out, stored.rules_of(item))
             row = speak_item(speaker, prompt, longest, drawn, row, out)
         except (PipelineError, ValueError) as error:
             row = msgspec.structs.replace(row, error=str(error) or type(error).__name__)
@@ -224,10 +224,6 @@ def speak(
         yield row
     del speaker
     gc.collect()
-
-
-def with_samples(items: Items) -> Iterable[tuple[Item, Sample | None]]:
-    return read_samples(items) if items.items[0].row is not None else ((item, None) for item in items.items)
 
 
 def prompt_sample(

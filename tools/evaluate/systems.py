@@ -113,6 +113,29 @@ def config_of(path: Path) -> Path | None:
     return found[0] if found and adapter_of(path) else None
 
 
+def is_run(path: Path) -> bool:
+    return (path / "checkpoints").is_dir() and (path / "config.toml").is_file()
+
+
+def run_of(path: Path) -> Path | None:
+    """The run that a path is: itself, or that of a checkpoint or adapter in it; None for what is of no run here."""
+    folders = (path.resolve(), *path.resolve().parents[:3])
+    return next((folder for folder in folders if is_run(folder) and (folder / "environment.json").is_file()), None)
+
+
+def run_section(run: Path) -> TrainSection:
+    """[train] as the run was started with it, whatever this command's configuration says."""
+    return read_config(EvaluateConfig, run / "config.toml").train
+
+
+def run_data_sets(run: Path, section: TrainSection) -> list[Path]:
+    """The data sets that a run was trained on together. Raises DataError for those that are not here."""
+    named = [Path(source.path) for source in section.data]
+    if missing := [folder for folder in named if not (folder / "dataset.json").is_file()]:
+        raise DataError(f"{run}: its data set {missing[0]} is not here; give another data set folder as DATA")
+    return named or [run_data(run)]
+
+
 def run_data(run: Path) -> Path:
     """The data set that a run was trained on, as its latest start was typed. Raises DataError."""
     command = read_json_object(run / "environment.json", "what a run was started with").get("command", "")

@@ -172,11 +172,18 @@ class PlannedSource:
         """A filter of the rows trained on, None for all; the others are held out. Every rank must call this."""
         fraction = self._section.validation_fraction
         if fraction and self._trained is None:
-            self._trained, self._held_out = self._hold_out(fraction, world)
+            self._trained, self._held_out = self.hold_out(fraction, world)
         return self._trained
 
-    def _hold_out(self, fraction: float, world: World) -> tuple[Keep, Keep]:
-        """Filters of the rows trained on and of those held out: whole speakers, of all data sets by their names."""
+    def columns(self) -> np.ndarray | None:
+        """Columns [n] beside the index; None where a data set has none here."""
+        return self._data.columns()
+
+    def hold_out(self, fraction: float, world: World) -> tuple[Keep, Keep]:
+        """Filters of the rows trained on and of those held out: whole speakers, of all data sets by their names.
+
+        Every rank must call this.
+        """
         seed = self._section.seed
         draws = self._section.reference != "as_listed"
         if (len(self._sets) > 1 or draws) and (columns := self._data.columns()) is not None:

@@ -14,9 +14,11 @@ from typing import Any
 
 import msgspec
 
-from shards.errors import PipelineError
+from shards.errors import ConfigError, PipelineError
+from shards.printable import first_line
 
 SAMPLE_RATE = 16000  # of the waves that all metrics take
+ONLY_FOR_TRAINING = "masked_spec_embed"  # a weight of WavLM that stands for what is masked
 INSTALL_EXTRA = "pip install -c constraints.txt -e '.[eval]'"
 
 
@@ -42,6 +44,24 @@ def package_file(package: str, name: str, file: str, install: str = INSTALL_EXTR
         raise NotInstalled(f"{name}: {path} is not there; {install}")
     owners = importlib.metadata.packages_distributions().get(package, [package])
     return path, importlib.metadata.version(owners[0])
+
+
+def whole_model(kind: Any, folder: Path, named: str) -> Any:
+    """A transformers model of a local folder, with every weight that it computes with.
+
+    Raises ConfigError: what a folder lacks transformers draws at random with a warning, and the figures would be of that.
+    """
+    try:
+        model, loading = kind.from_pretrained(folder, output_loading_info=True, local_files_only=True)
+    except Exception as error:  # it has many kinds for a folder that is none
+        what = f"{type(error).__name__}: {first_line(error)}"
+        raise ConfigError(f"{named}: not loadable: {what}; give a whole folder of {kind.__name__}") from None
+    missing = sorted(key for key in loading["missing_keys"] if not key.endswith(ONLY_FOR_TRAINING))
+    if missing:
+        raise ConfigError(
+            f"{named}: lacks {len(missing)} weights (the first: {missing[0]}) of {kind.__name__}; give a folder that has them"
+        )
+    return model
 
 
 def onnx_session(path: Path) -> Any:

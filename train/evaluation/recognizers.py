@@ -16,9 +16,18 @@ import numpy as np
 from shards.artifacts import weights_fingerprint
 from shards.errors import ConfigError
 from shards.json_file import read_json_object
-from train.evaluation.metric_models import INSTALL_EXTRA, SAMPLE_RATE, ModelIdentity, NotInstalled, sha256_of
+from shards.printable import first_line
+from train.evaluation.metric_models import (
+    INSTALL_EXTRA,
+    SAMPLE_RATE,
+    ModelIdentity,
+    NotInstalled,
+    sha256_of,
+    whole_model,
+)
 
 KNOWN = "faster-whisper:FOLDER, whisper:FOLDER, none"
+FILES = {"faster-whisper": "model.bin", "whisper": "config.json"}  # that a folder of the kind has
 
 
 class Recognizer(Protocol):
@@ -31,20 +40,22 @@ class Recognizer(Protocol):
 
 def load_recognizer(name: str, language: str, device: str = "cpu") -> Recognizer | None:
     """Load by the name of --asr; None for "none". Raises NotInstalled, or ConfigError for what is no recognizer."""
+    folder = check_recognizer(name)
+    if folder is None:
+        return None
+    return (FasterWhisper if name.startswith("faster-whisper:") else Whisper)(folder, language, device)
+
+
+def check_recognizer(name: str) -> Path | None:
+    """The folder it names, None for "none"; nothing is loaded. Raises ConfigError for what is no recognizer."""
+    kind, _, folder = name.partition(":")
     if name == "none":
         return None
-    kind, _, folder = name.partition(":")
-    if folder and kind == "faster-whisper":
-        return FasterWhisper(existing(kind, folder, "model.bin"), language, device)
-    if folder and kind == "whisper":
-        return Whisper(existing(kind, folder, "config.json"), language, device)
-    raise ConfigError(f"--asr {name!r}: no such recognizer; known: {KNOWN}")
-
-
-def existing(kind: str, folder: str, file: str) -> Path:
+    if not folder or kind not in FILES:
+        raise ConfigError(f"--asr {name!r}: no such recognizer; known: {KNOWN}")
     path = Path(folder).expanduser()
-    if not (path / file).is_file():
-        raise ConfigError(f"--asr {kind}:{folder}: no {file} there; give a local folder of the model")
+    if not (path / FILES[kind]).is_file():
+        raise ConfigError(f"--asr {name}: no {FILES[kind]} there; give a local folder of the model")
     return path
 
 
@@ -84,8 +95,13 @@ class Whisper:
     def __init__(self, folder: Path, language: str, device: str) -> None:
         import transformers
 
-        self._processor: Any = transformers.WhisperProcessor.from_pretrained(folder)
-        model: Any = transformers.WhisperForConditionalGeneration.from_pretrained(folder)
+        named = f"--asr whisper:{folder}"
+        model = whole_model(transformers.WhisperForConditionalGeneration, folder, named)
+        try:
+            self._processor: Any = transformers.WhisperProcessor.from_pretrained(folder, local_files_only=True)
+        except Exception as error:  # transformers has many kinds for files that are missing or damaged
+            what = f"{type(error).__name__}: {first_line(error)}"
+            raise ConfigError(f"{named}: its processor is not loadable: {what}; give a whole folder") from None
         self._model = model.eval().to(device)
         generation = folder / "generation_config.json"
         config = read_json_object(generation, "a recognizer's settings") if _has_generation(folder) else {}

@@ -25,6 +25,7 @@ from train.evaluation.metric_models import (
     onnx_session,
     package_file,
     sha256_of,
+    whole_model,
 )
 
 # resemblyzer declares webrtcvad, which needs a compiler and an old setuptools; the wheels of it are the same code
@@ -44,14 +45,23 @@ class SpeakerEncoder(Protocol):
 
 def load_encoder(name: str) -> SpeakerEncoder:
     """Load by the name of --similarity. Raises NotInstalled, or ConfigError for a name or folder that is none."""
-    if name == "resemblyzer":
-        return Resemblyzer()
-    if name == "ovfl":
-        return VoiceFilter()
+    folder = check_encoder(name)
+    if folder:
+        return WavLm(folder)
+    return Resemblyzer() if name == "resemblyzer" else VoiceFilter()
+
+
+def check_encoder(name: str) -> Path | None:
+    """The folder it names, None for one of a package; nothing is loaded. Raises ConfigError for what is none."""
+    if name in ("resemblyzer", "ovfl"):
+        return None
     kind, _, folder = name.partition(":")
-    if kind == "wavlm" and folder:
-        return WavLm(Path(folder).expanduser())
-    raise ConfigError(f"--similarity {name!r}: no such speaker encoder; known: {KNOWN}")
+    if kind != "wavlm" or not folder:
+        raise ConfigError(f"--similarity {name!r}: no such speaker encoder; known: {KNOWN}")
+    path = Path(folder).expanduser()
+    if not (path / "config.json").is_file():
+        raise ConfigError(f"--similarity {name}: no config.json there; give a folder of WavLMForXVector")
+    return path
 
 
 def unit(vector: np.ndarray) -> np.ndarray:
@@ -111,11 +121,9 @@ class WavLm:
     """A local folder of WavLM with an x-vector head."""
 
     def __init__(self, folder: Path) -> None:
-        if not (folder / "config.json").is_file():
-            raise ConfigError(f"--similarity wavlm:{folder}: no config.json there; give a folder of WavLMForXVector")
         import transformers
 
-        self._model: Any = transformers.WavLMForXVector.from_pretrained(folder).eval()
+        self._model: Any = whole_model(transformers.WavLMForXVector, folder, f"--similarity wavlm:{folder}").eval()
         extractor = folder / "preprocessor_config.json"
         settings = read_json_object(extractor, "what WavLM reads") if extractor.is_file() else {}
         self._levels = bool(settings.get("do_normalize"))
