@@ -34,6 +34,7 @@ COMMANDS = {
     "checkpoints": "tools.checkpoints.cli",
     "speak": "tools.speak",
     "tiny": "tools.tiny.cli",
+    "evaluate": "tools.evaluate.cli",
 }
 MAX_REQUEST = 1 << 20
 REPOSITORY = Path(__file__).resolve().parent.parent
