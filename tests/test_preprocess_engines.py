@@ -9,11 +9,15 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
+from preprocess import codec_server
 from preprocess.codec_server import CodecServers, RemoteCodec
 from preprocess.config import PreprocessConfig
 from preprocess.plan import Request, identify_job, plan_job
@@ -91,6 +95,30 @@ def test_codec_process_batches_equal_lengths_only(tiny_dir):
         servers.close()
     with pytest.raises(PipelineError, match="codec process is gone"):
         remote.encode(waves[0])
+
+
+def test_waiting_waves_of_one_length_are_one_batch(tiny_dir, monkeypatch):
+    """The way of `--device cuda`, on the CPU: whatever is encoded together gives the codes of single clips."""
+    codec = load_codec(tiny_dir / "codec")
+    rng = np.random.default_rng(0)
+    lengths = (24000, 24000, 24960, 23100, 24000, 50000, 24500)  # 23,100 is padded to 24,000, 24,500 to 24,960
+    waves = [(0.1 * rng.standard_normal(length)).astype(np.float32) for length in lengths]
+    answers: dict[int, np.ndarray] = {}
+    connections: list[Any] = [SimpleNamespace(send=partial(answers.__setitem__, n)) for n in range(len(waves))]
+    sizes: list[tuple[int, int]] = []
+
+    def encode_batch(batch: np.ndarray) -> np.ndarray:
+        sizes.append((len(batch), batch.shape[1]))
+        return codec.encode_batch(batch)
+
+    server: Any = SimpleNamespace(encode_batch=encode_batch)
+    for most_s, expected in ((240, [(4, 24000), (2, 24960), (1, 50880)]), (3, [(3, 24000), (1, 24000)])):
+        monkeypatch.setattr(codec_server, "MAX_BATCH_S", most_s)
+        sizes.clear()
+        codec_server._answer_waves(server, list(zip(connections, waves, strict=True)))
+        assert sizes[: len(expected)] == expected
+        for number, wave in enumerate(waves):
+            np.testing.assert_array_equal(answers.pop(number), codec.encode(wave))
 
 
 def test_device_cuda_without_a_gpu_is_refused(run_command, arabic_mini, tiny_dir, tmp_path):
