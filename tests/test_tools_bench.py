@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+from types import SimpleNamespace
 
 import pytest
 
@@ -21,9 +23,26 @@ def test_bench_preprocess_stores_every_figure(run_command, tmp_path):
     assert len(codec["audio_s_per_core_s"]["ours"]) == len(codec["lengths_s"]) == len(codec["gain"])
     assert codec["num_codes_that_differ"] == 0
     assert codec["num_distinct_codes"] > 100, "codes of empty codebooks are all equal, which shows nothing"
-    assert set(jobs["audio_s_per_s"]) == set(jobs["parallel_efficiency"]) == {"1", "2"}
+    assert set(jobs["audio_s_per_s"]) == set(jobs["parallel_efficiency"]) == set(jobs["busy_cores"]) == {"1", "2"}
     assert jobs["deduplication_gain"] > 0
     assert jobs["gain_over_plain_loop"] > 0
+
+
+def test_a_row_of_workers_says_what_else_the_machine_did(monkeypatch, tmp_path):
+    from tools.bench import preprocess as bench
+
+    ticks = os.sysconf("SC_CLK_TCK")
+    own = SimpleNamespace(user=3.0, system=1.0, children_user=5.0, children_system=1.0)
+    stat = tmp_path / "stat"  # user nice system idle iowait irq softirq steal guest guest_nice
+    stat.write_text(
+        "cpu " + " ".join(str(seconds * ticks) for seconds in (20, 1, 4, 99, 7, 0, 0, 2, 0, 0)) + "\ncpu0 1\n"
+    )
+    monkeypatch.setattr(bench, "Path", lambda _: stat)
+    monkeypatch.setattr(bench.os, "times", lambda: own)
+    assert bench.core_seconds()[0] == 20 + 1 + 4 + 2 - 3 - 1 - 5 - 1, "ours and our children's do not count"
+    jobs = {"busy_cores": {1: 0.02, 2: 1.34}, "parallel_efficiency": {1: 1.0, 2: 0.56}}
+    assert bench.efficiency_row(jobs, 1) == "efficiency 100%"
+    assert bench.efficiency_row(jobs, 2) == "efficiency 56%; 1.3 cores were busy with other work"
 
 
 def test_bench_codec_counts_codes_by_codebook(monkeypatch, tiny_dir, tmp_path, arabic_mini, repository, capsys):

@@ -60,7 +60,7 @@ print("RESULT", json.dumps({"files": files, "files_per_s": after_first}), flush=
 """
 CODE_OF_PLAIN_LOOP = """
 import json, sys, time
-import numpy as np, soundfile, torch, torchaudio
+import numpy as np, soundfile, soxr
 from transformers import WhisperFeatureExtractor
 from pathlib import Path
 from shards.encoders.codec import load_codec
@@ -70,9 +70,9 @@ started = time.monotonic()
 for row in json.load(open(sys.argv[1], encoding="utf-8")):
     for turn in (1, 2):
         wave, rate = soundfile.read(row["messages"][turn]["content"][1]["audio_url"], dtype="float32")
-        codec.encode(wave if rate == 24000 else torchaudio.functional.resample(torch.from_numpy(wave), rate, 24000).numpy())
+        codec.encode(soxr.resample(wave, rate, 24000, quality="HQ"))
         if turn == 1:
-            mels(torchaudio.functional.resample(torch.from_numpy(wave), rate, 16000).numpy(), sampling_rate=16000)
+            mels(soxr.resample(wave, rate, 16000, quality="HQ"), sampling_rate=16000)
 print("RESULT", json.dumps({"seconds": time.monotonic() - started}), flush=True)
 """
 
@@ -118,6 +118,8 @@ def prepare(settings: Settings, work: Path) -> tuple[Path, float]:
     """
     import soundfile
 
+    from preprocess.audio_kinds import check_form
+    from preprocess.reasons import AudioFault
     from tools.tiny.cli import write_tiny
 
     write_tiny(work)
@@ -130,6 +132,10 @@ def prepare(settings: Settings, work: Path) -> tuple[Path, float]:
     audio_s = 0.0
     for number, file in enumerate(files):
         wave, rate = soundfile.read(file, dtype="float32")
+        try:
+            check_form(1, rate)
+        except AudioFault as fault:
+            raise SystemExit(f"error: {file}: {fault.detail}") from None
         audio_s += len(wave) / rate
         for kind in ("target", "copy"):
             path = work / "clips" / f"{kind}-{number}.wav"
@@ -222,15 +228,18 @@ def bench_intake(settings: Settings, work: Path) -> dict[str, float]:
 def bench_jobs(max_workers: int, rounds: int, work: Path, config: Path, audio_s: float) -> dict[str, Any]:
     """Whole jobs, one row a shard; rates are taken from the first finished shard to the last, so start-up does not count."""
     measured: dict[int, list[float]] = {workers: [] for workers in range(1, max_workers + 1)}
-    num_files, copies, before = 0, [], core_seconds()
+    others: dict[int, list[float]] = {workers: [] for workers in measured}
+    num_files, copies = 0, []
     for number in range(rounds):  # in turn, so that a change of the machine's speed meets all of them
         for workers, rates in measured.items():
+            before = core_seconds()
             result = run(CODE_OF_JOB, config, work / "shared.json", work / f"job-{workers}-{number}", workers).result
+            others_s, wall_s = (now - then for now, then in zip(core_seconds(), before, strict=True))
+            others[workers].append(others_s / wall_s)
             rates.append(result["files_per_s"])
             num_files = result["files"]
         result = run(CODE_OF_JOB, config, work / "copies.json", work / f"copies-{number}", max_workers).result
         copies.append(result["files"] / result["files_per_s"])
-    others_s, wall_s = (now - then for now, then in zip(core_seconds(), before, strict=True))
     rates = {workers: float(np.median(values)) for workers, values in measured.items()}
     loop_s = run(CODE_OF_PLAIN_LOOP, work / "shared.json", work / "codec").result["seconds"]
     seconds_per_file = audio_s / num_files
@@ -238,7 +247,7 @@ def bench_jobs(max_workers: int, rounds: int, work: Path, config: Path, audio_s:
     return {
         "distinct_audio_s": audio_s,
         "audio_s_per_s": {workers: rate * seconds_per_file for workers, rate in rates.items()},
-        "busy_cores": others_s / wall_s,
+        "busy_cores": {workers: float(np.median(values)) for workers, values in others.items()},
         "parallel_efficiency": {workers: rate / (workers * rates[1]) for workers, rate in rates.items()},
         "deduplication_gain": float(np.median(copies)) / steady_s,
         "files_per_s_of_all_rounds": measured,
@@ -258,6 +267,13 @@ def core_seconds() -> tuple[float, float]:
     own = os.times()
     busy_s = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
     return busy_s - own.user - own.system - own.children_user - own.children_system, wall_s
+
+
+def efficiency_row(jobs: dict[str, Any], workers: int) -> str:
+    """Against one worker; with what else ran at the time, which lowers it."""
+    busy = jobs["busy_cores"][workers]
+    beside = f"; {busy:.1f} cores were busy with other work" if busy > BUSY_CORES else ""
+    return f"efficiency {jobs['parallel_efficiency'][workers]:.0%}{beside}"
 
 
 # --- printing --------------------------------------------------------------------------------------------------------
@@ -285,10 +301,10 @@ def print_figures(figures: dict[str, Any], out: Path) -> None:
     different = f"{codec['num_codes_that_differ']} of {codec['num_codes']} codes"
     peaks = f"peak {codec['peak_mb']['ours']:.0f} MB, {codec['peak_mb']['plain']:.0f} MB without changes"
     rows.append(("codes that differ between the two", different, peaks))
-    busy = f"; {jobs['busy_cores']:.1f} cores were busy with other work" if jobs["busy_cores"] > BUSY_CORES else ""
     for workers, rate in jobs["audio_s_per_s"].items():
-        efficiency = f"efficiency {jobs['parallel_efficiency'][workers]:.0%}{busy}"
-        rows.append((f"job with {workers} workers", f"{rate:.2f} distinct audio-s per s", efficiency))
+        rows.append(
+            (f"job with {workers} workers", f"{rate:.2f} distinct audio-s per s", efficiency_row(jobs, workers))
+        )
     rows.append(("every clip used twice", f"{jobs['deduplication_gain']:.2f} x", "against encoding every use"))
     plain = f"plain loop {jobs['plain_loop_audio_s_per_s']:.2f} audio-s per s"
     rows.append(("whole job against a plain loop", f"{jobs['gain_over_plain_loop']:.2f} x", plain))
