@@ -36,9 +36,9 @@ def preprocess(run_command, tiny_dir):
 
 @pytest.fixture(scope="module")
 def job(preprocess, arabic_mini, tmp_path_factory) -> Path:
-    """All 72 clips in shards of 16, made by two workers."""
+    """All 72 clips in shards of 16, made by four workers."""
     out = tmp_path_factory.mktemp("job") / "out"
-    result = preprocess(arabic_mini, out, *SMALL_SHARDS, "--workers", 2)
+    result = preprocess(arabic_mini, out, *SMALL_SHARDS, "--workers", 4)
     assert result.returncode == 0, result.stderr
     assert "72 distinct files, 72 uses of one already encoded" in result.stderr
     return out

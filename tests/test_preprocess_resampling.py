@@ -4,24 +4,42 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 from test_preprocess_segment import encoded
 
 from preprocess.audio import AudioFile, AudioLimits, AudioMeasures, decode
 from preprocess.reasons import AudioFault
+from preprocess.slicing.recording import open_recording
 from shards import artifacts
+from shards.errors import DataError
+from tools.evaluate.waves import read_wave
+from tools.reference import read_recordings
 
 ODD_RATES = (4000, 8000, 11025, 12000, 22050, 44100, 44101, 48000, 47999, 96000, 192000, 384000)
-CODE_OF_ODD_RATE = """
-import resource
-import numpy as np
-from preprocess.audio import AudioFile, AudioMeasures
-wave = np.random.default_rng(0).normal(0, 0.1, 30 * {rate}).astype(np.float32)
+CODE_OF_ODD_RATES = """
+import resource, sys
+from pathlib import Path
+import numpy as np, soundfile, soxr
+from preprocess.audio import AudioFile, AudioLimits, AudioMeasures, decode, read_bytes
+from preprocess.slicing.recording import open_recording
+from tools.evaluate.waves import read_wave
+from tools.reference import joined_wave, read_recordings
+place = Path(sys.argv[1])
+for rate in map(int, sys.argv[2:]):
+    wave = np.random.default_rng(0).normal(0, 0.1, 20 * rate).clip(-0.9, 0.9).astype(np.float32)
+    soundfile.write(place / f"{rate}.wav", wave, rate, subtype="PCM_16")
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-audio = AudioFile(wave, AudioMeasures(30.0, {rate}, 1, 0.0, 0.0, 0.0, []))
-assert len(audio.at(24000)) == 30 * 24000 and len(audio.at(16000)) == 30 * 16000
+for rate in map(int, sys.argv[2:]):
+    path = place / f"{rate}.wav"
+    audio = decode(read_bytes(str(path)), AudioLimits())  # `preprocess`, the recordings of `evaluate`, players of reports
+    assert len(audio.at(24000)) == 20 * 24000 and len(audio.at(16000)) == 20 * 16000
+    assert len(joined_wave(read_recordings(str(path)), 24000)) == 20 * 24000  # `speak`, and uploads to `serve`
+    assert abs(len(read_wave(path)[0]) - 20 * 24000) < 2  # waves of other systems, in `evaluate`
+    assert abs(sum(map(len, open_recording(path).mono_16k())) - 20 * 16000) < 2  # `preprocess slice`
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
 """
 
@@ -59,11 +77,33 @@ def test_every_rate_gives_its_exact_length_in_place(rate: int, to_rate: int):
     assert resampled.max() == pytest.approx(1.0, abs=0.01)
 
 
-@pytest.mark.parametrize("rate", [44101, 383999])
-def test_an_odd_rate_costs_little_memory(rate: int):
-    code = CODE_OF_ODD_RATE.format(rate=rate)
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(result.stdout) < 100  # MB
+def test_odd_rates_cost_little_memory_wherever_audio_comes_in(tmp_path: Path):
+    """20 s of the highest rate are 31 MB, held a few times over; a kernel of torchaudio's for 44,101 Hz took 19.9 GB."""
+    rates = ["44101", "47999", "192001", "383999"]
+    command = [sys.executable, "-c", CODE_OF_ODD_RATES, str(tmp_path), *rates]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) < 400  # MB
+
+
+@pytest.mark.parametrize("rate", [1, 10**9, 2**31 - 1])
+def test_absurd_rates_are_refused_wherever_audio_comes_in(rate: int, tmp_path: Path):
+    """A minute's samples at 1 Hz would be 24,000 minutes at the codec's rate: refused by the header, before any resampling."""
+    path = tmp_path / "absurd.wav"
+    soundfile.write(path, np.sin(np.arange(100_000) / 7) / 2, 24000, subtype="PCM_16")
+    header = bytearray(path.read_bytes())
+    header[24:28] = rate.to_bytes(4, "little")  # of a wav's fmt chunk
+    path.write_bytes(header)
+    for read in (lambda: decode(path.read_bytes(), AudioLimits()), lambda: open_recording(path)):
+        with pytest.raises(AudioFault, match=f"{rate} Hz") as fault:
+            read()
+        assert fault.value.reason == "audio_sample_rate"
+    for source in (str(path), (np.ones(1000, np.float32) / 2, rate)):
+        with pytest.raises(DataError, match=f"{rate} Hz"):
+            read_recordings(source)
+    wave, facts = read_wave(path)
+    assert len(wave) == 0
+    assert f"{rate} Hz" in facts.error
 
 
 @pytest.mark.parametrize("rate", [1000, 3999, 384001, 1_000_000])
