@@ -146,7 +146,9 @@ def test_bench_speak_stores_every_figure(monkeypatch, tmp_path, capsys):
         "ours, sampled, 2 streams",
     }
     assert all(side["columns_per_s"] > 0 and side["limit_columns_per_s"] > 0 for side in figures["sides"].values())
+    assert all(side["processor_ms_per_column"] > 0 for side in figures["sides"].values())
     assert figures["gain_over_transformers"] > 0
+    assert figures["gain_in_processor_time"] > 0
 
 
 def test_bench_speak_refuses_where_codes_differ(monkeypatch, tmp_path):

@@ -87,8 +87,14 @@ def measure_size(settings: Settings) -> dict[str, Any]:
         side: {name: float(np.median([result[name] for result in results])) for name in results[0]}
         for side, results in rounds.items()
     }
-    gain = sides[GREEDY_SIDES[0]]["columns_per_s"] / sides[THEIRS]["columns_per_s"]
-    return {"sides": sides, "same_greedy_codes": same, "gain_over_transformers": gain, "all_rounds": rounds}
+    own, reference = (sides[side] for side in GREEDY_SIDES)
+    return {
+        "sides": sides,
+        "same_greedy_codes": same,
+        "gain_over_transformers": own["columns_per_s"] / reference["columns_per_s"],
+        "gain_in_processor_time": reference["processor_ms_per_column"] / own["processor_ms_per_column"],
+        "all_rounds": rounds,
+    }
 
 
 # --- one side, in its own process -----------------------------------------------------------------------------------
@@ -104,14 +110,15 @@ def measure(side: str, settings: Settings) -> dict[str, Any]:
     speak, num_streams = prepare(side, settings, model, prompt)
     speak(16)
     synchronise(settings.device)
-    started = time.perf_counter()
+    started, started_work = time.perf_counter(), time.process_time()
     codes = speak(settings.num_columns)
     synchronise(settings.device)
-    seconds = time.perf_counter() - started
+    seconds, work_s = time.perf_counter() - started, time.process_time() - started_work
     result: dict[str, Any] = {
         "columns_per_s": num_streams * settings.num_columns / seconds,
         "real_time_factor": seconds / (settings.num_columns / 25),
         "limit_columns_per_s": num_streams * limit,
+        "processor_ms_per_column": 1000 * work_s / (num_streams * settings.num_columns),  # for a machine that is busy
     }
     if side in GREEDY_SIDES:
         result["codes"] = codes.tolist()
@@ -235,6 +242,7 @@ def print_figures(size: str, figures: dict[str, Any]) -> None:
     title = f"bench speak: {size} size, {settings['num_columns']} columns, {settings['threads']} threads, {settings['device']}"
     title += f"; {figures['machine']}; {measured['same_greedy_codes']:.1%} of the greedy codes are the same"
     theirs = measured["sides"][THEIRS]["columns_per_s"]
+    their_work = measured["sides"][THEIRS]["processor_ms_per_column"]
     rows = [
         (
             side,
@@ -243,11 +251,20 @@ def print_figures(size: str, figures: dict[str, Any]) -> None:
             f"{values['columns_per_s'] / 25:.2f}",
             f"{values['columns_per_s'] / theirs:.2f} x",
             f"{values['columns_per_s'] / values['limit_columns_per_s']:.0%}",
+            f"{values['processor_ms_per_column']:.2f} ms, {their_work / values['processor_ms_per_column']:.2f} x",
         )
         for side, values in measured["sides"].items()
     ]
-    headings = ("side", "columns/s", "real-time factor", "audio s/s", "over transformers", "of reading rate")
-    print_table(rows, headings=headings, title=title, to_stdout=True, width=None if sys.stdout.isatty() else 110)
+    headings = (
+        "side",
+        "columns/s",
+        "real-time factor",
+        "audio s/s",
+        "over transformers",
+        "of reading rate",
+        "processor",
+    )
+    print_table(rows, headings=headings, title=title, to_stdout=True, width=None if sys.stdout.isatty() else 130)
 
 
 if __name__ == "__main__":

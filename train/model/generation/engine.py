@@ -65,9 +65,13 @@ class Engine:
     def has_work(self) -> bool:
         return bool(self._waiting) or any(request is not None for request in self._requests)
 
-    @torch.no_grad()
     def advance(self) -> list[Request]:
         """Let requests leave and join, then speak a block of columns; returns the requests that got any."""
+        # Inference mode takes 5-10 % less of a CPU than no_grad, but FSDP's hooks need tensors with versions.
+        with torch.inference_mode() if isinstance(self._path, AudioPath) else torch.no_grad():
+            return self._advance()
+
+    def _advance(self) -> list[Request]:
         self._release()
         self._fill()
         spoken = [request for request in self._requests if request is not None]

@@ -10,6 +10,8 @@ Letters: L layers, S slots, C positions of a slot, H query heads, G key-value he
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,6 +31,14 @@ def bucket_of(num_positions: int) -> int:
     return bucket
 
 
+class LayerRows(NamedTuple):
+    """One layer's rows, as they are written and as they are read."""
+
+    written: Tensor  # [S * 2 G * C, E]
+    keys: Tensor  # [S, G, C, E]
+    values: Tensor  # [S, G, C, E]
+
+
 class KeyValueCache:
     """Rows of S slots. Keys are stored turned by their position."""
 
@@ -38,6 +48,7 @@ class KeyValueCache:
         self._rows = torch.zeros(shape, dtype=dtype, device=device)  # [L, S, k heads then v heads, C, E]
         self._starts = torch.zeros(num_slots, 1, dtype=torch.long, device=device)
         self._numbers = torch.zeros(0, dtype=torch.long, device=device)
+        self._layers: list[LayerRows] = []  # views: each made once, not in every column
 
     @property
     def num_slots(self) -> int:
@@ -61,6 +72,8 @@ class KeyValueCache:
         rows = self._rows.new_zeros(num_layers, num_slots, heads, bucket_of(num_positions), size)
         rows[:, :, :, :old] = self._rows
         self._rows = rows
+        keys, values = rows.split(self._heads, dim=2)
+        self._layers = [LayerRows(*views) for views in zip(rows.flatten(1, 3), keys, values, strict=True)]
         self._starts = torch.arange(num_slots * heads, device=rows.device).view(num_slots, heads) * self.capacity
         self._numbers = torch.arange(self.capacity, device=rows.device)
         return True
@@ -76,7 +89,8 @@ class KeyValueCache:
 
     def write(self, layer: int, places: Tensor, rows: Tensor) -> None:
         """rows [S, 2 G, E] (k heads, then v heads) of one new position of every slot."""
-        self._rows[layer].flatten(0, 2).index_copy_(0, places, rows.flatten(0, 1).to(self._rows.dtype))
+        written = self._layers[layer].written
+        written.index_copy_(0, places, rows.reshape(-1, rows.shape[-1]).to(written.dtype))
 
     def visible(self, positions: Tensor, end: int) -> tuple[int, Tensor | None]:
         """(end, mask [S, 1, 1, end] to add) for queries at `positions` [S]; no position lies behind `end`.
@@ -96,9 +110,9 @@ class KeyValueCache:
 
     def attend(self, layer: int, q: Tensor, end: int, mask: Tensor | None) -> Tensor:
         """q [S, H, E] -> [S, H * E]. The query heads of a key-value head count as queries of their own."""
-        seen = self._rows[layer, :, :, :end]  # [S, 2 G, end, E]
-        keys, values = seen[:, : self._heads], seen[:, self._heads :]
-        out = F.scaled_dot_product_attention(q.unflatten(1, (self._heads, -1)), keys, values, mask)
+        _, keys, values = self._layers[layer]
+        queries = q.view(len(q), self._heads, -1, q.shape[-1])
+        out = F.scaled_dot_product_attention(queries, keys.narrow(2, 0, end), values.narrow(2, 0, end), mask)
         return out.flatten(1)
 
 
