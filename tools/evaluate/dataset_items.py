@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tools.evaluate.items import Item, Items, dialect_of, with_distinct_ids
+from tools.evaluate.items import Item, Items, dialect_of, is_file, with_distinct_ids
 
 if TYPE_CHECKING:
     from preprocess.text import TextSection
@@ -222,7 +222,7 @@ def hashes_of(item: Item) -> list[int]:
 
     found = []
     for name, segment in ((item.reference, item.reference_segment), (item.real, item.real_segment)):
-        if name and Path(name).is_file():
+        if name and is_file(name):
             with Path(name).open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             part = "" if segment.is_whole else f" {segment.offset_s:.3f} {segment.duration_s or 0:.2f}"

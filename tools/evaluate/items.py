@@ -9,7 +9,6 @@ person's clips are several references.
 from __future__ import annotations
 
 import csv
-import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from preprocess.segment import WHOLE, Segment
 from shards.errors import DataError
 
 DIALECT_KEYS = ("dialect", "dialect_tag")
+HABIBI_KEYS = ("file_name", "text", "speaker_id")
 EXPECTED = (
     "a data set folder of `preprocess`, a ChatML list (.json, .jsonl), a seed-tts list (.lst), a ZipVoice list (.tsv), or a "
     "Habibi folder (metadata.jsonl or metadata.csv with file_name, text, speaker_id)"
@@ -108,7 +108,15 @@ def with_distinct_ids(items: list[Item]) -> list[Item]:
 
 def located(name: str, beside: Path) -> str:
     """The file that a list names: from the working folder, else from the list's own."""
-    return name if Path(name).is_file() or not (beside / name).is_file() else str(beside / name)
+    return name if is_file(name) or not is_file(beside / name) else str(beside / name)
+
+
+def is_file(path: str | Path) -> bool:
+    """A name that no file can have (too long, with a NUL) costs its item, not the list."""
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def chatml_items(data: Path, skipped: list[str]) -> Iterator[Item]:
@@ -188,7 +196,7 @@ def checked(
         text=text,
         reference=located(reference, data.parent),
         reference_text=reference_text,
-        real=real if real and Path(real).is_file() else None,
+        real=real if real and is_file(real) else None,
     )
 
 
@@ -207,11 +215,12 @@ def habibi_items(data: Path, skipped: list[str]) -> Iterator[Item]:
     it, and the first one's is the last. A speaker with one entry would be its own reference and is skipped."""
     by_speaker: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for number, row in enumerate(metadata_rows(data), 1):
-        lacking = [key for key in ("file_name", "text", "speaker_id") if not str(row.get(key) or "").strip()]
-        if lacking:
-            skipped.append(f"entry {number}: lacks {', '.join(lacking)}")
+        entry = {key: plain_text(row.get(key)) for key in HABIBI_KEYS}
+        lacking = [key for key, value in entry.items() if not value]
+        if lacking or not Path(entry["file_name"]).name:
+            skipped.append(f"entry {number}: lacks {', '.join(lacking) or 'a file in file_name'}")
             continue
-        by_speaker[str(row["speaker_id"])].append(row)
+        by_speaker[entry["speaker_id"]].append({**row, **entry})
     for speaker, rows in by_speaker.items():
         if len(rows) == 1:
             skipped.append(f"{rows[0]['file_name']}: the only entry of speaker {speaker}, so without a reference")
@@ -221,26 +230,47 @@ def habibi_items(data: Path, skipped: list[str]) -> Iterator[Item]:
             yield Item(
                 id=str(Path(row["file_name"]).with_suffix("")),
                 speaker=speaker,
-                text=str(row["text"]).strip(),
+                text=row["text"],
                 reference=str(data / before["file_name"]),
-                reference_text=str(before["text"]).strip(),
+                reference_text=before["text"],
                 real=str(data / row["file_name"]),
                 dialect=dialect_of(row),
             )
 
 
+def plain_text(value: Any) -> str:
+    """A text or a number as text; "" for what is neither."""
+    return str(value).strip() if isinstance(value, str | int | float) and not isinstance(value, bool) else ""
+
+
 def metadata_rows(data: Path) -> Iterator[dict[str, Any]]:
+    """Raises DataError for what is no metadata."""
     path = data / "metadata.jsonl"
-    if path.is_file():
-        for number, line in lines_of(path):
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}: line {number}: not valid JSON: {error}") from None
-            if not isinstance(row, dict):
-                raise DataError(f"{path}: line {number}: expected an object, got {line[:40]!r}")
-            yield row
+    if not path.is_file():
+        yield from csv_rows(data / "metadata.csv")
         return
-    path = data / "metadata.csv"
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        yield from csv.DictReader(file)
+    for number, line in lines_of(path):
+        try:
+            row = msgspec.json.decode(line)
+        except (msgspec.DecodeError, UnicodeEncodeError, RecursionError) as error:
+            raise DataError(f"{path}: line {number}: not valid JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise DataError(f"{path}: line {number}: expected an object, got {line[:40]!r}")
+        yield row
+
+
+def csv_rows(path: Path) -> Iterator[dict[str, Any]]:
+    number = 0
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file)
+            names = reader.fieldnames or []
+            if lacking := [key for key in HABIBI_KEYS if key not in names]:
+                found = ",".join(names)[:80]
+                raise DataError(
+                    f"{path}: its first line lacks {', '.join(lacking)}; expected names of columns, got {found!r}"
+                )
+            for number, row in enumerate(reader, 1):  # noqa: B007 - of a fault's message
+                yield row
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not readable as UTF-8 CSV after {number} entries: {error}") from None
