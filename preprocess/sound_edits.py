@@ -16,6 +16,8 @@ import numpy as np
 
 from preprocess.audio import AudioFile, AudioLimits
 from preprocess.reasons import AudioFault
+from preprocess.segment import WHOLE, Segment
+from shards.sample import AudioFacts
 
 MAX_PEAK = 0.99
 
@@ -30,8 +32,8 @@ class AudioSection(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def edited(audio: AudioFile, section: AudioSection, limits: AudioLimits) -> AudioFile:
-    """Raises AudioFault where less than the shortest clip is left."""
-    if section.is_off:
+    """Raises AudioFault where less than the shortest clip is left. What was edited once is not edited again."""
+    if section.is_off or audio.measures.cut_start_s is not None or audio.measures.gain_db is not None:
         return audio
     wave, measures = audio.wave, audio.measures
     rate = measures.sample_rate
@@ -64,3 +66,23 @@ def edited(audio: AudioFile, section: AudioSection, limits: AudioLimits) -> Audi
         wave = (wave * np.float32(10 ** (gain_db / 20))).astype(np.float32)
         measures = msgspec.structs.replace(measures, gain_db=round(gain_db, 3))
     return dataclasses.replace(audio, wave=wave, measures=measures)
+
+
+def segment_of(facts: AudioFacts) -> Segment:
+    """The part of its file that a stored clip was made of, with the silence that was cut."""
+    cut_s = sum(_or_zero(part) for part in (facts.cut_start_s, facts.cut_end_s))
+    return WHOLE if facts.offset_s is msgspec.UNSET else Segment(facts.offset_s, facts.duration_s + cut_s)
+
+
+def as_encoded(audio: AudioFile, facts: AudioFacts) -> AudioFile:
+    """The recording of a stored clip, decoded again: cut and made as loud as it was when it was encoded."""
+    rate = audio.measures.sample_rate
+    lead, tail = round(_or_zero(facts.cut_start_s) * rate), round(_or_zero(facts.cut_end_s) * rate)
+    wave = audio.wave[lead : len(audio.wave) - tail]
+    if gain_db := _or_zero(facts.gain_db):
+        wave = (wave * np.float32(10 ** (gain_db / 20))).astype(np.float32)
+    return dataclasses.replace(audio, wave=wave)
+
+
+def _or_zero(value: float | msgspec.UnsetType) -> float:
+    return 0.0 if value is msgspec.UNSET else value

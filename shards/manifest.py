@@ -114,6 +114,11 @@ def audio_edits(dataset: Dataset) -> dict[str, float]:
     return {key: value for key, value in section.items() if value} if isinstance(section, dict) else {}
 
 
+def stated_edits(dataset: Dataset) -> dict[str, float] | None:
+    """As `audio_edits`; None where the record does not say."""
+    return audio_edits(dataset) if isinstance(dataset.config.get("audio"), dict) else None
+
+
 def edits_in_words(one: Dataset, other: Dataset) -> list[str]:
     """Each key of [audio] in which two data sets differ, with both values; [] where their clips were treated alike."""
     ours, theirs = audio_edits(one), audio_edits(other)

@@ -6,6 +6,7 @@ import gzip
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -178,7 +179,7 @@ def test_the_manual_says_of_each_layout_its_use_and_source(repository: Path):
         if "https://" in line
     ]
     told = {name: row for row in rows for name in row[0].replace("`", "").split(", ")}
-    (kinds,) = [option.type for option in main.commands["convert"].params if option.name == "kind"]
+    kinds: Any = next(option.type for option in main.commands["convert"].params if option.name == "kind")
     files = [f"x{end}" for end in (*SUFFIXES, ".rttm") if end != ".textgrid"]
     assert [name for name in (*kinds.choices, *files) if name not in told] == []
     for row in rows:

@@ -14,9 +14,11 @@ from preprocess.audio import AudioFile, AudioLimits, decode
 from preprocess.cache import recipe_digest
 from preprocess.config import PreprocessConfig, deciding_keys
 from preprocess.reasons import AudioFault
-from preprocess.sound_edits import AudioSection, edited
+from preprocess.segment import Segment
+from preprocess.sound_edits import AudioSection, as_encoded, edited, segment_of
 from shards.config import read_config
 from shards.manifest import Fingerprints
+from shards.sample import AudioFacts
 
 RATE = 24000
 LIMITS = AudioLimits()
@@ -91,6 +93,7 @@ def test_both_belong_to_the_identity_of_a_job():
 def test_samples_keep_what_was_done(run_command, arabic_mini: Path, tiny_dir: Path, tmp_path: Path):
     from shards.manifest import open_dataset
     from shards.reader import SampleReader
+    from tools.inspect_shards.players import recording
 
     options = ("--config", tiny_dir / "pipeline.toml", "--limit", 2, "--set", "preprocess.workers=1")
     on = ("--set", "audio.max_edge_silence_s=0.05", "--set", "audio.target_rms_db=-30.0")
@@ -103,6 +106,26 @@ def test_samples_keep_what_was_done(run_command, arabic_mini: Path, tiny_dir: Pa
             facts = sample.facts.target
             is_known = [part is not msgspec.UNSET for part in (facts.cut_start_s, facts.cut_end_s, facts.gain_db)]
             assert is_known == [name == "on"] * 3
+            # The player of the recording plays what was encoded, not the uncut file.
+            whole = decode(Path(facts.path).read_bytes(), LIMITS)
+            section = AudioSection(max_edge_silence_s=0.05, target_rms_db=-30.0) if name == "on" else AudioSection()
+            np.testing.assert_allclose(recording(facts), edited(whole, section, LIMITS).at(24000), atol=1e-5)
+            assert (len(recording(facts)) < len(whole.at(24000))) == (name == "on")
     refused = run_command("preprocess", arabic_mini, tmp_path / "off", *options, *on)
     assert refused.returncode == 1
     assert "holds another job: audio.max_edge_silence_s" in refused.stderr
+
+
+def test_what_was_edited_once_is_not_edited_again():
+    section = AudioSection(max_edge_silence_s=0.3, target_rms_db=-26.0)
+    once = edited(clip(), section, LIMITS)
+    assert edited(once, section, LIMITS) is once
+
+
+def test_a_stored_segment_is_found_again_with_its_silence():
+    facts = AudioFacts("x", "", 2.0, RATE, 50, offset_s=7.0, cut_start_s=0.75, cut_end_s=0.25, gain_db=6.0206)
+    assert segment_of(facts) == Segment(7.0, 3.0)
+    assert segment_of(AudioFacts("x", "", 2.0, RATE, 50, cut_start_s=0.5)).is_whole
+    part = clip()
+    again = as_encoded(part, facts)
+    np.testing.assert_allclose(again.wave, 2 * part.wave[round(0.75 * RATE) : -round(0.25 * RATE)], rtol=1e-4)

@@ -1,9 +1,9 @@
 """The recording of a voice: from what a caller has at hand to checked audio.
 
 In: a path, a file's bytes, an open binary file, an array with its rate, or a list of these, all of one voice. Out: recordings
-read and checked exactly as stage one does (`preprocess.audio`); an array goes through the same checks as a wav file of it.
-Several recordings become one reference, one behind the other with a short pause, because models are trained with one
-reference; together they may last as long as one.
+read and checked exactly as stage one does (`preprocess.audio`), and edited as it edited the clips of the model's training; an
+array goes through the same checks as a wav file of it. Several recordings become one reference, one behind the other with a
+short pause, because models are trained with one reference; together they may last as long as one.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import numpy as np
 from preprocess.audio import AudioFile, AudioLimits, decode, read_bytes
 from preprocess.audio_file import MAX_FILE_BYTES
 from preprocess.reasons import ROLE_WARNINGS, AudioFault
+from preprocess.sound_edits import AudioSection, edited
 from shards.errors import DataError
 
 log = logging.getLogger("speak")
@@ -53,6 +54,14 @@ def read_recordings(source: Any, sample_rate: int | None = None) -> list[AudioFi
             "give fewer or shorter ones"
         )
     return recordings
+
+
+def edited_recordings(recordings: list[AudioFile], edits: AudioSection) -> list[AudioFile]:
+    """As stage one edited the clips that the voice was trained on: silence at the edges, loudness. Raises DataError."""
+    try:
+        return [edited(one, edits, LIMITS) for one in recordings]
+    except AudioFault as fault:
+        raise DataError(f"reference: {fault.detail}; give a recording with more speech in it") from None
 
 
 def joined_wave(recordings: list[AudioFile], sample_rate: int) -> np.ndarray:

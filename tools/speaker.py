@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import numpy as np
 
+from preprocess.sound_edits import AudioSection
 from preprocess.text import TextSection
 from shards.config import FeaturesSection, ModelSection, SequenceSection, parse_toml, read_config
 
@@ -35,6 +36,7 @@ class SpeakConfig(msgspec.Struct, frozen=True, kw_only=True):
     features: FeaturesSection
     sequence: SequenceSection
     text: TextSection
+    audio: AudioSection
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Speaker:
     builder: SequenceBuilder
     tokenizer: Tokenizer
     rules: TextSection  # what texts go through, as in training
+    edits: AudioSection  # what recordings of a voice go through, as the clips of its training did
 
     def reference(self, recordings: list[AudioFile], text: str | None, codes: np.ndarray | None = None) -> Reference:
         """A voice ready for prompts: one or several recordings, and what is said in them. Raises DataError.
@@ -54,8 +57,9 @@ class Speaker:
         """
         from preprocess.audio import CODEC_RATE, WHISPER_RATE
         from tools.prompt_text import prompt_text, warn_of_garbled
-        from tools.reference import Reference, joined_wave
+        from tools.reference import Reference, edited_recordings, joined_wave
 
+        recordings = edited_recordings(recordings, self.edits)
         said = None if text is None else prompt_text(text, self.rules, "the reference's text")
         warn_of_garbled(said or "", "the reference's text")
         if codes is None:
@@ -116,7 +120,7 @@ def load_speaker(
     codec_dir = find_codec(base, config)
     if voice := read_voice(base):
         rules = msgspec.structs.replace(config.text, normalize=voice.normalize)
-        config = msgspec.structs.replace(config, sequence=voice.sequence, text=rules)
+        config = msgspec.structs.replace(config, sequence=voice.sequence, text=rules, audio=voice.audio)
     trained = adapter.resolve().parent / "config.toml" if adapter else None  # of the checkpoint that it lies in
     if trained and trained.is_file():  # newer than what a merged base remembers
         config = as_trained(trained, config)
@@ -134,7 +138,7 @@ def load_speaker(
         load_adapter(model, adapter)
     tokenizer = load_tokenizer(base)
     builder = SequenceBuilder(tokenizer, sequence)
-    return Speaker(model.eval(), load_codec(codec_dir, str(where)), builder, tokenizer, config.text)
+    return Speaker(model.eval(), load_codec(codec_dir, str(where)), builder, tokenizer, config.text, config.audio)
 
 
 def find_codec(model_dir: Path, config: SpeakConfig) -> Path:
@@ -160,12 +164,12 @@ def find_codec(model_dir: Path, config: SpeakConfig) -> Path:
 def as_trained(checkpoint_config: Path, config: SpeakConfig) -> SpeakConfig:
     """The configuration with what the adapter's checkpoint remembers of its training.
 
-    [text] stands there only if the shards said what their texts had gone through.
+    [text] and [audio] stand there only if the shards said what their texts and clips had gone through.
     """
     trained = read_config(SpeakConfig, checkpoint_config)
     config = msgspec.structs.replace(config, sequence=trained.sequence, features=trained.features)
-    remembers = "text" in parse_toml(checkpoint_config.read_text(encoding="utf-8"))
-    return msgspec.structs.replace(config, text=trained.text) if remembers else config
+    remembered = parse_toml(checkpoint_config.read_text(encoding="utf-8")).keys() & {"text", "audio"}
+    return msgspec.structs.replace(config, **{name: getattr(trained, name) for name in remembered})
 
 
 def read_voice(model_dir: Path) -> Voice | None:

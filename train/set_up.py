@@ -192,7 +192,7 @@ def begin(
     evaluation = Evaluation(checked.held_out, world) if checked.held_out else None
     metrics = None
     if world.is_first:
-        metrics = begin_run(config, source.text_rules, run_dir, step, world, checked.wandb_run)
+        metrics = begin_run(config_text(config, source), config, run_dir, step, world, checked.wandb_run)
     log.info("step %d of %d%s", step, source.total_steps, f", resumed from {start_from}" if start_from else "")
     return Run(
         config=config,
@@ -289,7 +289,7 @@ def open_saver(checked: Checked, run_dir: Path, world: World) -> Checkpoints:
         world,
         checked.lora_config,
         inputs.identify(config),
-        config_text(config, inputs.source.text_rules),
+        config_text(config, inputs.source),
         config.train.keep_checkpoints,
         config.train.best_by,
     )

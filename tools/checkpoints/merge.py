@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from preprocess.sound_edits import AudioSection
 from preprocess.text import TextSection
 from shards.config import FeaturesSection, ModelSection, SequenceSection
 
@@ -35,6 +36,7 @@ class CheckpointConfig(msgspec.Struct, frozen=True, kw_only=True):
     features: FeaturesSection
     sequence: SequenceSection
     text: TextSection
+    audio: AudioSection
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ class Chosen:
             codec_fingerprint=codec_fingerprint(self.codec_dir),
             sequence=self.config.sequence,
             normalize=self.config.text.normalize,
+            audio=self.config.audio,
         )
 
 

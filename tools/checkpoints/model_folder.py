@@ -22,6 +22,7 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError
 from torch import Tensor
 
+from preprocess.sound_edits import AudioSection
 from preprocess.text import Normalizer
 from shards.config import SequenceSection
 from shards.encoders.tensor_files import load_tensors
@@ -61,6 +62,7 @@ class Voice(msgspec.Struct, frozen=True, kw_only=True):
     codec_fingerprint: str
     sequence: SequenceSection
     normalize: list[Normalizer] = []  # text.normalize of the texts it was trained on
+    audio: AudioSection = AudioSection()  # [audio]: what was done to the clips it was trained on
 
 
 def convert_model(folder: Path, out: Path, layout: Layout) -> int:

@@ -14,6 +14,7 @@ from typing import Literal
 
 import msgspec
 
+from preprocess.sound_edits import AudioSection
 from preprocess.text import TextSection
 from shards.config import FeaturesSection, ModelSection, SequenceSection, read_config
 from shards.errors import CheckpointError, DataError
@@ -36,11 +37,14 @@ class EvaluateConfig(msgspec.Struct, frozen=True, kw_only=True):
     features: FeaturesSection
     sequence: SequenceSection
     text: TextSection
+    audio: AudioSection
     train: TrainSection
 
     @property
     def speak(self) -> SpeakConfig:
-        return SpeakConfig(model=self.model, features=self.features, sequence=self.sequence, text=self.text)
+        return SpeakConfig(
+            model=self.model, features=self.features, sequence=self.sequence, text=self.text, audio=self.audio
+        )
 
 
 class System(msgspec.Struct, frozen=True, kw_only=True):

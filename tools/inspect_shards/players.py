@@ -10,12 +10,11 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 
 from preprocess.audio import AudioLimits, decode, read_bytes
 from preprocess.reasons import AudioFault
-from preprocess.segment import WHOLE, Segment
+from preprocess.sound_edits import as_encoded, segment_of
 from shards.errors import PipelineError
 from shards.manifest import Dataset
 from shards.sample import AudioFacts
@@ -66,12 +65,11 @@ def dataset_codec(record: Dataset, config_path: Path | None, overrides: tuple[st
 
 
 def recording(audio: AudioFacts) -> np.ndarray:
-    """The wave [S] at 24 kHz that was encoded. Raises AudioFault."""
+    """The wave [S] at 24 kHz that was encoded, edited as it was ([audio]). Raises AudioFault."""
     data = read_bytes(audio.path)
     if audio.sha256 and hashlib.sha256(data).hexdigest() != audio.sha256:
         raise AudioFault("audio_unreadable", "the file was changed since it was encoded")
-    segment = WHOLE if audio.offset_s is msgspec.UNSET else Segment(audio.offset_s, audio.duration_s)
-    return decode(data, ANY_LENGTH, segment).at(SAMPLE_RATE)
+    return as_encoded(decode(data, ANY_LENGTH, segment_of(audio)), audio).at(SAMPLE_RATE)
 
 
 def sounding(wave: np.ndarray) -> str:

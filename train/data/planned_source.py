@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 
 from shards.errors import ConfigError
-from shards.manifest import Dataset, Fingerprints, check_fingerprints
+from shards.manifest import Dataset, Fingerprints, check_fingerprints, stated_edits
 from shards.sample import Sample
 from shards.sequence import SequenceBuilder
 from train.config import TrainSection
@@ -57,6 +57,7 @@ class PlannedSource:
         self.index, self.reader = self._data.index, self._data.reader
         self.digest = self._data.digest
         self.text_rules = common_text_rules(self._data)
+        self.audio_edits = stated_edits(self._data.sets[0].dataset)  # all sets are edited alike, or refused
         self._validation = validation_source(section)
         self.validation_digest = self._validation.digest if self._validation else ""
         self._trained: Keep | None = None

@@ -46,6 +46,7 @@ class Source(Protocol):
     total_steps: int  # known after `prepare`
     data_sets: tuple[str, ...]  # their names in metrics, in order
     text_rules: list[str] | None  # what stage one did to the texts, known after `check`; None: shards do not say
+    audio_edits: dict[str, float] | None  # the same of the clips: the keys of [audio] that were on
 
     def check(self, expected: Fingerprints, conditioning: Conditioning) -> Conditioning:
         """Refuse data that was not made for this model; settle what the reference enters as. Raises ShardError."""

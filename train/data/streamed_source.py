@@ -24,7 +24,7 @@ from webdataset.pipeline import DataPipeline
 
 from shards.errors import ConfigError, PipelineError, ShardError
 from shards.label_shift import IGNORE
-from shards.manifest import Dataset, Fingerprints, check_fingerprints, open_dataset, text_rules
+from shards.manifest import Dataset, Fingerprints, check_fingerprints, open_dataset, stated_edits, text_rules
 from shards.sample import Sample, unpack_sample
 from shards.sequence import SequenceBuilder
 from train.config import TrainSection
@@ -92,6 +92,7 @@ class StreamedSource:
         self.urls = [url for urls in self._lists for url in urls]
         self.digest = hashlib.sha256("\n".join(self.urls).encode()).hexdigest()
         self.text_rules: list[str] | None = None
+        self.audio_edits: dict[str, float] | None = None
         self._validation = validation_source(section)
         self.validation_digest = self._validation.digest if self._validation else ""
 
@@ -101,6 +102,7 @@ class StreamedSource:
         for dataset in known.values():
             check_fingerprints(dataset, expected)
             self.text_rules = self.text_rules or text_rules(dataset)
+            self.audio_edits = self.audio_edits or stated_edits(dataset)
         for (one, ours), (other, theirs) in itertools.combinations(known.items(), 2):
             require_compatible(one, ours, other, theirs)
         if self._validation:

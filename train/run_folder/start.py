@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import torch
@@ -101,21 +101,29 @@ def find_start(run_dir: Path, resume: str, world: World) -> Path | None:
     return checkpoint_folders.newest_sound(run_dir, world)
 
 
-def config_text(config: TrainConfig, text_rules: list[str] | None) -> str:
-    """config.toml: the resolved configuration, and what stage one did to the texts, which `speak` must do as well."""
-    if text_rules is None:
-        return to_toml(config)
-    return f"{to_toml(config)}[text]\nnormalize = {json.dumps(text_rules)}\n"
+class MadeByStageOne(Protocol):
+    """What is known of how shards were made; `train.data` gives it."""
+
+    text_rules: list[str] | None
+    audio_edits: dict[str, float] | None
 
 
-def begin_run(
-    config: TrainConfig, text_rules: list[str] | None, run_dir: Path, step: int, world: World, wandb_run: Any
-) -> Metrics:
-    """What the first rank leaves in the run directory before it trains."""
+def config_text(config: TrainConfig, made: MadeByStageOne) -> str:
+    """config.toml: the resolved configuration, and what stage one did to texts and clips, which `speak` must do as well."""
+    text = to_toml(config)
+    if made.text_rules is not None:
+        text += f"[text]\nnormalize = {json.dumps(made.text_rules)}\n"
+    if made.audio_edits is not None:
+        text += "".join(["[audio]\n", *(f"{key} = {json.dumps(value)}\n" for key, value in made.audio_edits.items())])
+    return text
+
+
+def begin_run(written: str, config: TrainConfig, run_dir: Path, step: int, world: World, wandb_run: Any) -> Metrics:
+    """What the first rank leaves in the run directory before it trains; `written`: its config.toml."""
     checkpoint_folders.set_aside(run_dir, step, config.train.best_by)
     if step > 0:
         checkpoint_folders.judge_again(run_dir, config.train.best_by)
-    write_bytes(run_dir / "config.toml", config_text(config, text_rules).encode())
+    write_bytes(run_dir / "config.toml", written.encode())
     write_json(run_dir / "environment.json", environment(world))
     if wandb_run:
         wandb_run.config.update(
