@@ -182,7 +182,10 @@ def verify(dataset_dir: Path, done: ShardDone) -> Iterator[str]:
         size, digest = tar_path.stat().st_size, _sha256(tar_path)
         index = read_index(index_path)
         index_digest = _sha256(index_path)
-    except (OSError, ShardError) as error:
+    except OSError as error:
+        yield f"{error.filename}: {error.strerror}"
+        return
+    except ShardError as error:
         yield str(error)
         return
     if digest == done.sha256 and index_digest == done.index_sha256 and len(index) == done.num_samples:

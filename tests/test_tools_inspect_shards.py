@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import msgspec
@@ -158,3 +159,19 @@ def test_speaker_balance(counts, said):
         values = np.array(counts, float)
         by_definition = np.abs(values[:, None] - values[None, :]).mean() / (2 * values.mean())
         assert f"Gini {by_definition:.2f}" in said
+
+
+def test_a_lost_shard_is_told_once_and_its_samples_are_counted(varied, tmp_path):
+    copy = shutil.copytree(varied, tmp_path / "copy")
+    tar = shard_path(copy, 0, ".tar")
+    tar.unlink()
+    listed = run("list", copy)
+    assert (listed.exit_code, listed.stdout) == (0, "")
+    assert listed.stderr.count(f"skipped: {tar}: No such file") == 1
+    assert "skipped: 12 of 12 samples are not usable" in listed.stderr
+    verified = run("verify", copy)
+    assert verified.exit_code == 1
+    assert f"{tar}: No such file or directory" in verified.stderr
+    assert "Errno" not in verified.stderr
+    said = run("summary", copy)
+    assert "warning: 12 of 12 samples that were drawn are not readable: inspect-shards verify" in said.stdout

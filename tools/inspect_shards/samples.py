@@ -5,6 +5,7 @@ In: a data set. Out: its sound samples; those that are not usable are named and 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -81,18 +82,19 @@ def wanted_samples(
 
 
 def sound_samples(data: OpenedData, index: np.ndarray) -> Iterator[Sample]:
-    """Every usable sample; the others are named and counted on stderr."""
+    """Every usable sample; the others are counted on stderr, and each reason is told once: of a lost shard all have the same."""
     reader = data.reader()
-    num_skipped = 0
+    reasons: Counter[str] = Counter()
     for row in index:
         try:
             yield reader.read(row)
         except ShardError as error:
-            num_skipped += 1
-            print_line(f"skipped: {printable(str(error))}")
-    if num_skipped:
+            reasons[str(error)] += 1
+            if reasons[str(error)] == 1:
+                print_line(f"skipped: {printable(str(error))}")
+    if reasons:
         print_line(
-            f"skipped: {num_skipped} of {len(index)} samples are not usable; `inspect-shards verify` names the damaged ones"
+            f"skipped: {reasons.total()} of {len(index)} samples are not usable; `inspect-shards verify` names the damaged ones"
         )
 
 
