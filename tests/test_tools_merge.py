@@ -269,3 +269,14 @@ def test_a_sealed_checkpoint_without_a_part_is_none(run, tmp_path, lost):
         assert done.exit_code == 1, command
         assert f"COMPLETE does not name {lost}, which is missing" in done.stderr, command
         assert not out.exists()
+
+
+def test_what_is_no_checkpoint_is_said_to_be_that(run, model_dir, tmp_path):
+    done = CliRunner().invoke(main, ["merge", str(model_dir), str(tmp_path / "out")])
+    assert (done.exit_code, "is a model's folder, finished already" in done.stderr) == (1, True)
+    adapter = run / "checkpoints" / "checkpoint-6" / "adapter"
+    assert CliRunner().invoke(main, ["convert", str(adapter), str(tmp_path / "sound")]).exit_code == 0
+    (adapter / "adapter_config.json").write_text("[]")
+    done = CliRunner().invoke(main, ["convert", str(adapter), str(tmp_path / "out")])
+    assert (done.exit_code, done.stderr.count("\n")) == (1, 1), done.output
+    assert not (tmp_path / "out").exists()

@@ -211,7 +211,7 @@ def test_a_layer_is_its_weight_times_its_rows(bits, dtype):
 
 def test_what_cannot_be_quantized_is_one_line(model_dir, eight, tmp_path):
     out = tmp_path / "out"
-    assert run(model_dir, out).exit_code == 2
+    assert run(model_dir, out).exit_code == run(model_dir, out, "--int8", "--int4").exit_code == 2
     for model, text in [
         (eight, "its weights are quantized, so they cannot be quantized again"),
         (tmp_path / "nowhere", "no such folder"),

@@ -158,6 +158,7 @@ def merged_and_proven(chosen: Chosen, dtype: str) -> tuple[dict[str, Tensor], Mo
     """
     import torch
 
+    from shards.terminal import progress_bar
     from tools.checkpoints.merge_proof import MergeProof, Rounding, check_logits, greedy_codes, likeliest_codes
     from tools.checkpoints.model_folder import merged_state
     from tools.checkpoints.quantize_effect import same_frames
@@ -167,16 +168,22 @@ def merged_and_proven(chosen: Chosen, dtype: str) -> tuple[dict[str, Tensor], Mo
 
     base_dir = chosen.base_dir
     wanted = stored_dtype(base_dir) if dtype == BASE_DTYPE else getattr(torch, dtype)
-    model = load_model(base_dir, wanted, conditioning=chosen.conditioning).eval()
-    base_logits = probe_logits(model)
-    load_adapter(model, chosen.folder / "adapter")
-    adapted_logits, adapted_codes = probe_logits(model), greedy_codes(model, base_dir)
-    adapted_likeliest = likeliest_codes(model)
-    rounding = Rounding()
-    state = merged_state(model, rounding)
-    changes, differs = check_logits(base_logits, adapted_logits, probe_logits(model), wanted)
-    equal, said = same_frames(adapted_codes, greedy_codes(model, base_dir))
-    likeliest = int((likeliest_codes(model) == adapted_likeliest).all(dim=-1).sum())
+    with progress_bar("merging and proving", 5) as done:
+        model = load_model(base_dir, wanted, conditioning=chosen.conditioning).eval()
+        base_logits = probe_logits(model)
+        done()
+        load_adapter(model, chosen.folder / "adapter")
+        adapted_logits, adapted_likeliest = probe_logits(model), likeliest_codes(model)
+        done()
+        adapted_codes = greedy_codes(model, base_dir)
+        done()
+        rounding = Rounding()
+        state = merged_state(model, rounding)
+        done()
+        changes, differs = check_logits(base_logits, adapted_logits, probe_logits(model), wanted)
+        equal, said = same_frames(adapted_codes, greedy_codes(model, base_dir))
+        likeliest = int((likeliest_codes(model) == adapted_likeliest).all(dim=-1).sum())
+        done()
     name = str(wanted).removeprefix("torch.")
     proof = MergeProof(chosen.step, chosen.why, name, changes, differs, rounding.groups(), said, equal, likeliest)
     return state, model.config, proof
@@ -236,6 +243,10 @@ def find_checkpoint(run: Path) -> Path:
     if (run / "COMPLETE").is_file():
         return pinned(run)
     folders = resumable_checkpoints(run)
+    if not folders and (run / "config.json").is_file():
+        raise CheckpointError(
+            f"{run}: is a model's folder, finished already; give the RUN or checkpoint it was made of"
+        )
     if not folders:
         raise CheckpointError(
             f"{run}: no complete checkpoint here; give the RUN folder of `train` or a checkpoint folder"

@@ -28,13 +28,13 @@ from shards.config import SequenceSection
 from shards.encoders.tensor_files import load_tensors
 from shards.errors import CheckpointError
 from shards.json_file import read_json_object
-from shards.terminal import system_fault
+from shards.terminal import progress_bar, system_fault
 from shards.writer import sync_folder, sync_tree, write_bytes, write_json
 from tools.checkpoints.merge_proof import MergeProof, Rounding
 from train.model.conditioning import Conditioning
 from train.model.config import ModelConfig, boson_config, native_config, read_model_config
 from train.model.decoder import HiggsAudio
-from train.model.lora import PEFT_PREFIX, group_of
+from train.model.lora import PEFT_PREFIX, group_of, read_adapter_config
 from train.model.quantized import Quantization, refuse_quantized
 from train.model.weights import boson_name, load_model, native_name, stored_dtype
 
@@ -72,7 +72,15 @@ def convert_model(folder: Path, out: Path, layout: Layout) -> int:
     """
     refuse_quantized(folder, "they cannot be written in another layout")
     config = read_model_config(folder)
-    model = load_model(folder, stored_dtype(folder), conditioning=own_conditioning(folder))
+    with progress_bar("converting", 2) as done:
+        model = load_model(folder, stored_dtype(folder), conditioning=own_conditioning(folder))
+        done()
+        num_tensors = write_converted(model, folder, config, out, layout)
+        done()
+    return num_tensors
+
+
+def write_converted(model: HiggsAudio, folder: Path, config: ModelConfig, out: Path, layout: Layout) -> int:
     known = read_json_object(folder / "config.json", "a model's config").get("audio_tokenizer_id")
     state = {name: parameter.detach() for name, parameter in model.named_parameters()}
     write_model_folder(out, state, config, layout, tokenizer_dir=folder, codec=known)
@@ -86,6 +94,7 @@ def convert_adapter(folder: Path, out: Path, layout: Layout) -> int:
     """
     from shards.encoders.tensor_files import save_tensors
 
+    read_adapter_config(folder / "adapter_config.json")  # a damaged one is not copied on
     rename = boson_name if layout == "boson" else native_name
     tensors = load_tensors(folder / "adapter_model.safetensors")
     renamed = {PEFT_PREFIX + rename(name.removeprefix(PEFT_PREFIX)): tensor for name, tensor in tensors.items()}

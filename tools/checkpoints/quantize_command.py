@@ -18,10 +18,8 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option(
-    "--int8", "bits", flag_value=8, type=int, help="8 bits, a scale per row: hardly to be told from the whole."
-)
-@click.option("--int4", "bits", flag_value=4, type=int, help="4 bits, a scale per 32 weights: smaller, and worse.")
+@click.option("--int8", is_flag=True, help="8 bits, a scale per row: hardly to be told from the whole.")
+@click.option("--int4", is_flag=True, help="4 bits, a scale per 32 weights: smaller, and worse.")
 @click.option("--data", type=click.Path(path_type=Path), help="Measure on a data set's held-out part, or a RUN's.")
 @click.option("--samples", default=16, show_default=True, type=click.IntRange(1), help="How many of them.")
 @click.option("--seed", default=0, show_default=True, help="Of the sampled speech; sample k takes seed + k.")
@@ -33,7 +31,8 @@ if TYPE_CHECKING:
 def quantize(
     model: Path,
     out: Path,
-    bits: int | None,
+    int8: bool,
+    int4: bool,
     data: Path | None,
     samples: int,
     seed: int,
@@ -45,8 +44,8 @@ def quantize(
 
     Everything else keeps its dtype. OUT/quantize.json holds what it changed; `speak` and `evaluate` load OUT.
     """
-    if bits not in (4, 8):
-        raise click.UsageError("give --int8 or --int4")
+    if int8 == int4:
+        raise click.UsageError("give one of --int8 and --int4")
     with explained():
         from shards.artifacts import resolve
         from tools.checkpoints.quantize import import_torchao, quantize_model
@@ -60,7 +59,7 @@ def quantize(
         if data:
             config = read_evaluate_config(config_path, (), (data,))
             found = read_held_out(data, folder, config, samples, seed)
-        report = quantize_model(folder, out, bits, found, chosen_device(device), print_line, str(model))
+        report = quantize_model(folder, out, 8 if int8 else 4, found, chosen_device(device), print_line, str(model))
     if as_json:
         print_json(to_builtins(report), indent=1)
     show(report)
