@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from misplaced_labels import MISPLACED, displaced
 
 from preprocess.audio import WHISPER_RATE, AudioLimits, decode
 from shards.artifacts import load_tokenizer
@@ -254,6 +255,22 @@ def test_the_overfit_model_votes_for_the_labels_it_learned(demo: Path):
     assert all(finding.passed for finding in findings.values()), findings
     vote = findings["its own vote on labels"]
     assert "no vote" not in vote.detail, "a model that has learned its samples votes in every codebook"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", MISPLACED)
+def test_the_overfit_model_votes_against_misplaced_labels(demo: Path, what, monkeypatch):
+    """As `checkpoints validate` would, were its labels unshifted, shifted twice or not delayed."""
+    from tools.checkpoints import validate
+
+    columns, said = MISPLACED[what]
+    sound = validate.labelled_batch
+    monkeypatch.setattr(validate, "labelled_batch", lambda *given: displaced(sound(*given), columns))
+    (checkpoint,) = (demo / "run" / "checkpoints").glob("checkpoint-*")
+    findings = {finding.check: finding for finding in validate.validate_checkpoint(checkpoint, demo / "shards")}
+    (failed,) = [finding for finding in findings.values() if not finding.passed]
+    assert failed.check == "its own vote on labels"
+    assert said in failed.detail
 
 
 @pytest.mark.slow

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import logging
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -214,6 +216,36 @@ def test_a_data_set_given_twice_is_refused(way, sets, tmp_path):
         PlannedSource("", section((sets[0], None), (again, None)))
 
 
+@pytest.mark.parametrize("way", ["named twice", "through a link", "by its shards"])
+def test_a_stream_refuses_shards_that_are_given_twice(way, sets, tmp_path):
+    link = tmp_path / "link"
+    link.symlink_to(sets[0])
+    again = {"named twice": sets[0], "through a link": link, "by its shards": sets[0] / "shards/*/*.tar"}[way]
+    with pytest.raises(ConfigError, match=r"give (it|each shard) once, with a weight"):
+        StreamedSource("", section((sets[0], None), (again, None), loader="stream", max_steps=2))
+
+
+def test_data_sets_that_give_nothing_are_told(sets, tmp_path, make_dataset, make_sample, builder, caplog):
+    """An empty one is refused; one whose share or whose samples fit nowhere is warned of. Repeats are counted."""
+    logging.getLogger("train").propagate = True
+    caplog.set_level(logging.INFO)
+    empty = make_dataset(tmp_path / "empty", [])
+    with pytest.raises(ConfigError, match=r"/empty holds no sample .*; leave it out"):
+        PlannedSource("", section((sets[0], None), (empty, None)))
+    prepared(section((sets[0], 1.0), (sets[1], 1e-9)), builder).describe()
+    assert "data-2: its share is less than a sample, so none of it comes; raise its weight" in caplog.text
+    long = make_dataset(tmp_path / "long", [make_sample(600, 5, 690, speaker="long")])
+    prepared(section((sets[0], None), (long, None)), builder).describe()
+    assert "long: no sample of it takes part: all are too long for train.batch_tokens" in caplog.text
+    caplog.clear()
+    prepared(section((sets[0], 1.0), (sets[1], 9.0)), builder).describe()
+    repeats = next(line for line in caplog.messages if "has of data-2" in line)
+    assert re.search(
+        r"\d\d\.\d % of the audio \(asked 90\.0\).* samples \(\d+ of them again, one at most \d+ times\)", repeats
+    )
+    assert "wait for another epoch" in caplog.text
+
+
 @pytest.mark.parametrize("kind", [PlannedSource, StreamedSource])
 def test_weights_are_for_all_or_none_and_exclude_a_temperature(kind, sets):
     stream = {"loader": "stream", "max_steps": 2} if kind is StreamedSource else {}
@@ -343,7 +375,13 @@ def test_data_sets_of_a_configuration_come_back_as_written(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "entry", ['weight = 1\npath = ""', "weight = 0\npath = 'a'", "path = 'a'\nwight = 1", "weight = 1"]
+    "entry",
+    [
+        'weight = 1\npath = ""',
+        *(f"weight = {weight}\npath = 'a'" for weight in ("0", "-1", "nan", "inf")),
+        "path = 'a'\nwight = 1",
+        "weight = 1",
+    ],
 )
 def test_a_wrong_entry_of_train_data_is_one_line(entry, tmp_path):
     (tmp_path / "in.toml").write_text(f"[[train.data]]\n{entry}\n")

@@ -8,6 +8,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from misplaced_labels import MISPLACED, displaced
 
 import shards.sequence as sequence_module
 from shards.config import SequenceSection
@@ -47,30 +48,10 @@ def learned(model_dir, tokenizer, make_sample):
     return model.eval(), batch
 
 
-def displaced(batch, columns):
-    """The pack with labels [Na, K] taken from `columns` rows on, per codebook; IGNORE beyond the target."""
-    dense = torch.full_like(batch.codes, IGNORE)
-    dense[batch.audio_rows] = batch.audio_targets
-    labels = torch.full_like(batch.audio_targets, IGNORE)
-    for book, by in enumerate(columns):
-        for place, row in enumerate(batch.audio_rows.tolist()):
-            source = row + by
-            if 0 <= source < len(dense) and batch.segments[source] == batch.segments[row]:
-                labels[place, book] = dense[source, book]
-    return dataclasses.replace(batch, audio_targets=labels)
-
-
-@pytest.mark.parametrize(
-    ("columns", "said"),
-    [
-        ([-1] * 8, "codebook 0 by +1"),  # unshifted: every label is the column it stands at
-        ([1] * 8, "codebook 0 by -1"),  # shifted twice
-        (list(range(8)), "codebook 1 by -1, codebook 2 by -2"),  # undelayed
-    ],
-    ids=["unshifted", "shifted twice", "undelayed"],
-)
-def test_the_base_votes_against_misplaced_labels(learned, columns, said):
+@pytest.mark.parametrize("what", MISPLACED)
+def test_the_base_votes_against_misplaced_labels(learned, what):
     model, batch = learned
+    columns, said = MISPLACED[what]
     verdict = check_vote(model, displaced(batch, columns))
     assert not verdict.ok
     assert said in verdict.found
@@ -199,6 +180,10 @@ def test_packed_neighbours_attending_to_each_other(model, make_batch):
 def test_losses_as_high_as_guessing_on_a_pretrained_base(model, make_batch):
     pretrained(model)
     fails(model, make_batch(), "step-0 losses")
+    with pytest.raises(
+        PipelineError, match=r"near guessing, so the base was trained on something else: compare model\.base"
+    ):
+        check_before_training(model, make_batch(), LossSection())
 
 
 def test_a_later_column_that_is_seen_early(model, make_batch, monkeypatch):

@@ -12,6 +12,7 @@ from shards.delay_pattern import NUM_CODEBOOKS
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 NonNegative = Annotated[int, msgspec.Meta(ge=0)]
 Weight = Annotated[float, msgspec.Meta(ge=0.0)]
+Share = Annotated[float, msgspec.Meta(gt=0.0, le=1e9)]
 CodebookWeights = Annotated[
     list[Annotated[float, msgspec.Meta(gt=0.0)]], msgspec.Meta(min_length=NUM_CODEBOOKS, max_length=NUM_CODEBOOKS)
 ]
@@ -21,7 +22,7 @@ class DataSource(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """One entry of [[train.data]]."""
 
     path: Annotated[str, msgspec.Meta(min_length=1)]  # the OUT folder of `preprocess`, or its URL; shards for a stream
-    weight: Annotated[float, msgspec.Meta(gt=0.0)] | None = None  # share of the audio, against the others' weights
+    weight: Share | None = None  # of the audio, against the others' weights
 
 
 class LoraSection(msgspec.Struct, frozen=True, kw_only=True):

@@ -101,6 +101,11 @@ def check_losses(model: HiggsAudio, terms: LossTerms, batch: PackedBatch) -> Ver
     found = f"audio {audio:.2f} (guessing {guess_audio:.2f}), text {text:.2f} (guessing {guess_text:.2f})"
     if model.config.is_random and not ok:
         found += "; the base has random weights"
+    elif not ok:
+        found += (
+            ", near guessing, so the base was trained on something else: compare model.base and its revision, the codec that "
+            "the shards were made with, and sequence.layout"
+        )
     return Verdict("step-0 losses", ok, found, only_warns=model.config.is_random)
 
 

@@ -92,6 +92,8 @@ def join(sets: list[OpenSet]) -> JoinedSets:
     if len(sets) == 1:
         (only,) = sets
         return JoinedSets(sets, only.index, only.reader, only.dataset.digest, (0, len(only.index)), (0, MOST_SHARDS))
+    if empty := [redact(one.location) for one in sets if not len(one.index)]:
+        raise ConfigError(f"train.data: {empty[0]} holds no sample (its list was empty, or all rejected); leave it out")
     first_rows = [0, *itertools.accumulate(len(one.index) for one in sets)]
     sizes = (1 + max((done.shard for done in one.dataset.shards), default=0) for one in sets)
     first_shards = [0, *itertools.accumulate(sizes)]
@@ -130,6 +132,19 @@ def require_made_alike(one: str, ours: Dataset, other: str, theirs: Dataset, so:
             f"{redact(one)} and {redact(other)} were not made alike and {so}: {'; '.join(differing)}; run preprocess for one "
             "of them again with the pipeline.toml of the other"
         )
+
+
+def require_distinct(lists: dict[str, list[str]]) -> None:
+    """Shards by the list that names them: none is in two. Raises ConfigError."""
+    owner: dict[str, str] = {}
+    for location, urls in lists.items():
+        for url in urls:
+            real = url if is_remote(url) else str(Path(url).resolve())
+            if (other := owner.setdefault(real, location)) != location:
+                raise ConfigError(
+                    f"train.data: {redact(url)} is in {redact(other)} and in {redact(location)}; give each shard once, with a "
+                    "weight"
+                )
 
 
 def short_names(locations: Sequence[str]) -> tuple[str, ...]:

@@ -115,6 +115,11 @@ class Planner:
         """What each data set gives in an epoch; [] where every sample comes once."""
         return self._mix.describe(epoch) if self._mix else []
 
+    def takes_any(self, start: int, end: int) -> bool:
+        """Whether a row of these takes part and fits a pack."""
+        firsts = range(start, end, CHUNK)
+        return any(self._measure(self._index[first : min(end, first + CHUNK)])[0].any() for first in firsts)
+
     def require_full_step(self) -> None:
         """Raises ConfigError when the data set is too small for one step."""
         num_packs, wanted = self.num_packs(0), self.settings.packs_per_step

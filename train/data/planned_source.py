@@ -334,6 +334,11 @@ class PlannedSource:
         )
         for share in planner.shares(0):
             log.info("the first epoch has of %s", share)
+            if not share.num_samples:
+                log.warning("%s: its share is less than a sample, so none of it comes; raise its weight", share.name)
+        for name, rows in zip(self.data_sets, pairwise(self._data.first_rows), strict=True):
+            if len(self.data_sets) > 1 and not planner.takes_any(*rows):
+                log.warning("%s: no sample of it takes part: all are too long for train.batch_tokens", name)
         if references := planner.references:
             log.info(
                 "references are drawn each epoch; %d of %d samples keep the reference of the list: their speaker has no "

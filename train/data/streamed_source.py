@@ -25,10 +25,11 @@ from webdataset.pipeline import DataPipeline
 from shards.errors import ConfigError, PipelineError, ShardError
 from shards.label_shift import IGNORE
 from shards.manifest import Dataset, Fingerprints, check_fingerprints, open_dataset, stated_edits, text_rules
+from shards.printable import redact
 from shards.sample import Sample, unpack_sample
 from shards.sequence import SequenceBuilder
 from train.config import TrainSection
-from train.data.data_sets import require_compatible, short_names
+from train.data.data_sets import require_compatible, require_distinct, short_names
 from train.data.feed import DamageLimits
 from train.data.heaviest_pack import PackSource, StreamedPacks
 from train.data.loader import (
@@ -87,6 +88,9 @@ class StreamedSource:
         self._section = section
         self._locations = [location] if location else [source.path for source in section.data]
         self._lists = [shard_urls(one) for one in self._locations]
+        if repeated := next((one for one in self._locations if self._locations.count(one) > 1), ""):
+            raise ConfigError(f"train.data: {redact(repeated)} is named twice; give it once, with a weight")
+        require_distinct(dict(zip(self._locations, self._lists, strict=True)))
         self._weights = stream_weights(section, self._datasets())
         self.data_sets = short_names(self._locations)
         self.urls = [url for urls in self._lists for url in urls]
