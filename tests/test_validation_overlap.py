@@ -16,6 +16,7 @@ from shards.errors import ConfigError
 from shards.sample import Sample
 from tools.evaluate.dataset_items import chosen_rows
 from train.config import TrainSection
+from train.data.held_out_rows import without_heard
 from train.data.planned_source import PlannedSource
 from train.data.streamed_source import StreamedSource
 from train.data.validation_overlap import look_alikes
@@ -202,7 +203,7 @@ def held_out_of(folder: Path) -> tuple[int, int]:
     source = PlannedSource(str(folder), TrainSection(batch_tokens=700, packs_per_step=1))
     speakers = choose_speakers(source.index, 0, 0.3)
     trained, held_out = (of_speakers(speakers, inside=inside) for inside in (False, True))
-    kept = source._without_trained(trained, held_out, ALONE)
+    kept = without_heard(source._data, trained, held_out, ALONE)
     ((_, _, rows),) = chosen_rows([folder], TrainSection(validation_fraction=0.3), [folder])
     assert np.flatnonzero(kept(source.index)).tolist() == rows.tolist(), "evaluate speaks the same"
     return int(kept(source.index).sum()), int(held_out(source.index).sum())

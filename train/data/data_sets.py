@@ -71,6 +71,11 @@ class JoinedSets:
     def names(self) -> tuple[str, ...]:
         return short_names([one.location for one in self.sets])
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether one of them is behind a URL."""
+        return any(one.remote for one in self.sets)
+
     def columns(self) -> np.ndarray | None:
         """Columns [n] of all sets; None where one has none here."""
         found = [one.columns() for one in self.sets]

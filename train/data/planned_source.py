@@ -24,15 +24,15 @@ from train.config import TrainSection
 from train.data.data_sets import common_text_rules, join, mixing_of, open_set, require_made_alike
 from train.data.feed import DamageLimits
 from train.data.heaviest_pack import FIRST_REMOTE_SAMPLES, FIRST_SAMPLES, PackSource, PlannedPacks
-from train.data.linked_speakers import choose_linked_speakers
+from train.data.held_out_rows import hold_out
 from train.data.loader import LoadedPack, LoaderShare, load_planned_packs, read_pack
-from train.data.plan import CHUNK, Keep, Planner, PlanSettings
-from train.data.references import SpeakerReferences
+from train.data.plan import Keep, Planner, PlanSettings
+from train.data.references import SpeakerReferences, draw_references
 from train.data.same_audio import without_places
 from train.data.source import HeldOut
 from train.data.text_dropout import TextDropout
-from train.data.validation_overlap import MAX_NAMED, OpenData, heard_places, require_apart
-from train.data.validation_split import choose_samples, choose_speakers, of_speakers
+from train.data.validation_overlap import MAX_NAMED, OpenData, require_apart
+from train.data.validation_split import choose_samples
 from train.model.batch import PackedBatch
 from train.model.conditioning import Conditioning, fit_to_shards
 from train.world import ALONE, World
@@ -51,7 +51,7 @@ class PlannedSource:
         locations = [location] if location else [source.path for source in section.data]
         self._data = join([open_set(one, section) for one in locations])
         self._sets = self._data.sets
-        self._is_remote = any(one.remote for one in self._sets)
+        self._is_remote = self._data.is_remote
         self.mixing = mixing_of(section, self._data)
         self.data_sets = self._data.names
         self.index, self.reader = self._data.index, self._data.reader
@@ -181,84 +181,17 @@ class PlannedSource:
         return self._data.columns()
 
     def hold_out(self, fraction: float, world: World) -> tuple[Keep, Keep]:
-        """Filters of the rows trained on and of those held out: whole speakers, of all data sets by their names.
-
-        Every rank must call this.
-        """
-        seed = self._section.seed
-        draws = self._section.reference != "as_listed"
-        if (len(self._sets) > 1 or draws) and (columns := self._data.columns()) is not None:
-            speakers = choose_linked_speakers(self.index, columns, seed, fraction, self._data.first_rows)
-            return of_speakers(speakers, inside=False), of_speakers(speakers, inside=True)
-        speakers = choose_speakers(self.index, seed, fraction, self._data.first_rows)
-        keep = of_speakers(speakers, inside=False)
-        return keep, self._without_trained(keep, of_speakers(speakers, inside=True), world)
-
-    def _require_drawable(self, builder: SequenceBuilder) -> None:
-        """Raises ConfigError where references cannot be drawn as train.reference asks."""
-        if self._section.reference == "as_listed":
-            return
-        if self._is_remote:
-            raise ConfigError(
-                'train.reference = "same_speaker" reads clips from all shards at any time, and those behind a URL are fetched '
-                'window by window: copy the data set to a local disk, or set it to "as_listed"'
-            )
-        if builder.layout == "as_written":
-            raise ConfigError(
-                'train.reference = "same_speaker" needs sequence.layout "clone": turns of layout "as_written" stay as they '
-                'were written, with their own reference; set it to "as_listed"'
-            )
+        """Filters of the rows trained on and of those held out. Every rank must call this."""
+        return hold_out(self._data, msgspec.structs.replace(self._section, validation_fraction=fraction), world)
 
     def _drawn_references(self, builder: SequenceBuilder, world: World) -> SpeakerReferences | None:
         """Of all budgets (`fitting` sets one); None where references are those of the list. Every rank must call this."""
-        if self._section.reference == "as_listed" or self._references:
-            return self._references
-        self._require_drawable(builder)
-        keep = self._trained_rows(world)
-        is_trained = np.ones(len(self.index), bool)
-        for start in range(0, len(self.index), CHUNK) if keep else ():
-            is_trained[start : start + CHUNK] = keep(self.index[start : start + CHUNK]) if keep else True
-        held_out = self._validation._data.columns() if self._validation else None
-        self._references = SpeakerReferences(
-            self.index,
-            [one.columns() for one in self._sets],
-            self._data.first_rows,
-            is_trained,
-            self._section.seed,
-            lambda rows: np.ones(len(rows), bool),
-            with_targets=not builder.uses_whisper,
-            barred=None
-            if held_out is None
-            else np.concatenate([held_out["target_audio"], held_out["reference_audio"]]),
-        )
-        return self._references
-
-    def _without_trained(self, trained: Keep, held_out: Keep, world: World) -> Keep:
-        """Of held-out speakers' rows those whose audio no row trained on has as well; the others are logged.
-
-        Every rank must call this. The rows trained on stay what they are. Raises ConfigError where nothing would be left.
-        """
-        places: list[int] = []
-        names: list[str] = []
-        if world.is_first and not self._is_remote:
-            name = ", ".join(one.location for one in self._sets)
-            places, names = heard_places(name, self.reader, self.index, trained, held_out)
-        places, names = world.gather((places, names))[0]
-        if not places:
-            return held_out
-        keep = without_places(held_out, places)
-        is_any_left = any(keep(self.index[start : start + CHUNK]).any() for start in range(0, len(self.index), CHUNK))
-        found = (
-            f"train.validation_fraction: {len(places)} samples of held-out speakers have audio that is heard in training under "
-            f"another name ({'; '.join(names)})"
-        )
-        if not is_any_left:
-            raise ConfigError(
-                f"{found}, and nothing else is held out: name the speakers in the list, give each a reference of its own, or "
-                "name another data set in train.validation_data"
+        if self._section.reference != "as_listed" and self._references is None:
+            held_out = self._validation._data.columns() if self._validation else None
+            self._references = draw_references(
+                self._data, builder, self._trained_rows(world), self._section.seed, held_out
             )
-        log.warning("%s; they are not evaluated with", found)
-        return keep
+        return self._references
 
     def _count_packs(self, world: World) -> None:
         """To count an epoch's packs is to plan it, so the first rank does it for all. Every rank must call this."""

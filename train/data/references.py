@@ -17,7 +17,10 @@ from dataclasses import replace
 import msgspec
 import numpy as np
 
+from shards.errors import ConfigError
 from shards.sample import Sample
+from shards.sequence import SequenceBuilder
+from train.data.data_sets import JoinedSets
 from train.data.scramble import scramble
 
 LISTED = -1  # in place of a clip's number: the reference that the list names
@@ -115,6 +118,44 @@ class SpeakerReferences:
     def _sizes(self, rows: np.ndarray) -> np.ndarray:
         """How many clips [m] may be drawn."""
         return self._ends[self._groups[rows]] - self._starts(rows) - (self._own[rows] >= 0)
+
+
+def draw_references(
+    data: JoinedSets,
+    builder: SequenceBuilder,
+    is_trained: Callable[[np.ndarray], np.ndarray] | None,
+    seed: int,
+    held_out: np.ndarray | None,
+) -> SpeakerReferences:
+    """Of these data sets, of every length (`fitting` sets a budget). `is_trained`: a filter of index rows, None for all;
+    `held_out`: columns of validation data, whose audio is never drawn.
+
+    Raises ConfigError where references cannot be drawn.
+    """
+    if data.is_remote:
+        raise ConfigError(
+            'train.reference = "same_speaker" reads clips from all shards at any time, and those behind a URL are fetched '
+            'window by window: copy the data set to a local disk, or set it to "as_listed"'
+        )
+    if builder.layout == "as_written":
+        raise ConfigError(
+            'train.reference = "same_speaker" needs sequence.layout "clone": turns of layout "as_written" stay as they '
+            'were written, with their own reference; set it to "as_listed"'
+        )
+    index = data.index
+    trained = np.ones(len(index), bool)
+    for start in range(0, len(index), CHUNK) if is_trained else ():
+        trained[start : start + CHUNK] = is_trained(index[start : start + CHUNK]) if is_trained else True
+    return SpeakerReferences(
+        index,
+        [one.columns() for one in data.sets],
+        data.first_rows,
+        trained,
+        seed,
+        lambda rows: np.ones(len(rows), bool),
+        with_targets=not builder.uses_whisper,
+        barred=None if held_out is None else np.concatenate([held_out["target_audio"], held_out["reference_audio"]]),
+    )
 
 
 def speakers_of_sets(speakers: np.ndarray, first_rows: tuple[int, ...]) -> np.ndarray:

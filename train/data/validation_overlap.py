@@ -83,9 +83,10 @@ def require_apart(trained: OpenData, held_out: OpenData) -> list[int]:
 
 
 def compare_columns(what: str, trained: OpenData, held_out: OpenData) -> np.ndarray | None:
-    """Where both sets have columns: the same audio under any speaker, and the same texts, of all samples; None without.
+    """Where both sets have columns: the same audio under any speaker, and the same texts, of all samples.
 
-    Returns held-out rows [m] whose reference is one of training too. Raises ConfigError for audio that is learned.
+    Returns held-out rows [m] whose reference is one of training too; None where not every hash is known. Raises ConfigError
+    for audio that is learned.
     """
     tables = [
         read_columns(Path(data.name), len(data.index)) if data.reader and Path(data.name).is_dir() else None
@@ -110,7 +111,9 @@ def compare_columns(what: str, trained: OpenData, held_out: OpenData) -> np.ndar
             len(tables[1]),
             _named(held_out, texts),
         )
-    return common_rows(tables[1]["reference_audio"], tables[0]["reference_audio"])
+    clips = [table[name] for table in (tables[0], tables[1]) for name in ("reference_audio", "target_audio")]
+    is_all_known = all(column.all() for column in clips)
+    return common_rows(tables[1]["reference_audio"], tables[0]["reference_audio"]) if is_all_known else None
 
 
 def _named(data: OpenData, rows: np.ndarray) -> str:
