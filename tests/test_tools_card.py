@@ -14,6 +14,7 @@ from click.testing import CliRunner
 
 from shards.config import read_config
 from shards.errors import CheckpointError, DataError
+from shards.manifest import read_dataset
 from shards.writer import write_json
 from tools.checkpoints.card import card, gather
 from tools.checkpoints.cli import main
@@ -21,6 +22,7 @@ from tools.checkpoints.curves import line_chart, read_curves
 from tools.checkpoints.evaluations import evaluations_of, rows_of, weights_of
 from tools.checkpoints.merge import merge_checkpoint
 from train.config import TrainConfig
+from train.data.data_sets import joint_digest
 from train.loop import RunOptions, train
 
 
@@ -113,6 +115,25 @@ def test_a_merged_folder_has_its_card(finished, tmp_path):
     assert front_matter(text)["library_name"] == "transformers"
     assert "speak THIS_FOLDER --reference" in text
     assert (tmp_path / "merged" / "curves.svg").is_file()
+
+
+def test_data_sets_together_are_added_up_without_their_paths(finished, short_data, make_dataset, make_sample, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run", symlinks=True)
+    checkpoint = run / "checkpoints" / "checkpoint-2"
+    other = make_dataset(tmp_path / "secret-place", [make_sample(seed, 5, 9, "somebody") for seed in (21, 22)])
+    config = (checkpoint / "config.toml").read_text()
+    sources = f'data = [{{path = "{short_data}", weight = 3.0}}, {{path = "{other}"}}]'
+    (checkpoint / "config.toml").write_text(re.sub(r"^data = \[\]$", sources, config, flags=re.M))
+    identity = json.loads((checkpoint / "identity.json").read_text())
+    digests = [read_dataset((folder / "dataset.json").read_bytes(), "").digest for folder in (short_data, other)]
+    write_json(checkpoint / "identity.json", {**identity, "dataset_digest": joint_digest(digests)})
+    text = card(gather(checkpoint, "adapter"))
+    for row in ("data sets together | 2, weights 3.0, none", "samples | 8 of 8 rows", "speakers | 4"):
+        assert f"| {row} |" in text
+    assert str(tmp_path) not in text
+    assert str(short_data) not in text
+    shutil.rmtree(other)
+    assert "hours, speakers | not known here" in card(gather(checkpoint, "adapter"))
 
 
 def test_a_copied_checkpoint_says_what_it_does_not_know(finished, tmp_path):

@@ -14,15 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import msgspec
-
 from shards.config import ModelSection, parse_toml
-from shards.errors import CheckpointError, PipelineError, ShardError
+from shards.errors import CheckpointError, PipelineError
 from shards.manifest import Dataset, read_dataset
 from shards.printable import printable, redact
 from tools.checkpoints.curves import line_chart, read_curves
 from tools.checkpoints.evaluations import Row, evaluations_of, rows_of, run_of
 from tools.evaluate.systems import run_data
+from train.data.data_sets import joint_digest
 from train.run_folder.checkpoint_folders import read_metrics, read_step
 from train.run_folder.identity import Identity, read_identity
 
@@ -33,7 +32,14 @@ LICENCE_FILE = {  # of bases whose licence is known, in their own repositories
 }
 # Names of files and folders, or without effect on the model; the base and its data have lines of their own.
 NOT_SHOWN = frozenset(
-    {"train.validation_data", "train.cache_dir", "train.cache_gb", "train.tensorboard", "train.num_workers"}
+    {
+        "train.data",
+        "train.validation_data",
+        "train.cache_dir",
+        "train.cache_gb",
+        "train.tensorboard",
+        "train.num_workers",
+    }
 )
 SECTIONS = ("sequence", "text", "lora", "loss", "train")
 LANGUAGE = "ar"
@@ -49,7 +55,7 @@ class Facts:
     model: dict[str, Any]  # section of config.toml
     settings: dict[str, Any]  # "section.key" -> value
     identity: Identity
-    data: Dataset | None
+    data: list[Dataset]  # empty where they are not here any more
     metrics: dict[str, Any]
     rows: list[Row]
     curves: str  # SVG; "" without
@@ -80,7 +86,7 @@ def gather(checkpoint: Path, kind: Kind, evaluations: Sequence[Path] = ()) -> Fa
         model=model,
         settings=settings,
         identity=identity,
-        data=data_of(run, identity) if run else None,
+        data=data_of(run, identity, settings.get("train.data", [])) if run else [],
         metrics=read_metrics(checkpoint),
         rows=rows_of(checkpoint, evaluations_of(run, evaluations)),
         curves=line_chart("audio loss", {names[name]: points for name, points in curves.items()}),
@@ -102,14 +108,14 @@ def averaged_of(checkpoint: Path) -> str:
         raise CheckpointError(f"{checkpoint / AVERAGE}: not readable: {error}; average them again") from None
 
 
-def data_of(run: Path, identity: Identity) -> Dataset | None:
-    """The data set that it was trained on, where it is still here and still the same."""
+def data_of(run: Path, identity: Identity, sources: Sequence[dict[str, Any]]) -> list[Dataset]:
+    """The data sets that it was trained on, where they are still here and still the same. sources: train.data."""
     try:
-        folder = run_data(run)
-        dataset = read_dataset((folder / "dataset.json").read_bytes(), str(folder))
-    except (PipelineError, ShardError, OSError, ValueError, msgspec.DecodeError):
-        return None
-    return dataset if dataset.digest == identity.dataset_digest else None
+        folders = [Path(source["path"]) for source in sources] or [run_data(run)]
+        found = [read_dataset((folder / "dataset.json").read_bytes(), str(folder)) for folder in folders]
+    except (PipelineError, OSError, ValueError, LookupError, TypeError):
+        return []
+    return found if joint_digest([dataset.digest for dataset in found]) == identity.dataset_digest else []
 
 
 # --- the card -------------------------------------------------------------------------------------------------------
@@ -196,12 +202,16 @@ def named(model: dict[str, Any], key: str, revision_key: str, fingerprint: str) 
 def data_rows(facts: Facts) -> list[tuple[str, str]]:
     data, settings = facts.data, facts.settings
     rows = [("digest", f"`{facts.identity.dataset_digest[:16] or 'none'}`")]
+    if sources := settings.get("train.data"):
+        weights = [str(source.get("weight", "none")) for source in sources]
+        rows.append(("data sets together", f"{len(sources)}, weights {', '.join(weights)}"))
     if data:
+        hours = [sum(part.target_hours for part in data), sum(part.reference_hours for part in data)]
         rows += [
-            ("samples", f"{data.num_samples} of {data.num_rows} rows"),
-            ("hours", f"{data.target_hours:.2f} to learn, {data.reference_hours:.2f} of references"),
-            ("speakers", str(len(data.speakers))),
-            ("tokens of text", str(data.num_text_tokens)),
+            ("samples", f"{sum(part.num_samples for part in data)} of {sum(part.num_rows for part in data)} rows"),
+            ("hours", f"{hours[0]:.2f} to learn, {hours[1]:.2f} of references"),
+            ("speakers", str(len({name for part in data for name in part.speakers}))),
+            ("tokens of text", str(sum(part.num_text_tokens for part in data))),
         ]
     else:
         rows.append(("hours, speakers", "not known here: the data set was not beside the run when this was written"))

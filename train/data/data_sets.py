@@ -90,6 +90,11 @@ class JoinedSets:
         return shards[(shards >= first) & (shards < end)] - first
 
 
+def joint_digest(digests: Sequence[str]) -> str:
+    """Of data sets that are trained on together, in their order; of one alone its own."""
+    return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
 def join(sets: list[OpenSet]) -> JoinedSets:
     """Raises ShardError or ConfigError, naming both, where two do not fit together."""
     for one, other in itertools.combinations(sets, 2):
@@ -107,7 +112,7 @@ def join(sets: list[OpenSet]) -> JoinedSets:
     index = np.concatenate([np.asarray(one.index) for one in sets])
     for (first, end), shard in zip(itertools.pairwise(first_rows), first_shards[:-1], strict=True):
         index["shard"][first:end] += np.uint32(shard)
-    digest = hashlib.sha256("\n".join(one.dataset.digest for one in sets).encode()).hexdigest()
+    digest = joint_digest([one.dataset.digest for one in sets])
     return JoinedSets(sets, index, JoinedReader(sets, first_shards), digest, tuple(first_rows), tuple(first_shards))
 
 
