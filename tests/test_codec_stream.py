@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -130,6 +132,7 @@ def test_codes_that_no_frame_sees_any_more_are_forgotten(codec: Codec):
         assert stream._codes.shape[1] <= 2 * CONTEXT + 8
 
 
-def test_a_first_chunk_of_one_frame_is_refused(codec: Codec):
-    with pytest.raises(ConfigError, match="at least 2"):
-        CodecStream(codec, 1)
+@pytest.mark.parametrize("wrong", [1, -3, 2.5, "4"])
+def test_a_first_chunk_of_less_than_two_whole_frames_is_refused(codec: Codec, wrong: Any):
+    with pytest.raises(ConfigError, match="whole number, at least 2"):
+        CodecStream(codec, wrong)

@@ -15,6 +15,7 @@ from typing import cast
 import numpy as np
 import pytest
 import soundfile
+import torch
 from tokenizers import AddedToken, Tokenizer, normalizers
 
 from preprocess.text import Normalizer, TextSection, clean
@@ -68,7 +69,8 @@ def test_every_form_of_a_reference_is_the_same_voice(voice, clip):
     assert wave.ndim == 1
     stereo = np.stack([wave, wave])
     forms = [str(clip), clip.read_bytes(), io.BytesIO(clip.read_bytes()), clip.open("rb"), (wave, rate), (rate, wave)]
-    forms += [(wave / 32768, rate), (stereo, rate), (stereo.T, rate), [clip]]
+    forms += [(wave / 32768, rate), (stereo, rate), (stereo.T, rate), [clip], {"array": wave, "sampling_rate": rate}]
+    forms.append((torch.from_numpy(wave / 32768).requires_grad_(), rate))
     expected = voice.generate_speech(clip, TEXT, "الجسر", max_seconds=0.2)
     for form in forms:
         said = voice.generate_speech(form, TEXT, "الجسر", max_seconds=0.2)
@@ -86,6 +88,12 @@ def test_several_recordings_are_one_reference(voice, clip, repository):
         read_recordings([clip] * 20)
 
 
+def closed_file() -> io.BytesIO:
+    file = io.BytesIO(b"RIFF")
+    file.close()
+    return file
+
+
 @pytest.mark.parametrize(
     ("reference", "message"),
     [
@@ -100,6 +108,9 @@ def test_several_recordings_are_one_reference(voice, clip, repository):
         ((np.sin(np.arange(100.0)), 24000), "at least"),
         ((np.sin(np.arange(48000.0)), 0), "no recording"),
         ((np.sin(np.arange(48000.0)), 24000, 1), "tuple"),
+        ((np.sin(np.arange(48000.0)), 24000.0), "sample rate 24000.0: expected whole Hz"),
+        ((torch.zeros(48000, dtype=torch.bfloat16), 24000), "peak"),
+        (closed_file(), "closed file; give an open file"),
         ([], "empty list"),
         (None, "expected a path"),
         ({"path": "x"}, "expected a path"),
@@ -251,6 +262,8 @@ def test_threads_take_turns(voice, clip):
 def test_a_word_without_end_is_refused_before_memory_is_taken(voice, clip):
     with pytest.raises(DataError, match="20000 characters without a place to split"):
         voice.generate_speech(clip, "ا" * 20000, "الجسر")
+    with pytest.raises(DataError, match="1204 characters without a place to split"):
+        voice.generate_speech(clip, "كلمة " + "😀 " * 600, "الجسر")
     assert not voice.engine.has_work
 
 

@@ -57,6 +57,12 @@ def no_model(monkeypatch):
         (("--text", "نص", "--lines"), 2, "--lines"),
         (("--text", "نص", "--text", "نص", "--stream"), 2, "--stream speaks one text"),
         (("--text", "نص", "--stream", "--json"), 2, "without --json"),
+        (("--text", "نص", "--stream", "--first-chunk", "1"), 2, "--first-chunk 1: expected 2 or more"),
+        (
+            ("--text", "نص", "--first-chunk", "8"),
+            2,
+            "--first-chunk 8: expected 2 or more (frames of 40 ms), and --stream",
+        ),
         (("--text", "نص", "--play-codes", "x.npy"), 2, "--play-codes decodes"),
         (("--text", "<|AUDIO_OUT|>"), 1, "'<|AUDIO_OUT|>' in '<|AUDIO_OUT|>': no text may hold that"),
         (("--text", "نص <|eot\u200f_id|>"), 1, "'<|eot_id|>'"),
@@ -169,6 +175,9 @@ def test_a_stream_goes_to_stdout_piece_by_piece(speak, tmp_path):
     whole, _ = soundfile.read("whole.wav", dtype="int16")
     assert len(streamed) == len(whole)
     assert np.abs(streamed.astype(int) - whole).max() <= 2
+    early = speak(*options, "--first-chunk", 4)
+    assert early.exit_code == 0, early.output
+    assert len(early.stdout_bytes) == len(result.stdout_bytes)
 
 
 def test_a_recording_is_not_overwritten(speak, no_model, repository, tmp_path):

@@ -21,6 +21,7 @@ from preprocess.audio_file import MAX_FILE_BYTES
 from preprocess.reasons import ROLE_WARNINGS, AudioFault
 from preprocess.sound_edits import AudioSection, edited
 from shards.errors import DataError
+from shards.sequence import SAMPLE_RATE
 
 log = logging.getLogger("speak")
 PAUSE_S = 0.2  # between recordings
@@ -41,7 +42,8 @@ def read_recordings(source: Any, sample_rate: int | None = None) -> list[AudioFi
     """Read one recording or a list of them. Raises DataError saying which and why.
 
     source: path, bytes, binary file, array [S], [S, channels] or [channels, S] (floats within -1 to 1, or integers), a pair
-    (array, rate) or (rate, array), an `AudioFile`, or a list of these. sample_rate: of arrays given without their own.
+    (array, rate) or (rate, array), {"array": ..., "sampling_rate": ...} as Hugging Face's datasets give it, an `AudioFile`, or a
+    list of these. sample_rate: of arrays given without their own.
     """
     sources = source if isinstance(source, list) else [source]
     if not sources:
@@ -89,7 +91,10 @@ def _bytes_of(source: Any, sample_rate: int | None, name: str) -> bytes:
     if isinstance(source, (bytes, bytearray, memoryview)):
         return bytes(source)
     if hasattr(source, "read"):
-        data = source.read(MAX_FILE_BYTES + 1)
+        try:
+            data = source.read(MAX_FILE_BYTES + 1)
+        except ValueError as error:  # of a closed file
+            raise DataError(f"{name}: {str(error).rstrip('.')}; give an open file, or its path") from None
         if not isinstance(data, bytes):
             raise DataError(f"{name}: a file opened for text; open it with mode 'rb'")
         if len(data) > MAX_FILE_BYTES:
@@ -97,6 +102,8 @@ def _bytes_of(source: Any, sample_rate: int | None, name: str) -> bytes:
         if not data:
             raise DataError(f"{name}: nothing left to read; is it at its end? seek(0) first")
         return data
+    if isinstance(source, dict) and {"array", "sampling_rate"} <= source.keys():
+        source = source["array"], source["sampling_rate"]
     if isinstance(source, tuple):
         source, sample_rate = _pair(source, name)
     return _wav_of(source, sample_rate, name)
@@ -108,6 +115,8 @@ def _pair(source: tuple, name: str) -> tuple[Any, int]:
         for array, rate in (source, source[::-1]):
             if np.ndim(array) and isinstance(rate, (int, np.integer)):
                 return array, int(rate)
+            if np.ndim(array) and isinstance(rate, (float, np.floating)):
+                raise DataError(f"{name}: sample rate {rate!r}: expected whole Hz, such as {SAMPLE_RATE}")
     raise DataError(f"{name}: a tuple must be (array, sample rate); several recordings are given as a list")
 
 
@@ -116,7 +125,10 @@ def _wav_of(array: Any, sample_rate: int | None, name: str) -> bytes:
     import soundfile
 
     try:
-        samples = np.asarray(array.detach().cpu() if hasattr(array, "detach") else array)
+        if hasattr(array, "detach"):  # numpy knows no bfloat16, in which models speak
+            array = array.detach().cpu()
+            array = array.float() if array.is_floating_point() else array
+        samples = np.asarray(array)
     except (TypeError, ValueError) as error:
         raise DataError(f"{name}: not audio: {error}") from None
     if samples.dtype.kind not in "fiu" or samples.ndim not in (1, 2) or not samples.size:

@@ -41,6 +41,9 @@ MAX_TEXT_BYTES = 16 << 20
 @click.option("--lines", is_flag=True, help="Each line of --text-file is a text of its own.")
 @click.option("--out", default="speech.wav", type=FileToWrite(), help="wav, flac, mp3 or ogg, 24 kHz.")
 @click.option("--stream", is_flag=True, help="Write a wav to stdout while it is spoken, instead of --out.")
+@click.option(
+    "--first-chunk", type=int, help="With --stream: begin after so many frames of 40 ms, 2 or more, not 1.28 s."
+)
 @click.option("--play-codes", type=click.Path(path_type=Path), help="Only decode these codes [8, T], an .npy file.")
 @click.option("--adapter", type=click.Path(path_type=Path), help="A checkpoint's adapter folder, when MODEL is a base.")
 @click.option("--config", "config_path", type=click.Path(path_type=Path), help="Default: ./pipeline.toml if it exists.")
@@ -80,7 +83,7 @@ def main(model: Path, config_path: Path | None, overrides: tuple[str, ...], **gi
             return
         voice = load(model, config, given, len(requests))
         if given["stream"]:
-            stream(voice, requests[0])
+            stream(voice, requests[0], given["first_chunk"])
         else:
             speak(voice, requests, given)
 
@@ -105,6 +108,8 @@ def check_together(given: dict[str, Any]) -> None:
         raise ConfigError(f"{counts}: give one for each, in the same order, or none")
     if given["slots"] < 1:
         raise ConfigError(f"--slots {given['slots']}: expected 1 or more")
+    if given["first_chunk"] is not None and not (given["stream"] and given["first_chunk"] >= 2):
+        raise ConfigError(f"--first-chunk {given['first_chunk']}: expected 2 or more (frames of 40 ms), and --stream")
     if given["stream"] and (given["as_json"] or given["codes_path"]):
         raise ConfigError("--stream takes stdout for sound: without --json and --codes")
     if given["stream"] and sys.stdout.isatty():
@@ -227,14 +232,14 @@ def write_codes(path: Path, codes: np.ndarray) -> None:
     write_bytes(path, write_npy(codes))
 
 
-def stream(voice: HiggsAudioInference, request: SpeechRequest) -> None:
+def stream(voice: HiggsAudioInference, request: SpeechRequest, first_chunk: int | None = None) -> None:
     """A wav to stdout, piece by piece."""
     from tools.audio_output import pcm16, stream_header
 
     out = sys.stdout.buffer
     out.write(stream_header(voice.sample_rate))
     out.flush()
-    for wave in voice.stream_request(request):
+    for wave in voice.stream_request(request, first_chunk):
         out.write(pcm16(wave))
         out.flush()
 

@@ -32,7 +32,10 @@ class Utterance:
         self._texts = split_text(said, request.part_chars)
         longest = max(len(text.strip()) for text in self._texts)
         if longest > max(request.part_chars, MAX_PART_CHARS):
-            raise DataError(f"the text: {longest} characters without a place to split it; put blanks or marks into it")
+            raise DataError(
+                f"the text: {longest} characters without a place to split it; put blanks or marks between the words, "
+                "and take out what cannot be said"
+            )
         self._frames_left = None if request.max_seconds is None else round(request.max_seconds * FRAMES_PER_SECOND)
         self.parts: list[SpeechPart] = []
         self._limit: StopReason = "end"

@@ -22,9 +22,9 @@ class CodecStream:
 
     def __init__(self, codec: Codec, first_chunk: int | None = None) -> None:
         """`first_chunk`: sound as soon as so many frames are known. Raises ConfigError below 2, since one is the seam."""
-        if first_chunk is not None and first_chunk < 2:
+        if first_chunk is not None and not (isinstance(first_chunk, int) and first_chunk >= 2):
             raise ConfigError(
-                f"first_chunk is {first_chunk} frames; expected at least 2, of which one is the cross-fade"
+                f"first_chunk is {first_chunk!r} frames; expected a whole number, at least 2, of which one is the cross-fade"
             )
         self._codec = codec
         self._first_chunk = first_chunk
