@@ -21,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from train.model.decoder import DecoderLayer, HiggsAudio, RMSNorm
 from train.model.generation.key_value_cache import ColumnRow, KeyValueCache
-from train.model.generation.products import added, has_adapters, joined
+from train.model.generation.products import added, has_adapters, head_product, joined
 
 
 class Path(Protocol):
@@ -47,7 +47,7 @@ class AudioPath:
         self._offsets = torch.arange(config.num_codebooks, device=device) * config.codebook_vocab
         self._layers = [AudioLayer(layer, may_move) for layer in model.model.layers]  # pyright: ignore
         self._norm = norm_of(model.model.norm)
-        self._head = joined([model.audio_lm_head], may_move)
+        self._head = head_product(model.audio_lm_head, may_move)
         self._split = (config.num_codebooks, config.codebook_vocab)
         self._rope = model.model.rope
         self._head_dim = config.head_dim

@@ -31,9 +31,18 @@ def joined(layers: Sequence[nn.Module], may_move: bool) -> Callable[[Tensor], Te
         weights: list[nn.Parameter] = [layer.weight for layer in layers]  # pyright: ignore[reportAssignmentType]
         columns = lay_together(weights, weights[0].device.type == "cpu").T
         return lambda x: torch.mm(x, columns)
-    if len(layers) == 1:
-        return layers[0]
     return lambda x: torch.cat([layer(x) for layer in layers], dim=-1)
+
+
+def head_product(head: nn.Module, may_move: bool) -> Callable[[Tensor], Tensor]:
+    """x [B, in] -> head(x) [B, out]; on a CPU a weight that must stay where it is is copied, its columns together."""
+    if not is_plain(head):
+        return head
+    if may_move or head.weight.device.type != "cpu":
+        return joined([head], may_move)
+    assert isinstance(head.weight, Tensor)
+    columns = head.weight.detach().T.contiguous()
+    return lambda x: torch.mm(x, columns)
 
 
 def added(layer: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
