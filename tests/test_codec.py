@@ -206,5 +206,31 @@ def test_where_codes_would_differ_the_plain_encoder_is_kept(tiny_dir, plain, wav
     np.testing.assert_array_equal(codec.encode(wave), plain.encode(wave))
 
 
+@pytest.mark.parametrize(
+    ("fault", "num_tiled", "said"),
+    [
+        ("linears", codec_on_cpu.NUM_TILED, "oneDNN's linear layers give other codes for noise; MKL's are used"),
+        ("tiles", 0, "the plain one is used"),
+    ],
+)
+def test_what_is_inexact_here_is_left_out_and_told(tiny_dir, plain, wave, monkeypatch, fault, num_tiled, said):
+    """A processor whose product, or whose sine over tiles, is off by a percent."""
+    monkeypatch.setattr(codec_on_cpu, "is_amd", lambda: True)
+    if fault == "linears":
+        exact = codec_on_cpu.OneDnnLinear.forward
+        monkeypatch.setattr(codec_on_cpu.OneDnnLinear, "forward", lambda layer, x: 1.01 * exact(layer, x))
+    else:
+        snaked = codec_on_cpu.snaked
+        monkeypatch.setattr(codec_on_cpu, "snaked", lambda x, snake: 1.01 * snaked(x, snake))
+    told: list[str] = []
+    codec = load_codec(tiny_dir / "codec", tell=told.append)
+    assert len(told) == 1
+    assert said in told[0]
+    parts = list(codec._model.modules())
+    assert sum(isinstance(part, TiledBlock) for part in parts) == num_tiled
+    assert not any(isinstance(part, codec_on_cpu.OneDnnLinear) for part in parts)
+    np.testing.assert_array_equal(codec.encode(wave), plain.encode(wave))
+
+
 def test_the_loaded_codec_is_the_faster_one(codec):
     assert sum(isinstance(part, TiledBlock) for part in codec._model.modules()) == codec_on_cpu.NUM_TILED
