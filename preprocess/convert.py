@@ -118,12 +118,23 @@ def paired_rows(clips: Iterable[Clip], seed: int) -> tuple[list[dict[str, Any]],
 
 
 def write_list(out: Path, rows: list[dict[str, Any]]) -> None:
-    """JSON Lines for .jsonl, else a JSON array."""
+    """JSON Lines for .jsonl, else a JSON array. Raises DataError for a file name that neither can hold."""
+    for row in rows:
+        for item in (row["messages"][1]["content"][1], row["messages"][2]["content"][1]):
+            if not is_unicode(item["audio_url"]):
+                raise DataError(
+                    f"{item['audio_url']}: the name is not valid Unicode, so no list can hold it; rename it"
+                )
     if out.suffix == ".jsonl":
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     else:
         text = json.dumps(rows, ensure_ascii=False, indent=1) + "\n"
     write_bytes(out, text.encode())
+
+
+def is_unicode(name: str) -> bool:
+    """False for a file name of other bytes than UTF-8, as old archives have them."""
+    return name.isascii() or not HALF_PAIR.search(name)
 
 
 def _with_speakers(clips: list[Clip], source: Path, speaker: str | None, from_folder: bool) -> Iterator[Clip]:

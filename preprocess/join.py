@@ -157,6 +157,7 @@ def dataset_record(
         target_seconds_histogram=histogram(index["target_frames"] / FRAMES_PER_SECOND, HISTOGRAM_EDGES_S),
         shards=shards,
         digest="",
+        dialects=sum_counts(shard.dialects for shard in shards if shard.dialects is not msgspec.UNSET) or msgspec.UNSET,
     )
     return msgspec.structs.replace(dataset, digest=digest_of(dataset))
 

@@ -93,6 +93,8 @@ def print_summary(dataset: Dataset, out: Path, progress: Progress | None, elapse
         ("audio", f"{dataset.target_hours:.3f} h of targets, {dataset.reference_hours:.3f} h of references"),
         ("speakers", str(len(dataset.speakers))),
     ]
+    if dataset.dialects:
+        rows.append(("dialects", _counts(dataset.dialects)))
     if progress:
         encoded = f"{progress.num_encoded} distinct files, {progress.num_reused} uses of one already encoded"
         if progress.num_adopted:
@@ -123,6 +125,7 @@ def print_validation(report: dict[str, Any], out: Path) -> None:
         ("audio", f"{report['target_hours']:.3f} h of targets, {report['reference_hours']:.3f} h of references"),
         ("files", f"{report['distinct_files']} distinct, each used {report['uses_per_file']} times"),
         ("speakers", str(len(report["speakers"]))),
+        ("dialects", _counts(report["dialects"]) or "none is named"),
         ("target seconds", _counts(report["target_seconds_histogram"])),
         ("seconds", _counts(seconds)),
         ("characters/s", _counts(rate)),

@@ -28,6 +28,7 @@ from preprocess.text import arabic_share
 from preprocess.workers import Skip, run_tasks, usable_cores
 from shards.errors import DataError
 from shards.printable import redact_values
+from shards.sample import dialect_of
 from shards.writer import Reject, write_json
 
 MAX_EXAMPLES = 3  # of each warning, with both texts
@@ -45,6 +46,7 @@ class SliceReport(msgspec.Struct):
     rejects: list[Reject]
     warnings: dict[str, int]
     speakers: dict[str, int]
+    dialects: dict[str, int]
     file_hashes: list[str]  # of reference and target of every accepted row
     reference_s: list[float]
     target_s: list[float]
@@ -60,9 +62,10 @@ class ValidateTask:
         self._limits = setup.config.preprocess.audio_limits()
 
     def run(self, task: int, skip: Skip, begins: Callable[[int], None]) -> SliceReport:
-        report = SliceReport([], {}, {}, [], [], [], [], [], {})
+        report = SliceReport([], {}, {}, {}, [], [], [], [], [], {})
         warnings: Counter[str] = Counter()
         speakers: Counter[str] = Counter()
+        dialects: Counter[str] = Counter()
         for position, row in enumerate(self._rows.of_shard(task)):
             try:
                 if position in skip:
@@ -80,12 +83,14 @@ class ValidateTask:
             for code, detail in pair.details.items():
                 _add_example(report.examples, code, [f"row {row.row}: {detail}"])
             speakers[speaker_of(row, reference_sha)] += 1
+            if dialect := dialect_of({**(row.chat.misc or {}), **row.extra}):
+                dialects[dialect] += 1
             report.file_hashes += [reference_sha, target_sha]
             report.reference_s.append(reference.duration_s)
             report.target_s.append(target.duration_s)
             report.chars_per_s.append(len(pair.target_text) / target.duration_s)
             report.arabic_share.append(arabic_share(pair.target_text))
-        report.warnings, report.speakers = dict(warnings), dict(speakers)
+        report.warnings, report.speakers, report.dialects = dict(warnings), dict(speakers), dict(dialects)
         return report
 
     def _measure(self, path: str, segment: Segment) -> tuple[AudioMeasures, str]:
@@ -135,10 +140,12 @@ def make_report(num_rows: int, parts: list[SliceReport], rejects: dict[str, int]
     target_s = np.array([value for part in parts for value in part.target_s])
     hashes = {name for part in parts for name in part.file_hashes}
     speakers: Counter[str] = Counter()
+    dialects: Counter[str] = Counter()
     warnings: Counter[str] = Counter()
     examples: dict[str, list[str]] = {}
     for part in parts:
         speakers.update(part.speakers)
+        dialects.update(part.dialects)
         warnings.update(part.warnings)
         for code, details in part.examples.items():
             _add_example(examples, code, details)
@@ -150,6 +157,7 @@ def make_report(num_rows: int, parts: list[SliceReport], rejects: dict[str, int]
         "distinct_files": len(hashes),
         "uses_per_file": round(2 * len(target_s) / len(hashes), 2) if hashes else 0.0,
         "speakers": dict(sorted(speakers.items())),
+        "dialects": dict(sorted(dialects.items())),
         "target_seconds_histogram": histogram(target_s, HISTOGRAM_EDGES_S),
         "target_seconds": _percentiles(target_s),
         "target_chars_per_second": _percentiles(np.array([v for part in parts for v in part.chars_per_s])),

@@ -62,7 +62,8 @@ class Dataset(msgspec.Struct, frozen=True, kw_only=True):
     warnings: dict[str, int]
     target_seconds_histogram: dict[str, int]
     shards: list[ShardDone]
-    digest: str  # sha256 over everything above
+    digest: str  # sha256 over everything else
+    dialects: dict[str, int] | msgspec.UnsetType = msgspec.UNSET  # samples of each; unset: no sample says one
 
 
 Record = TypeVar("Record", bound=msgspec.Struct)

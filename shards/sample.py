@@ -81,6 +81,14 @@ class AudioFacts(msgspec.Struct, frozen=True):
     gain_db: float | msgspec.UnsetType = msgspec.UNSET
 
 
+DIALECT_KEYS = ("dialect", "dialect_tag")  # of a row's own keys, or in its misc
+
+
+def dialect_of(fields: dict[str, Any]) -> str | None:
+    """What a row says of its dialect."""
+    return next((str(fields[key]) for key in DIALECT_KEYS if fields.get(key)), None)
+
+
 class MelFacts(msgspec.Struct, frozen=True):
     """What rebuilds the 30-s padded Whisper features: every frame that is not stored equals `floor`."""
 

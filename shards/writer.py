@@ -22,7 +22,7 @@ import msgspec
 import numpy as np
 
 from shards.index import INDEX_DTYPE, hash64
-from shards.sample import Sample, pack_sample, write_npy
+from shards.sample import Sample, dialect_of, pack_sample, write_npy
 
 TAR_BLOCK = 512
 
@@ -52,6 +52,7 @@ class ShardDone(msgspec.Struct, frozen=True, kw_only=True):
     reference_s: float
     target_s: float
     columns_sha256: str | msgspec.UnsetType = msgspec.UNSET  # unset: made before there were columns
+    dialects: dict[str, int] | msgspec.UnsetType = msgspec.UNSET  # unset: no sample says one
 
 
 def shard_path(dataset_dir: Path, shard: int, suffix: str) -> Path:
@@ -104,6 +105,7 @@ def _write_tar(path: Path, shard: int, samples: Iterable[Sample]) -> tuple[np.nd
     rows: list[tuple[int, ...]] = []
     speakers: Counter[str] = Counter()
     warnings: Counter[str] = Counter()
+    dialects: Counter[str] = Counter()
     reference_s = target_s = 0.0
     with path.open("xb") as file:
         hashed = _HashingWriter(file)
@@ -118,6 +120,8 @@ def _write_tar(path: Path, shard: int, samples: Iterable[Sample]) -> tuple[np.nd
             rows.append(_index_row(sample, shard, offset, hashed.num_bytes - offset, hashed.crc32))
             speakers[sample.facts.speaker] += 1
             warnings.update(sample.facts.warnings)
+            if dialect := dialect_of({**(sample.facts.misc or {}), **sample.facts.extra}):
+                dialects[dialect] += 1
             reference_s += sample.facts.reference.duration_s
             target_s += sample.facts.target.duration_s
         tar.close()
@@ -126,6 +130,7 @@ def _write_tar(path: Path, shard: int, samples: Iterable[Sample]) -> tuple[np.nd
         "sha256": hashed.sha256.hexdigest(),
         "speakers": dict(sorted(speakers.items())),
         "warnings": dict(sorted(warnings.items())),
+        "dialects": dict(sorted(dialects.items())) or msgspec.UNSET,
         "reference_s": round(reference_s, 3),
         "target_s": round(target_s, 3),
     }

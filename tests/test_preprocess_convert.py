@@ -200,3 +200,14 @@ def test_a_pipe_is_refused_and_never_waited_for(tmp_path: Path, kind: str):
     os.mkfifo(tmp_path / "list")
     with pytest.raises(DataError, match="list: not a regular file; write it to a file first"):
         convert(kind, tmp_path / "list", tmp_path / "out.json", 0)
+
+
+def test_a_name_that_is_no_unicode_is_one_line(repository: Path, tmp_path: Path):
+    clip = (repository / "tests/data/arabic-mini/spk_00_04.flac").read_bytes()
+    for name in (b"a", b"\xfe"):
+        place = os.fsencode(tmp_path) + b"/" + name
+        Path(os.fsdecode(place + b".flac")).write_bytes(clip)
+        Path(os.fsdecode(place + b".txt")).write_text("نص")
+    with pytest.raises(DataError, match="the name is not valid Unicode"):
+        convert("folder", tmp_path, tmp_path / "list.jsonl", 0)
+    assert not (tmp_path / "list.jsonl").exists()

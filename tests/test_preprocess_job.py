@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,8 @@ from shards.manifest import open_dataset
 from shards.reader import SampleReader, decode_zst
 from shards.sample import pack_sample
 from shards.sequence import SequenceBuilder
+from tools.inspect_shards.report import speakers_part
+from tools.inspect_shards.summary import summary_facts
 
 MEMBERS = ("ids.npy", "json", "ref.codes.npy", "ref.mel.npy.zst", "tgt.codes.npy")
 SMALL_SHARDS = ("--set", "preprocess.samples_per_shard=16")
@@ -234,8 +237,13 @@ def test_text_is_kept_as_written_and_said_stripped(preprocess, rows, tmp_path):
     row["messages"][2]["content"][0]["text"] = "  نص له فراغات في أوله وفي آخره كما كتب\n"
     row["dialect"] = "gulf"
     (tmp_path / "list.jsonl").write_text(json.dumps(row))
-    assert preprocess(tmp_path / "list.jsonl", tmp_path / "out").returncode == 0
-    _, index = open_dataset(tmp_path / "out")
+    made = preprocess(tmp_path / "list.jsonl", tmp_path / "out")
+    assert made.returncode == 0
+    assert re.search(r"^dialects +gulf 1$", made.stderr, re.MULTILINE)
+    dataset, index = open_dataset(tmp_path / "out")
+    assert dataset.dialects == {"gulf": 1}
+    assert summary_facts(dataset, index)["dialects"] == {"gulf": 1}
+    assert "Samples per dialect" in speakers_part(dataset)
     facts = SampleReader(tmp_path / "out").read(index[0]).facts
     assert facts.texts[facts.target_text] == "نص له فراغات في أوله وفي آخره كما كتب"
     assert "  نص له فراغات في أوله وفي آخره كما كتب\n" in facts.texts

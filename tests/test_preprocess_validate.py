@@ -64,6 +64,7 @@ def test_a_sound_list(run_command, arabic_mini, tmp_path):
     assert report == json.loads((tmp_path / "out" / "report.json").read_text())
     assert (report["rows"], report["usable"], report["distinct_files"], report["uses_per_file"]) == (72, 72, 72, 2.0)
     assert sum(report["target_seconds_histogram"].values()) == 72
+    assert report["dialects"] == {}
     assert report["rejects"] == {}
     assert report["target_hours"] == pytest.approx(318 / 3600, rel=0.02)
     assert not (tmp_path / "out" / "job.json").exists(), "no job was begun"

@@ -198,6 +198,40 @@ def test_one_damaged_recording_does_not_end_the_others(recordings: Path, tmp_pat
     assert "2 of 3" in said
 
 
+def test_odd_recordings_and_names_are_cut_or_named(recordings: Path, tmp_path: Path, capsys):
+    """8 and 96 kHz, six channels; blanks, Arabic letters and a line end in names; a name that is no Unicode is skipped."""
+    wave, _ = soundfile.read(recordings / "spk_03" / "talk 0.flac", dtype="float32")
+    odd = {
+        "متحدث أول/تسجيل ١.wav": (wave[::3], 8000, "PCM_16"),
+        "six/ch.wav": (np.stack([wave * 0.9**channel for channel in range(6)], axis=1), RATE, "PCM_16"),
+        "high/x.wav": (np.repeat(wave, 4), 4 * RATE, "PCM_24"),
+        "new\nline/x\ny & z.flac": (wave, RATE, "PCM_16"),
+    }
+    for name, (samples, rate, subtype) in odd.items():
+        (tmp_path / "in" / name).parent.mkdir(parents=True)
+        soundfile.write(tmp_path / "in" / name, samples, rate, subtype=subtype)
+    unnamed = Path(os.fsdecode(os.fsencode(tmp_path / "in") + b"/\xfe.wav"))
+    unnamed.write_bytes((tmp_path / "in" / "six" / "ch.wav").read_bytes())
+    (tmp_path / "in" / "notes.pdf").write_bytes(b"x")
+    out = cut(tmp_path / "in", tmp_path / "out")
+    said = capsys.readouterr().err
+    assert "its name is not valid Unicode" in said
+    assert "not looked at  .pdf 1" in said
+    assert "recordings     4 of 5" in said
+    rows = [json.loads(line) for line in (out / "list.jsonl").read_text().splitlines()]
+    for name, (samples, rate, _) in odd.items():
+        mine = [row["messages"][2]["content"][1]["audio_url"] for row in rows if row["recording"] == name]
+        assert len(mine) >= 2
+        for path in mine:
+            assert (soundfile.info(path).samplerate, soundfile.info(path).channels) == (
+                rate,
+                6 if samples.ndim > 1 else 1,
+            )
+    before = tree(out)
+    cut(tmp_path / "in", tmp_path / "out")
+    assert tree(out) == before
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

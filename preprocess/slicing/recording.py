@@ -23,6 +23,7 @@ from preprocess.audio import mixed
 from preprocess.audio_containers import missing, unread
 from preprocess.audio_decoders import BLOCK, KNOWN_FORMS, SoundStream
 from preprocess.audio_kinds import CONVERT, Kind, check_form, kind_of, unknown
+from preprocess.convert import is_unicode
 from preprocess.reasons import AudioFault
 
 VAD_RATE = 16000
@@ -101,6 +102,8 @@ class Recording:
 
 def open_recording(path: Path) -> Recording:
     """Look at a file's form and whether all of it is there. Raises AudioFault."""
+    if not is_unicode(str(path)):
+        raise AudioFault("audio_missing", "its name is not valid Unicode, so no list can hold it; rename it")
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise AudioFault("audio_missing", "not a regular file")

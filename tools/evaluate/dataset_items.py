@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tools.evaluate.items import Item, Items, dialect_of, is_file, with_distinct_ids
+from shards.sample import dialect_of
+from tools.evaluate.items import Item, Items, is_file, with_distinct_ids
 
 if TYPE_CHECKING:
     from preprocess.text import TextSection

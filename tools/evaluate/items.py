@@ -18,8 +18,8 @@ import msgspec
 
 from preprocess.segment import WHOLE, Segment
 from shards.errors import DataError
+from shards.sample import dialect_of
 
-DIALECT_KEYS = ("dialect", "dialect_tag")
 HABIBI_KEYS = ("file_name", "text", "speaker_id")
 EXPECTED = (
     "a data set folder of `preprocess`, a ChatML list (.json, .jsonl), a seed-tts list (.lst), a ZipVoice list (.tsv), or a "
@@ -147,10 +147,6 @@ def chatml_items(data: Path, skipped: list[str]) -> Iterator[Item]:
             reference_segment=pair.reference_segment,
             real_segment=pair.target_segment,
         )
-
-
-def dialect_of(facts: dict[str, Any]) -> str | None:
-    return next((str(facts[key]) for key in DIALECT_KEYS if facts.get(key)), None)
 
 
 def seed_tts_items(data: Path, skipped: list[str]) -> Iterator[Item]:

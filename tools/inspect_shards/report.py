@@ -125,7 +125,9 @@ def speakers_part(record: Dataset) -> str:
     rest = sum(count for _, count in ranked[NUM_BARS_OF_SPEAKERS:])
     if rest:
         values[f"{len(ranked) - NUM_BARS_OF_SPEAKERS} others"] = float(rest)
-    return svg_bars("Samples per speaker", values, "samples") if values else ""
+    speakers = svg_bars("Samples per speaker", values, "samples") if values else ""
+    said = {name: float(count) for name, count in record.dialects.items()} if record.dialects else {}
+    return speakers + (svg_bars("Samples per dialect", said, "samples") if said else "")
 
 
 def codes_part(facts: dict[str, Any]) -> str:

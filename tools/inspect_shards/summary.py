@@ -37,6 +37,7 @@ def summary_facts(record: Dataset, index: np.ndarray) -> dict[str, object]:
         + ", ".join(f"{name} {count}" for name, count in per_speaker[:6])
         + (", ..." if len(per_speaker) > 6 else ""),
         "speaker_balance": speaker_balance([count for _, count in per_speaker]),
+        **({"dialects": record.dialects} if record.dialects else {}),
         "target_seconds": record.target_seconds_histogram,
         "text_tokens": _percentiles(text),
         "audio_frames": _percentiles(audio),
