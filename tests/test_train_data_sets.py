@@ -31,6 +31,7 @@ from train.data.planned_source import PlannedSource
 from train.data.streamed_source import StreamedSource
 from train.loop import RunOptions, train
 from train.model.conditioning import CODES, decide_conditioning
+from train.probe_learning_rate import probe_rates
 from train.run_folder.identity import MUST_BE_EQUAL, ModelFiles, check_identity, make_identity
 
 ALONE_HERE = LoaderShare()
@@ -428,6 +429,8 @@ def test_a_mixed_run_goes_on_but_not_with_other_weights(sets, short_config, tmp_
     with pytest.raises(CheckpointError, match=r"weights of train\.data"):
         train(config(3.0), "", run, RunOptions())
     train(config(2.0, "train.max_steps=3"), "", run, RunOptions(dry_run=True))  # the same run: nothing is refused
+    (probe,) = probe_rates(config(2.0), "", tmp_path / "probe", [1e-4], 1, skip_preflight=True)
+    assert probe.loss_first == pytest.approx(values["loss/total_loss"], abs=1e-5)
 
 
 # --- streams --------------------------------------------------------------------------------------------------------

@@ -46,16 +46,16 @@ class StepResult:
     set_counts: Tensor | None = None  # [D, 3 + K] of this rank, on the CPU
 
     def values(self, world: World = ALONE, data_sets: tuple[str, ...] = ()) -> dict[str, float]:
-        """Metrics of the whole step, and of each of several data sets; every rank must call this."""
+        """Metrics of the whole step, and of each of several data sets (none named: not); every rank must call this."""
         parts = torch.cat((torch.stack((self.total, self.text, self.contrastive)), self.codebooks, self.accuracy))
         local, num_books = parts.double().cpu(), len(self.codebooks)
-        if self.by_set is not None and self.set_counts is not None:
+        if data_sets and self.by_set is not None and self.set_counts is not None:
             of_sets = torch.stack((self.by_set.double().cpu(), self.set_counts[:, 2:].double()))
             local = torch.cat((local, of_sets.flatten()))  # one exchange for all
         total, text, contrastive, *others = world.sum(local).tolist()
         codebooks, accuracy = others[:num_books], others[num_books : 2 * num_books]
         sums_and_counts = torch.tensor(others[2 * num_books :]).view(2, -1, 1 + num_books)
-        of_sets = losses_of_sets("loss", data_sets, *sums_and_counts) if self.by_set is not None else {}
+        of_sets = losses_of_sets("loss", data_sets, *sums_and_counts) if data_sets and self.by_set is not None else {}
         return {
             "loss/total_loss": total,
             "loss/text_loss": text,
