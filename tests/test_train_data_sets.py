@@ -440,12 +440,14 @@ def test_a_stream_gives_each_list_its_share_at_any_time(sets, builder):
     source = StreamedSource("", section((sets[0], 1.0), (sets[1], 3.0), loader="stream", max_steps=9, shuffle_buffer=4))
     source.prepare(builder)
     small = {hash64(name) for name in open_dataset(sets[1])[0].speakers}
-    frames = np.zeros(2)
+    frames, counted = np.zeros(2), np.zeros(2)
     for loaded in itertools.islice(source.loaded_packs(0, LoaderShare()), 60):
         batch = loaded.batch
+        counted += batch.set_counts[:, 1].numpy()
         for number, speaker in enumerate(batch.speakers.tolist()):
             frames[int(speaker % (1 << 64) in small)] += int((batch.segments == 2 * number + 1).sum()) - 9
     assert abs(frames[1] / frames.sum() - 0.75) < 0.05
+    assert counted.tolist() == frames.tolist(), "metrics know which list a sample is of"
 
 
 def test_a_stream_refuses_what_needs_an_index(sets, tmp_path):
