@@ -195,12 +195,12 @@ def training_overlap(items: Items, train_data: Sequence[Path], section: TrainSec
     seen = np.isin(np.array([hash64(name) for name in known], np.uint64), source.index["speaker"][rows]).sum()
     hashes = sorted({number for item in items.items for number in item.audio or hashes_of(item)})
     seen_audio = np.isin(np.array(hashes, np.uint64), audio).sum()
-    where = ", ".join(map(str, train_data))
+    where = ", ".join(map(str, train_data)) + (", held-out speakers left out" if section.validation_fraction else "")
     if not seen and not seen_audio:
-        return f"unseen: none of the {len(known)} speakers and {len(hashes)} audio files stand in {where}"
+        return f"unseen: none of the {len(known)} speakers and {len(hashes)} audio files are trained on ({where})"
     return (
-        f"SEEN IN TRAINING: {seen} of {len(known)} speakers and {seen_audio} of {len(hashes)} audio files stand in "
-        f"{where}; figures below say how well training was learned, not how well a new voice is cloned"
+        f"SEEN IN TRAINING: {seen} of {len(known)} speakers and {seen_audio} of {len(hashes)} audio files are trained on "
+        f"({where}); figures below say how well training was learned, not how well a new voice is cloned"
     )
 
 
