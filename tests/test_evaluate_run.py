@@ -145,6 +145,17 @@ def test_matched_text_is_below_shuffled_text(waves: Path):
     assert scores["real"]["cer"]["strict"]["corpus"] < scores["shuffled"]["cer"]["strict"]["corpus"]
 
 
+def test_speed_is_that_of_all_utterances_together(waves: Path):
+    """Speech that grows faster is seen; one that broke off after 40 ms does not stand for all."""
+    lengths = {path.stem: soundfile.info(path).frames for path in (waves / "other").iterdir()}
+    soundfile.write(waves / "other" / "s0-0.wav", voice(0, 0.04, 2), 24000)
+    scores = score(waves, waves / "out")["scores"]
+    characters = len(VOICES) * sum(map(len, TEXTS))
+    seconds = sum(lengths.values()) / 24000
+    assert scores["real"]["characters_per_second"] == pytest.approx(characters / seconds, abs=1e-5)
+    assert scores["other"]["characters_per_second"] == pytest.approx(characters / (seconds - 1.96), abs=1e-5)
+
+
 def test_a_missing_wave_is_an_error_row(waves: Path):
     whole = score(waves, waves / "whole")
     (waves / "other" / "s0-0.wav").unlink()

@@ -55,7 +55,8 @@ def system_scores(rows: list[Utterance], floor: dict[str, float], ceiling: dict[
     reached = [row.text_reached for row in rows if row.text_reached is not None]
     scores |= {
         "duration_ratio": rounded(np.mean(ratios)) if ratios else None,
-        "characters_per_second": rounded(np.mean([len(row.text) / row.duration_s for row in spoken]))
+        # of all together: the mean of utterances would be that of one that broke off after a frame
+        "characters_per_second": rounded(sum(len(row.text) for row in spoken) / sum(row.duration_s for row in spoken))
         if spoken
         else None,
         "leading_silence_s": rounded(np.mean([row.leading_silence_s for row in spoken])) if spoken else None,
