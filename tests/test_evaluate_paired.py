@@ -179,6 +179,7 @@ def test_no_failure_of_either_is_no_proof_of_none():
     assert (found.difference, found.p_worse, found.verdict) == (0, 0.5, "cannot tell")
     assert found.high == pytest.approx(1 - 0.025 ** (1 / 12))
     assert found.low == pytest.approx(-(1 - 0.025 ** (1 / 12)))
+    assert found.high is not None
     assert (1 - found.high) ** 12 == pytest.approx(0.025)
 
 
@@ -188,8 +189,8 @@ def test_intervals_of_failures_cover_the_truth_as_well():
     for seed in range(300):
         of_speaker = rng.beta(0.8, 7.2, 12), rng.beta(2.4, 5.6, 12)  # a tenth and three tenths fail
         failed = [(rng.random((12, 6)) < share[:, None]).sum(1).astype(float) for share in of_speaker]
-        data = (np.stack([part, np.full(12, 6.0)], 1) for part in failed)
-        found = compare(*data, np.arange(12), lower_is_better=True, bounds=SHARE, seed=seed, draws=600)
+        first, second = (np.stack([part, np.full(12, 6.0)], 1) for part in failed)
+        found = compare(first, second, np.arange(12), lower_is_better=True, bounds=SHARE, seed=seed, draws=600)
         assert found.low is not None
         assert found.high is not None
         hits += found.low <= -0.2 <= found.high
