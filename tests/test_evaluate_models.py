@@ -31,9 +31,9 @@ def clip(arabic_mini: Path, speaker: int, number: int) -> np.ndarray:
     return soxr.resample(wave, rate, 16000)
 
 
-@pytest.fixture(scope="module", params=["ovfl", "resemblyzer"])
+@pytest.fixture(scope="module", params=["ovfl", pytest.param("resemblyzer", marks=pytest.mark.models)])
 def encoder(request: pytest.FixtureRequest):
-    """`ovfl` comes with the extra `eval`, which `make setup` installs; resemblyzer needs a line of its own."""
+    """`ovfl` comes with the extra `eval`, which `make setup` installs, resemblyzer with `make test-models`."""
     try:
         return load_encoder(request.param)
     except NotInstalled as error:
@@ -93,6 +93,7 @@ def test_an_unknown_recognizer_is_refused_in_words(name: str):
         load_recognizer(name, "ar")
 
 
+@pytest.mark.models
 def test_a_real_recognizer_hears_the_text_that_is_said(
     whisper_base: Path, arabic_mini: Path, tmp_path: Path, monkeypatch
 ):

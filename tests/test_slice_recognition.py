@@ -167,6 +167,7 @@ def test_a_folder_that_is_no_model_is_one_line(tmp_path: Path):
     assert "\n" not in str(fault.value)
 
 
+@pytest.mark.models
 def test_the_real_recognizer_gives_all_three_figures(whisper_base: Path, done: Path):
     recognizer = load_recognizer(f"faster-whisper:{whisper_base}", "ar", "cpu")
     with pytest.raises(ConfigError, match="the model knows no such language"):
