@@ -34,6 +34,7 @@ def gradients(model_dir, batches, recompute: bool, compiled: bool) -> dict[str, 
     for name, parameter in lora_parameters(model):
         if ".lora_B." in name:  # else A would receive none
             parameter.data = 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+    model.fuse_lora(compiled)  # as a run does; what it is compared with is peft's own way
     prepare_blocks(model.model.layers, recompute, "aot_eager" if compiled else None)
     model.train()
     for batch in batches:

@@ -106,12 +106,12 @@ def adapter(run: Path) -> dict:
     return load_file(run / "checkpoints" / f"checkpoint-{STEPS}" / "adapter" / "adapter_model.safetensors")
 
 
-def same_adapter(found: Path, expected: Path) -> None:
+def same_adapter(found: Path, expected: Path, atol: float = 1e-6) -> None:
     one, other = adapter(expected), adapter(found)
     assert {name: tensor.shape for name, tensor in one.items()} == {name: t.shape for name, t in other.items()}
     for name in one:
         # AdamW divides by the root of tiny second moments; summation order shows there first.
-        np.testing.assert_allclose(one[name].numpy(), other[name].numpy(), rtol=0, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(one[name].numpy(), other[name].numpy(), rtol=0, atol=atol, err_msg=name)
 
 
 @pytest.fixture(scope="module")
@@ -125,13 +125,13 @@ def alone(train_run) -> Path:
     [
         (2, []),
         (4, ["train.shard_base=true"]),
-        (2, ["train.activation_checkpointing=full"]),
+        (2, ["train.activation_checkpointing=full", "train.fused_lora=off"]),
         (2, ["train.shard_base=true", "train.activation_checkpointing=full", "train.compile=aot_eager"]),
     ],
     ids=[
         "two",
         "four-shard-base",
-        "two-recompute",
+        "two-recompute-unfused",
         "two-shard-base-recompute-compiled",
     ],
 )
@@ -140,7 +140,10 @@ def test_ranks_accumulation_and_options_do_not_change_a_step(alone, train_run, g
     run = train_run("run", gpus, *settings)
     same_history(run, history(alone))
     same_metrics_of_data_sets(run, alone)
-    same_adapter(run, alone)
+    # Layer by layer and compiled each sum has another order, on AMD processors another library's: weights whose gradient is
+    # near nothing were 1.04e-6 apart after five steps of 1e-3.
+    sums_otherwise = {"train.fused_lora=off", "train.compile=aot_eager"} & set(settings)
+    same_adapter(run, alone, atol=5e-6 if sums_otherwise else 1e-6)
     assert len(adapter(run)) == 2 * (4 * 10 + 1)  # ten linear layers in each of four, and the audio head
     if (gpus, settings) == (2, []):  # what two ranks wrote is merged as what one has written
         merge_checkpoint(run, tmp_path / "of-two")
@@ -347,10 +350,10 @@ def start(command_of, repository):
 
 @pytest.mark.slow
 def test_killed_and_continued_with_other_numbers_of_ranks(start, train_run, uninterrupted_run, tmp_path):
-    """kill -9 of everything at 2 ranks, then at 1, then to the end with 4."""
+    """kill -9 of everything at 2 ranks, then at 1 with LoRA layer by layer, then to the end with 4."""
     run = tmp_path / "run"
-    for gpus, step in ((2, random.randint(3, 4)), (1, random.randint(5, 7))):
-        process = start(run, gpus, *LONG)
+    for gpus, step, fused in ((2, random.randint(3, 4), "on"), (1, random.randint(5, 7), "off")):
+        process = start(run, gpus, *LONG, f"train.fused_lora={fused}")
         process.wait_for(f"step {step}/{LAST}")
         process.kill_all()
     train_run("again", 4, *LONG, run=run)

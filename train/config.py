@@ -99,6 +99,7 @@ class TrainSection(msgspec.Struct, frozen=True, kw_only=True):
     shard_base: bool = False
     activation_checkpointing: Literal["auto", "off", "full"] = "auto"  # only if packs would not fit otherwise
     attention: Literal["auto", "padded"] = "auto"  # "auto": the fastest way here
+    fused_lora: Literal["auto", "on", "off"] = "auto"  # one product with A for layers that read the same rows
     compile: Literal["auto", "on", "off", "aot_eager"] = "auto"  # on CUDA; "aot_eager": graphs without generated code
 
 

@@ -41,6 +41,7 @@ class Settings:
     rounds: int
     device: str
     seed: int = 0
+    fused: bool = True
 
 
 def bench(settings: Settings, out: Path) -> None:
@@ -168,6 +169,7 @@ def prepare_ours(sequences: list[Any], settings: Settings, _: int) -> tuple[list
     fill_randomly(model, settings.device, settings.seed)
     model.attention = choose_attention(model.config, world.device, model.audio_lm_head.weight.dtype, on_gpu)
     add_lora(model, LoraSection(rank=settings.rank, alpha=2 * settings.rank), "bench", seed=0)
+    model.fuse_lora(settings.fused)
     prepare_blocks(model.model.layers, recompute=False, backend="inductor" if on_gpu else None)
     apply_fsdp(model, model.model.layers, world, bf16=on_gpu, shard_base=False)  # LoRA computes in bf16 by this
     optimizer = make_optimizer([parameter for _, parameter in lora_parameters(model)], TrainSection())

@@ -6,6 +6,7 @@ built on the meta device and every rank reads its own rows of the files, so that
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
@@ -28,6 +29,8 @@ from train.world import World
 # kept and recomputed are graphs of their own, and so are packs of several documents, of one, and of none: about a dozen.
 MOST_GRAPHS = 32
 
+log = logging.getLogger("train")
+
 
 def build_model(
     base_dir: Path, config: TrainConfig, conditioning: Conditioning, world: World
@@ -48,6 +51,7 @@ def build_model(
     if section.attention == "auto":
         model.attention = choose_attention(model.config, world.device, dtype, is_compiled=backend is not None)
     lora_config = add_lora(model, config.lora, config.model.base, section.seed, conditioning)
+    model.fuse_lora(fuses_lora(config, bf16, world))
     prepare_blocks(model.model.layers, section.activation_checkpointing == "full", backend)
     apply_fsdp(model, model.model.layers, world, bf16, shards_base)
     if shards_base:
@@ -64,6 +68,25 @@ def compile_backend(section: TrainSection, world: World) -> str | None:
     return (
         "inductor" if section.compile == "on" or (section.compile == "auto" and world.device.type == "cuda") else None
     )
+
+
+def fuses_lora(config: TrainConfig, bf16: bool, world: World) -> bool:
+    """Whether layers that read the same rows are computed as one. Raises ConfigError where that was asked for and cannot be."""
+    asked, reasons = config.train.fused_lora, []
+    if config.lora.dropout:
+        reasons.append("lora.dropout draws for each layer by itself")
+    if config.lora.use_dora:
+        reasons.append("lora.use_dora scales each layer's outputs")
+    if bf16 and not world.is_distributed:
+        reasons.append("fp32 LoRA on a bf16 base is computed in fp32 where nothing is sharded")
+    if asked == "on" and reasons:
+        raise ConfigError(
+            f'train.fused_lora = "on": {"; ".join(reasons)}, which only peft\'s own layers do; set train.fused_lora = "auto" '
+            "or give that up"
+        )
+    if asked == "auto" and reasons:
+        log.info("LoRA is computed layer by layer: %s", "; ".join(reasons))
+    return asked != "off" and not reasons
 
 
 def prepare_blocks(layers: nn.ModuleList, recompute: bool, backend: str | None) -> None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -24,6 +23,7 @@ from shards.encoders.whisper_tower import WhisperTower
 from train.model.attention import Attend, AttentionKind
 from train.model.batch import PackedBatch, WhisperRows
 from train.model.config import ModelConfig
+from train.model.fused_lora import project, swiglu_down
 from train.model.loss import (
     LossSums,
     LossTerms,
@@ -42,6 +42,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer = layer
+        self.fuses_lora = False
         self.head_dim = config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, config.num_heads * config.head_dim, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * config.head_dim, bias=False)
@@ -50,11 +51,12 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         """x [R, d] -> [R, d]."""
-        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))
-        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
+        q, k, v = (
+            rows.unflatten(-1, (-1, self.head_dim))
+            for rows in project(x, (self.q_proj, self.k_proj, self.v_proj), self.fuses_lora)
+        )
         out = attend(self.layer, rotate(q, cos, sin), rotate(k, cos, sin), v)
-        return self.o_proj(out.flatten(1))
+        return project(out.flatten(1), (self.o_proj,), self.fuses_lora)[0]
 
 
 class RMSNorm(nn.Module):
@@ -72,12 +74,14 @@ class RMSNorm(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.fuses_lora = False
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = project(x, (self.gate_proj, self.up_proj), self.fuses_lora)
+        return swiglu_down(gate, up, self.down_proj, self.fuses_lora)
 
 
 class DecoderLayer(nn.Module):
@@ -186,6 +190,7 @@ class HiggsAudio(nn.Module):
         super().__init__()
         self.config = config
         self.attention: AttentionKind = "padded"  # of packs; generation has a cache instead
+        self.fuses_lora = False
         self.model = Backbone(config)
         self.audio_lm_head = nn.Linear(config.hidden_size, config.num_codebooks * config.codebook_vocab, bias=False)
         self.text_lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -196,7 +201,8 @@ class HiggsAudio(nn.Module):
         """Loss sums of a pack, or its losses one by one; logits are made at learned rows only."""
         hidden = self.hidden(batch)
         audio_hidden = hidden[batch.text_ids.shape[0] :]
-        text = text_losses(self.text_lm_head(hidden[batch.text_rows]), batch.text_targets)
+        (text_logits,) = project(hidden[batch.text_rows], (self.text_lm_head,), self.fuses_lora)
+        text = text_losses(text_logits, batch.text_targets)
         audio_logits = self.audio_logits(audio_hidden[batch.audio_rows])
         audio = audio_losses(audio_logits, batch.audio_targets)
         if per_target:
@@ -236,6 +242,13 @@ class HiggsAudio(nn.Module):
         hidden = self.model(text_ids, codes, positions, attend, whisper_rows)
         return self.audio_logits(hidden[-1:])[0]
 
+    def fuse_lora(self, fuses: bool) -> None:
+        """Whether layers that read the same rows are computed as one (`train.model.fused_lora`), from now on."""
+        for module in self.modules():
+            if isinstance(module, Attention | FeedForward | HiggsAudio):
+                module.fuses_lora = fuses
+
     def audio_logits(self, hidden: Tensor) -> Tensor:
         """[n, d] -> [n, K, codebook_vocab]."""
-        return self.audio_lm_head(hidden).unflatten(-1, (self.config.num_codebooks, self.config.codebook_vocab))
+        (logits,) = project(hidden, (self.audio_lm_head,), self.fuses_lora)
+        return logits.unflatten(-1, (self.config.num_codebooks, self.config.codebook_vocab))

@@ -66,7 +66,7 @@ MAY_CHANGE = frozenset(
         "train.weight_decay", "train.max_grad_norm", "train.memory_share", "train.eval_every", "train.listening_samples",
         "train.patience", "train.save_every", "train.keep_checkpoints", "train.log_every", "train.shuffle_buffer",
         "train.num_workers", "train.max_bad_fraction", "train.device", "train.precision", "train.shard_base",
-        "train.activation_checkpointing", "train.attention", "train.compile",
+        "train.activation_checkpointing", "train.attention", "train.fused_lora", "train.compile",
         "train.best_by", "eval.score", "eval.similarity", "eval.asr", "eval.language",
     }
 )  # fmt: skip
