@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import soundfile
 from click.testing import CliRunner
 
+import tools.audio_output
 import tools.speaker
 from tools.audio_output import numbered, pcm16, stream_header, write_audio
 from tools.speak import main, read_texts
@@ -178,6 +180,19 @@ def test_a_stream_goes_to_stdout_piece_by_piece(speak, tmp_path):
     early = speak(*options, "--first-chunk", 4)
     assert early.exit_code == 0, early.output
     assert len(early.stdout_bytes) == len(result.stdout_bytes)
+
+
+def test_a_stream_into_a_closed_pipe_ends_without_a_fault(speak, monkeypatch):
+    """As with `| head`: nobody listens any more, which is no fault to speak of."""
+
+    def closed(_: object) -> bytes:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(tools.audio_output, "pcm16", closed)
+    result = speak("--text", "نعم", "--reference-text", "الجسر", "--max-seconds", 0.4, "--stream")
+    assert isinstance(result.exception, SystemExit)
+    assert "error" not in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_a_recording_is_not_overwritten(speak, no_model, repository, tmp_path):

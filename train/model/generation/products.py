@@ -36,10 +36,10 @@ def joined(layers: Sequence[nn.Module], may_move: bool) -> Callable[[Tensor], Te
 
 def head_product(head: nn.Module, may_move: bool) -> Callable[[Tensor], Tensor]:
     """x [B, in] -> head(x) [B, out]; on a CPU a weight that must stay where it is is copied, its columns together."""
-    if not is_plain(head):
-        return head
-    if may_move or head.weight.device.type != "cpu":
+    if may_move and is_plain(head):
         return joined([head], may_move)
+    if not is_plain(head) or head.weight.device.type != "cpu":
+        return head
     assert isinstance(head.weight, Tensor)
     columns = head.weight.detach().T.contiguous()
     return lambda x: torch.mm(x, columns)
