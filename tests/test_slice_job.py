@@ -268,3 +268,12 @@ def test_m4a_and_webm_are_cut_where_the_wav_is(recordings: Path, tmp_path: Path,
             assert soundfile.info(path).samplerate == 48000
     assert len(bounds[0]) >= 2
     np.testing.assert_allclose(bounds[0], bounds[1], atol=0.13)  # two frames of voice activity, and AAC's priming
+
+
+def test_pieces_among_the_recordings_are_refused(recordings: Path, tmp_path: Path):
+    shutil.copytree(recordings, tmp_path / "in")
+    before = tree(tmp_path / "in")
+    for pieces in (tmp_path / "in" / "list", tmp_path / "in", tmp_path / "out" / ".." / "in" / "x"):
+        with pytest.raises(DataError, match="the next run would cut the pieces again"):
+            cut(tmp_path / "in", tmp_path / "out", pieces=pieces)
+    assert tree(tmp_path / "in") == before

@@ -60,6 +60,11 @@ def slice_folder(request: SliceRequest, recognizer: Recognizer | None = None) ->
     Raises PipelineError.
     """
     # 1. The recordings, and what says where speech is.
+    if request.pieces.resolve().is_relative_to(request.source.resolve()):
+        raise DataError(
+            f"{request.pieces}: lies in {request.source}, where the next run would cut the pieces again; give another LIST or "
+            "--pieces"
+        )
     sources = find_recordings(request.source)
     others = other_files(request.source, sources)
     if not request.without_text:
