@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import dataclasses
 import hashlib
 import itertools
 from pathlib import Path
@@ -9,16 +11,19 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+import soundfile
 import torch
+from speech_server import CLIP, SpeechServer
 
 from shards.cloning import INSTRUCTION, cloning_sample
-from shards.config import RELEASED_SYSTEM_PROMPT, SequenceSection
+from shards.config import RELEASED_SYSTEM_PROMPT, SequenceSection, read_config
 from shards.errors import ConfigError, PipelineError
 from shards.index import INDEX_DTYPE
 from shards.label_shift import IGNORE
 from shards.sequence import EOT, SequenceBuilder
 from tools.checkpoints.merge import merge_checkpoint
-from tools.speaker import read_voice
+from tools.inference import HiggsAudioInference
+from tools.speaker import SpeakConfig, load_speaker, read_voice
 from train.config import LossSection, TrainSection
 from train.data.loader import LoaderShare
 from train.data.planned_source import PlannedSource
@@ -221,7 +226,7 @@ def test_a_stream_draws_by_shard_key_and_pass(dataset, tokenizer):
     assert 0.2 < sum(drawn) / len(drawn) < 0.8
 
 
-def test_a_run_of_another_share_is_not_continued(tmp_path, short_data, short_config):
+def test_a_run_of_another_share_is_not_continued(tmp_path, short_data, short_config, tiny_dir, run_command):
     train(short_config("train.max_steps=2"), short_data, tmp_path / "run", RunOptions())
     folder = tmp_path / "run" / "checkpoints" / "checkpoint-2"
     before = read_identity(folder)
@@ -237,3 +242,35 @@ def test_a_run_of_another_share_is_not_continued(tmp_path, short_data, short_con
     voice = read_voice(tmp_path / "merged")
     assert voice
     assert voice.sequence.reference_text_dropout == 0.5
+    merge_checkpoint(tmp_path / "run", tmp_path / "plain")
+    for name, share in (("merged", 0.5), ("plain", 0.0)):
+        speaks_without_text_as_trained(tmp_path / name, share, tiny_dir, run_command)
+
+
+def speaks_without_text_as_trained(model: Path, share: float, tiny_dir: Path, run_command) -> None:
+    """`speak` as a process and `serve` over a socket say what the trained form of the prompt gives, not what the other does."""
+    config = read_config(SpeakConfig, tiny_dir / "pipeline.toml")
+    speaker = load_speaker(model, None, config, "cpu")
+    waves = {}
+    for form in (0.0, 0.5):
+        section = msgspec.structs.replace(config.sequence, reference_text_dropout=form, conditioning="codes")
+        other = dataclasses.replace(speaker, builder=SequenceBuilder(speaker.tokenizer, section))
+        said = HiggsAudioInference.of(other).generate_speech(CLIP, "نعم يا أخي", seed=3, max_seconds=0.48)
+        waves[form], _ = said
+    expected, foreign = waves[share], waves[0.5 - share]
+    assert expected.shape != foreign.shape or np.abs(expected - foreign).max() > 1e-3, "the forms can be told apart"
+
+    options = ("--config", tiny_dir / "pipeline.toml", "--device", "cpu", "--reference", CLIP, "--text", "نعم يا أخي")
+    result = run_command("speak", model, *options, "--seed", 3, "--max-seconds", 0.48, "--out", model / "said.wav")
+    assert result.returncode == 0, result.stderr
+    assert ("clones are better" in result.stderr) == (share == 0)
+    wave, _ = soundfile.read(model / "said.wav", dtype="float32")
+    np.testing.assert_allclose(wave, expected, atol=1e-4)
+
+    with SpeechServer(speaker, model / "voices", has_voice=False) as server:
+        server.wait(lambda: server.queue.state == "ready")
+        coded = f"data:audio/flac;base64,{base64.b64encode(CLIP.read_bytes()).decode()}"
+        answer = server.speak(input="نعم يا أخي", voice=None, ref_audio=coded, response_format="pcm")
+    assert answer.status_code == 200, answer.text
+    wave = np.frombuffer(answer.content, "<i2").astype(np.float32) / 32767
+    np.testing.assert_allclose(wave, expected, atol=1e-3)
