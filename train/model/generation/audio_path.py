@@ -3,7 +3,7 @@
 In: one column of every slot. Out: the logits of the next. Only what audio rows need is run, with the products that share their
 input made one; the module's own forward runs the text network too, on no rows, so that sharded ranks stay together. A sharded
 model is therefore spoken through its modules (`ModulePath`), one slot only. Norms are computed by one kernel, which in bf16
-rounds once where the module rounds twice; on a CPU in fp32 they are sums in another order, the last bit of a row.
+rounds once where the module rounds twice; on a CPU in fp32, without an adapter, they are sums in another order, a row's last bit.
 
 Letters: B slots, K codebooks, d hidden size, H query heads, G key-value heads, E head size.
 """
@@ -46,7 +46,7 @@ class AudioPath:
         device = self._table.device
         self._offsets = torch.arange(config.num_codebooks, device=device) * config.codebook_vocab
         self._layers = [AudioLayer(layer, may_move) for layer in model.model.layers]  # pyright: ignore
-        self._norm = norm_of(model.model.norm)
+        self._norm = norm_of(model.model.norm, may_move)
         self._head = head_product(model.audio_lm_head, may_move)
         self._split = (config.num_codebooks, config.codebook_vocab)
         self._rope = model.model.rope
@@ -79,13 +79,14 @@ class AudioPath:
         return cos, sin
 
 
-def norm_of(norm: RMSNorm) -> Callable[[Tensor], Tensor]:
+def norm_of(norm: RMSNorm, may_round: bool) -> Callable[[Tensor], Tensor]:
     """RMS norm of rows [B, d] by the fewest kernels: one on a GPU; a CPU has none and takes seven, here four.
 
-    x / sqrt(mean(x^2) + eps) * w is x / hypot(|x|, sqrt(d eps)) * sqrt(d) w.
+    x / sqrt(mean(x^2) + eps) * w is x / hypot(|x|, sqrt(d eps)) * sqrt(d) w. may_round: its last bit may not be the module's.
+    A model in training may not: what one rank says of it, by this path, is what two say through its modules.
     """
     weight, eps = norm.weight.detach(), norm.eps
-    if weight.device.type != "cpu" or weight.dtype != torch.float32:
+    if not may_round or weight.device.type != "cpu" or weight.dtype != torch.float32:
         return lambda x: F.rms_norm(x, weight.shape, weight, eps)
     scaled = weight * math.sqrt(len(weight))
     floor = torch.tensor(math.sqrt(len(weight) * eps))
@@ -98,10 +99,10 @@ class AudioLayer:
     def __init__(self, layer: DecoderLayer, may_move: bool) -> None:
         attention, feed_forward = layer.self_attn, layer.audio_mlp
         self._head_dim = attention.head_dim
-        self._before_attention = norm_of(layer.audio_input_layernorm)
+        self._before_attention = norm_of(layer.audio_input_layernorm, may_move)
         self._qkv = joined([attention.q_proj, attention.k_proj, attention.v_proj], may_move)
         self._add_attention = added(attention.o_proj)
-        self._before_feed_forward = norm_of(layer.audio_post_attention_layernorm)
+        self._before_feed_forward = norm_of(layer.audio_post_attention_layernorm, may_move)
         self._gate_up = joined([feed_forward.gate_proj, feed_forward.up_proj], may_move)
         self._add_feed_forward = added(feed_forward.down_proj)
 
