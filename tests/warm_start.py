@@ -35,6 +35,7 @@ COMMANDS = {
     "speak": "tools.speak",
     "tiny": "tools.tiny.cli",
     "evaluate": "tools.evaluate.cli",
+    "bench": "tools.bench.cli",
 }
 MAX_REQUEST = 1 << 20
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -58,17 +58,32 @@ def codec_command(codec: str, clips: Path, num_clips: int, device: str, threads:
 @click.option(
     "--size", default="auto", type=click.Choice(["auto", "small", "middle", "full"]), help="auto: full on a GPU."
 )
+@click.option(
+    "--protocol/--sides",
+    default=None,
+    help="All variants of one device within --minutes, or ours beside padded batches. Default: --protocol on a GPU.",
+)
+@click.option("--minutes", default=10.0, type=click.FloatRange(0), help="Of the protocol; what has no time is listed.")
 @click.option("--samples", type=int, help="Seeded samples; every side sees all of them. Default 16, 432 on a GPU.")
 @click.option("--batch-tokens", type=int, help="Of our packs. Default 4096, 16384 on a GPU.")
 @click.option("--rank", default=16, help="Of LoRA, for every side.")
 @click.option("--threads", default=1, help="CPU threads, for every side.")
 @click.option("--rounds", default=3, help="Every side is run this often, in turn; medians are printed.")
 def train_command(
-    out: Path, size: str, samples: int | None, batch_tokens: int | None, rank: int, threads: int, rounds: int
+    out: Path,
+    size: str,
+    protocol: bool | None,
+    minutes: float,
+    samples: int | None,
+    batch_tokens: int | None,
+    rank: int,
+    threads: int,
+    rounds: int,
 ) -> None:
     """Stage two: our step against transformers' class with peft and padded batches."""
     import torch
 
+    from tools.bench import protocol as whole
     from tools.bench.train import Settings, bench
 
     on_gpu = torch.cuda.is_available()
@@ -76,7 +91,11 @@ def train_command(
     samples = samples or (432 if on_gpu else 16)
     batch_tokens = batch_tokens or (16384 if on_gpu else 4096)
     with explained():
-        bench(Settings(size, samples, batch_tokens, rank, threads, rounds, "cuda" if on_gpu else "cpu"), out)
+        device = "cuda" if on_gpu else "cpu"
+        if on_gpu if protocol is None else protocol:
+            whole.bench(whole.Settings(size, samples, batch_tokens, rank, device, 60 * minutes, threads=threads), out)
+        else:
+            bench(Settings(size, samples, batch_tokens, rank, threads, rounds, device), out)
 
 
 @main.command("speak", context_settings={"show_default": True})

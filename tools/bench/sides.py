@@ -58,8 +58,8 @@ def fill_randomly(model: Any, device: str, seed: int) -> None:
                 parameter.normal_(0.0, 0.02, generator=generator)
 
 
-def transformers_model(size: str, device: str, seed: int) -> Any:
-    """transformers' own class with random weights of `fill_randomly`, eval mode."""
+def transformers_model(size: str, device: str, seed: int, weights: dict[str, Any] | None = None) -> Any:
+    """transformers' own class with random weights of `fill_randomly`, or with `weights` by name, which it shares; eval mode."""
     import torch
     from transformers import HiggsAudioV2Config, HiggsAudioV2ForConditionalGeneration
 
@@ -70,7 +70,10 @@ def transformers_model(size: str, device: str, seed: int) -> Any:
         model = HiggsAudioV2ForConditionalGeneration(config, use_text_head=True)
     rope = model.model.rotary_emb.__class__(config)  # `to_empty` would leave its buffers without values
     offsets = torch.arange(config.num_codebooks) * config.codebook_size
-    fill_randomly(model, device, seed)
+    if weights is None:
+        fill_randomly(model, device, seed)
+    else:
+        model.load_state_dict(weights, assign=True)
     model.model.rotary_emb = rope.to(device)
     model.model.embed_audio_tokens.register_buffer("audio_tokens_offsets", offsets.to(device), persistent=False)
     return model.eval()
