@@ -41,7 +41,12 @@ def preprocess_command(
     type=click.Path(path_type=Path),
     help="A folder of audio files, or a ChatML list.",
 )
-@click.option("--num-clips", default=48, type=click.IntRange(1), help="The first ones of these.")
+@click.option(
+    "--num-clips",
+    default=16,
+    type=click.IntRange(1),
+    help="The first ones. Without bf16 instructions 10 s per audio-s.",
+)
 @click.option("--device", default="cpu", type=click.Choice(["cpu", "cuda"]), help="cuda: the first GPU beside the CPU.")
 @click.option("--threads", default=1, type=click.IntRange(1), help="CPU threads.")
 @click.option("--out", default="out/bench-codec.json", type=FileToWrite(), help="The JSON file.")
