@@ -49,8 +49,11 @@ def tensors_of(layer: nn.Module) -> tuple[float, Tensor, Tensor | None, Tensor |
 
 
 def project(x: Tensor, layers: Sequence[nn.Module], fused: bool) -> Sequence[Tensor]:
-    """x [R, in] -> [R, out] of each layer; one after another unless `fused`."""
-    if not fused or not all(is_fusable(layer, x) for layer in layers):
+    """x [R, in] -> [R, out] of each layer; one after another unless `fused`, and where no gradient is recorded.
+
+    There is nothing to keep less of then, and a sharded model speaks with the sums of a whole one, which is spoken layer by layer.
+    """
+    if not fused or not torch.is_grad_enabled() or not all(is_fusable(layer, x) for layer in layers):
         return [layer(x) for layer in layers]
     scalings, weights = [], []
     for layer in layers:
@@ -62,7 +65,7 @@ def project(x: Tensor, layers: Sequence[nn.Module], fused: bool) -> Sequence[Ten
 
 def swiglu_down(gate: Tensor, up: Tensor, down: nn.Module, fused: bool) -> Tensor:
     """gate, up [R, in] -> down(silu(gate) * up) [R, out]."""
-    if not fused or not is_fusable(down, gate):
+    if not fused or not torch.is_grad_enabled() or not is_fusable(down, gate):
         return down(F.silu(gate) * up)
     return SwigluDown.apply(gate, up, *tensors_of(down))  # pyright: ignore
 
