@@ -16,7 +16,7 @@ DEMO := out/demo
 REFERENCE := tests/data/arabic-mini/spk_00_36.flac
 
 # What meets transformers, tokenizers or the codec's classes; everything else is the same code in both environments.
-BOSON_TESTS := tests/test_boson_*.py tests/test_codec.py tests/test_sequence.py tests/test_preprocess_whisper.py \
+BOSON_TESTS := tests/test_boson_*.py tests/test_codec.py tests/test_codec_precision.py tests/test_sequence.py tests/test_preprocess_whisper.py \
 	tests/test_train_weights.py tests/test_train_lora.py tests/test_train_generate.py tests/test_train_whisper.py \
 	tests/test_train_checkpoint.py tests/test_floors.py::test_every_module_imports_without_a_gpu_or_the_hub
 
@@ -41,7 +41,7 @@ demo: $(INSTALLED)
 	$(BIN)/speak $(DEMO)/merged --config $(DEMO)/tiny/pipeline.toml --reference $(REFERENCE) \
 		--reference-text "الجسر الجديد يربط ضفتي النهر." --text "هل تعرف الطريق إلى محطة الحافلات؟" \
 		--greedy --out $(DEMO)/speech.wav
-	$(BIN)/evaluate $(DEMO)/merged tests/data/arabic-mini/chatml.json $(DEMO)/evaluation --limit 4 \
+	$(BIN)/evaluate $(DEMO)/merged tests/data/arabic-mini/chatml.json $(DEMO)/evaluation --limit 8 \
 		--train-data $(DEMO)/shards --config $(DEMO)/tiny/pipeline.toml --greedy
 	@echo
 	@echo "Done. In $(DEMO): shards/ (features), run/ (metrics.jsonl, checkpoints/), merged/ (the model), speech.wav, evaluation/ (report.html)."
