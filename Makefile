@@ -16,8 +16,8 @@ DEMO := out/demo
 REFERENCE := tests/data/arabic-mini/spk_00_36.flac
 
 # What meets transformers, tokenizers or the codec's classes; everything else is the same code in both environments.
-BOSON_TESTS := tests/test_boson_*.py tests/test_codec.py tests/test_codec_precision.py tests/test_sequence.py tests/test_preprocess_whisper.py \
-	tests/test_train_weights.py tests/test_train_lora.py tests/test_train_generate.py tests/test_train_whisper.py \
+BOSON_TESTS := tests/test_boson_*.py tests/test_codec.py tests/test_codec_precision.py tests/test_sequence.py \
+	tests/test_preprocess_whisper.py tests/test_train_weights.py tests/test_train_lora.py tests/test_train_generate.py tests/test_train_whisper.py \
 	tests/test_train_checkpoint.py tests/test_floors.py::test_every_module_imports_without_a_gpu_or_the_hub
 
 .PHONY: setup demo test test-gpu test-models test-boson check lint fmt clean

@@ -51,7 +51,7 @@ def tensors_of(layer: nn.Module) -> tuple[float, Tensor, Tensor | None, Tensor |
 def project(x: Tensor, layers: Sequence[nn.Module], fused: bool) -> Sequence[Tensor]:
     """x [R, in] -> [R, out] of each layer; one after another unless `fused`, and where no gradient is recorded.
 
-    There is nothing to keep less of then, and a sharded model speaks with the sums of a whole one, which is spoken layer by layer.
+    Nothing is kept then, and a sharded model speaks with the sums of a whole one, which is spoken layer by layer.
     """
     if not fused or not torch.is_grad_enabled() or not all(is_fusable(layer, x) for layer in layers):
         return [layer(x) for layer in layers]
