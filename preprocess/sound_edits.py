@@ -23,7 +23,7 @@ MAX_PEAK = 0.99
 
 
 class AudioSection(msgspec.Struct, frozen=True, kw_only=True):
-    max_edge_silence_s: Annotated[float, msgspec.Meta(ge=0.0)] = 0.0  # 0: off
+    max_edge_silence_s: Annotated[float, msgspec.Meta(ge=0.0, le=60.0)] = 0.0  # 0: off
     target_rms_db: Annotated[float, msgspec.Meta(ge=-60.0, le=0.0)] = 0.0  # 0: off
 
     @property

@@ -17,6 +17,7 @@ from preprocess.reasons import AudioFault
 from preprocess.segment import Segment
 from preprocess.sound_edits import AudioSection, as_encoded, edited, segment_of
 from shards.config import read_config
+from shards.errors import ConfigError
 from shards.manifest import Fingerprints
 from shards.sample import AudioFacts
 
@@ -88,6 +89,9 @@ def test_both_belong_to_the_identity_of_a_job():
         assert deciding_keys(config)["audio"] == msgspec.to_builtins(config.audio)
         seen.add(recipe_digest(config, prints))
     assert len(seen) == 3
+    for wrong in ("max_edge_silence_s=inf", "max_edge_silence_s=nan", "max_edge_silence_s=-1", "target_rms_db=10"):
+        with pytest.raises(ConfigError, match=wrong.split("=")[0]):
+            read_config(PreprocessConfig, None, [f"audio.{wrong}"])
 
 
 def test_samples_keep_what_was_done(run_command, arabic_mini: Path, tiny_dir: Path, tmp_path: Path):
