@@ -196,6 +196,11 @@ def test_a_corrected_transcript_gives_new_texts(sentences, tmp_path: Path):
             '"ooTextFile" "TextGrid" 0 1 2 "IntervalTier" "a" 0 1 1 0 1 "x" "IntervalTier" "b" 0 1 1 0 1 "y"',
             "tiers a, b",
         ),
+        (
+            "x.TextGrid",
+            '"ooTextFile" "TextGrid" 0 1 2 "IntervalTier" "words" 0 1 1 0 1 "x" "IntervalTier" "words" 0 1 1 0 1 "y"',
+            "two tiers are called words",
+        ),
     ],
 )
 def test_transcripts_that_are_not_understood_are_one_line(tmp_path: Path, name: str, content: str, message: str):

@@ -133,6 +133,8 @@ def _text_grid(path: Path) -> list[Cue]:
         for _ in range(num_tiers):
             kind, name, count = values[place], values[place + 1], int(values[place + 4])
             place += 5
+            if name in tiers:
+                raise DataError(f"{path}: two tiers are called {excerpt(name)}; leave one, or rename the other")
             if kind == "IntervalTier":
                 is_word = name.lower() in WORD_TIERS
                 triples = [values[place + 3 * number : place + 3 * number + 3] for number in range(count)]
