@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 PYAV_SUFFIXES = (".m4a", ".mp4", ".webm", ".mka", ".aac", ".wma", ".amr")
 AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".aiff", *PYAV_SUFFIXES)
 
-SPOKEN_WITH = ("dialect", "accents", "accent", "variant", "locale", "gender", "age")  # kept where a source says it
+SPOKEN_WITH = ("dialect", "dialect_tag", "accents", "accent", "variant", "locale", "gender", "age")  # kept where said
 
 
 class Clip(msgspec.Struct, frozen=True):
@@ -55,6 +55,12 @@ class Clip(msgspec.Struct, frozen=True):
     @property
     def is_whole(self) -> bool:
         return self.offset_s == 0 and self.duration_s is None
+
+
+def spoken_with(fields: dict[str, Any]) -> dict[str, Any]:
+    """What a source says of how a clip is spoken: its texts and numbers under the names of SPOKEN_WITH."""
+    said = {name: fields.get(name) for name in SPOKEN_WITH}
+    return {name: value for name, value in said.items() if isinstance(value, str | int) and value != ""}
 
 
 class Conversion(msgspec.Struct, frozen=True):
@@ -129,7 +135,14 @@ def write_list(out: Path, rows: list[dict[str, Any]]) -> None:
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     else:
         text = json.dumps(rows, ensure_ascii=False, indent=1) + "\n"
-    write_bytes(out, text.encode())
+    try:
+        data = text.encode()
+    except UnicodeEncodeError as error:
+        place = text[max(0, error.start - 40) : error.start]
+        raise DataError(
+            f"{out}: half of a surrogate pair (\\ud800 to \\udfff) behind {place!r}; correct the source"
+        ) from None
+    write_bytes(out, data)
 
 
 def is_unicode(name: str) -> bool:
@@ -200,7 +213,7 @@ def read_metadata(path: Path, ignored: list[str]) -> Iterator[Clip]:
             transcript = _one_of(fields, ("transcript_file",), where) or f"{audio.removesuffix(Path(audio).suffix)}.txt"
             text = _transcript(path.parent / transcript, where)
         speaker = _one_of(fields, ("speaker_id", "speaker", "speaker_name"), where)
-        yield Clip(str(path.parent / audio), text, speaker)
+        yield Clip(str(path.parent / audio), text, speaker, spoken_with(fields))
 
 
 def _one_of(fields: dict[str, Any], names: Iterable[str], where: str) -> str | None:
@@ -233,7 +246,7 @@ def read_csv(path: Path, ignored: list[str]) -> Iterator[Clip]:
         if names is None:
             names = _header(fields, path, number)
             if names:
-                ignored += [name for name in names if name not in CSV_COLUMNS]
+                ignored += [name for name in names if name not in (*CSV_COLUMNS, *SPOKEN_WITH)]
                 continue
             names, has_header = ["audio_file", "text", "speaker"], False
         if len(fields) > len(names):
@@ -253,7 +266,7 @@ def read_csv(path: Path, ignored: list[str]) -> Iterator[Clip]:
         if not named.get("audio_file") or not named.get("text"):
             raise DataError(f"{path}: line {number}: {len(row)} fields; expected {EXPECTED['csv']}")
         speaker = _one_of(named, ("speaker", "speaker_name", "speaker_id"), f"{path}: line {number}")
-        yield Clip(str(path.parent / named["audio_file"]), named["text"], speaker)
+        yield Clip(str(path.parent / named["audio_file"]), named["text"], speaker, spoken_with(named))
 
 
 def _csv_rows(lines: list[str], delimiter: str, path: Path) -> Iterator[tuple[int, list[str]]]:

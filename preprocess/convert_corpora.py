@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from preprocess.convert import SPOKEN_WITH, Clip, read_text
+from preprocess.convert import SPOKEN_WITH, Clip, read_text, spoken_with
 from preprocess.list_encoding import UNREADABLE, open_list
 from preprocess.list_row import STRICT
 from shards.errors import DataError
@@ -60,6 +60,8 @@ def read_common_voice(path: Path, ignored: list[str]) -> Iterator[Clip]:
                 raise DataError(
                     f"{where}: the header is {excerpt(line)!r}; expected {', '.join(COMMON_VOICE)} among its columns"
                 )
+            if not (path.parent / "clips").is_dir():
+                raise DataError(f"{path}: no folder clips/ beside it; put it there, its audio is needed to train")
             ignored += [name for name in names if name not in (*COMMON_VOICE, *SPOKEN_WITH)]
             continue
         if len(fields) != len(names):
@@ -68,8 +70,7 @@ def read_common_voice(path: Path, ignored: list[str]) -> Iterator[Clip]:
         if not row["sentence"] or not row["client_id"]:
             raise DataError(f"{where}: no sentence or no client_id; take the line out")
         audio = _inside(path.parent / "clips", row["path"], where)
-        extra: dict[str, Any] = {name: row[name] for name in SPOKEN_WITH if row.get(name)}
-        yield Clip(str(audio), row["sentence"], row["client_id"], extra)
+        yield Clip(str(audio), row["sentence"], row["client_id"], spoken_with(row))
 
 
 def read_kaldi(path: Path, ignored: list[str]) -> Iterator[Clip]:
@@ -143,8 +144,19 @@ def _cut(line: bytes, path: Path, where: str) -> Clip:
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         detail = f"{type(error).__name__} {error}"
         raise DataError(
-            f"{where}: {detail}; expected one supervision with text, start and duration, and one source"
+            f"{where}: {detail}; expected one supervision with text, start and duration (lhotse cut "
+            "trim-to-supervisions), and one source"
         ) from None
+    if len(source.get("channels") or [0]) > 1:
+        raise DataError(
+            f"{where}: channel {cut.get('channel')} of a file with {len(source['channels'])}, and whole files are read here; "
+            "write each channel to a file of its own first, or two voices are mixed"
+        )
+    if transforms := cut["recording"].get("transforms"):
+        raise DataError(
+            f"{where}: the recording is changed while lhotse reads it ({excerpt(str(transforms))}), which is not done here; "
+            "write its audio to a file first (CutSet.save_audios)"
+        )
     if source.get("type") != "file":
         kind = excerpt(str(source.get("type")))
         raise DataError(
@@ -156,9 +168,14 @@ def _cut(line: bytes, path: Path, where: str) -> Clip:
         raise DataError(f"{where}: text, speaker and source must be texts that are not empty")
     _refuse_upwards(audio, where)
     duration_s = _length(offset_s, duration_s, where)
+    extra = spoken_with({**_fields(supervision.get("custom")), **supervision})
     if offset_s == 0 and abs(duration_s - whole_s) < 1e-3:
-        return Clip(audio, text.strip(), speaker)
-    return Clip(audio, text.strip(), speaker, offset_s=offset_s, duration_s=duration_s)
+        return Clip(audio, text.strip(), speaker, extra)
+    return Clip(audio, text.strip(), speaker, extra, offset_s, duration_s)
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _length(start_s: float, duration_s: float, where: str) -> float:

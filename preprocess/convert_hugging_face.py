@@ -184,7 +184,8 @@ def known_columns(schema: Any, folder: Path, file: Path, source: HuggingFaceSour
     audio = [name for name, kind in types.items() if _is_audio(kind) or features.get(name, {}).get("_type") == "Audio"]
     if len(audio) != 1 or not (_is_audio(types[audio[0]]) or pyarrow.types.is_string(types[audio[0]])):
         raise DataError(
-            f"{file}: columns {shown}; expected one audio column, a struct of bytes and path (Audio() of datasets)"
+            f"{file}: columns {shown}; expected one audio column, a struct of bytes and path (Audio() of datasets); take others "
+            "out (remove_columns)"
         )
     text = _named(types, source.text_column, TEXT_NAMES, "text", file, shown)
     if not text or not (pyarrow.types.is_string(types[text]) or pyarrow.types.is_large_string(types[text])):

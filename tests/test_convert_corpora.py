@@ -50,12 +50,13 @@ def kaldi(data: Path, segments: bool = True) -> Path:
 
 def lhotse_cut(data: Path, name: str, **changes) -> dict:
     source = {"type": "file", "channels": [0], "source": f"{data}/clips/{name}.flac"}
+    said = {"text": TEXTS[name], "speaker": name[:6], "gender": "F", "custom": {"dialect": "EGY", "snr": 3.5}}
     return {
         "id": name,
         "start": 0.2,
         "duration": 3.0,
         "channel": 0,
-        "supervisions": [{"id": name, "start": 0.05, "duration": 2.25, "text": TEXTS[name], "speaker": name[:6]}],
+        "supervisions": [{"id": name, "start": 0.05, "duration": 2.25, **said}],
         "recording": {"id": name, "sources": [source], "sampling_rate": 24000, "num_samples": 96000, "duration": 4.0},
         "type": "MonoCut",
         **changes,
@@ -81,6 +82,8 @@ def test_corpora_become_lists(data: Path, kind: str):
             assert text == TEXTS[Path(path).stem]
         if kind in ("kaldi", "lhotse"):
             assert (pair.target_segment.offset_s, pair.target_segment.duration_s) == (0.25, 2.25)
+        if kind == "lhotse":
+            assert row.extra == {"dialect": "EGY", "gender": "F"}
         if kind == "commonvoice":
             assert row.extra == {"accents": "Egyptian", "locale": "ar"}
             assert made.ignored_columns == ["up_votes"]
@@ -115,6 +118,7 @@ def write(name: str, content: str):
         ("commonvoice", write("validated.tsv", "client_id\tpath\tsentence\na\t/x.mp3\tنص\n"), "no path inside"),
         ("commonvoice", write("validated.tsv", "client_id\tpath\tsentence\na\tx.mp3\n"), "2 fields for 3 columns"),
         ("commonvoice", write("validated.tsv", "client_id\tpath\tsentence\n\tx.mp3\tنص\n"), "no client_id"),
+        ("commonvoice", lambda data: shutil.rmtree(data / "clips"), "no folder clips/"),
         ("kaldi", write("wav.scp", "spk_00_04 touch {data}/ran |\n"), "a command, which is never run"),
         ("kaldi", write("wav.scp", "spk_00_04 raw.ark:17\n"), "inside an archive"),
         ("kaldi", write("wav.scp", "spk_00_04 ../../x.wav\n"), "leaves its folder"),
@@ -153,6 +157,16 @@ def test_damaged_and_hostile_corpora_are_one_line(data: Path, kind: str, damage,
         ({"recording": {"sources": [{"type": "url", "source": "http://x"}]}}, "neither run nor fetched"),
         ({"recording": {"sources": [{"type": "file", "source": "../../x.wav"}]}}, "leaves its folder"),
         ({"recording": "x"}, "one source"),
+        ({"recording": {"sources": [{"type": "file", "channels": [0, 1], "source": "x.wav"}]}}, "file with 2"),
+        (
+            {
+                "recording": {
+                    "sources": [{"type": "file", "channels": [0], "source": "x.wav"}],
+                    "transforms": [{"name": "Speed", "kwargs": {"factor": 0.9}}],
+                }
+            },
+            "changed while lhotse reads it",
+        ),
     ],
 )
 def test_lhotse_cuts_of_other_forms_are_refused(data: Path, changes: dict, message: str):

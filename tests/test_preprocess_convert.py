@@ -184,6 +184,18 @@ def test_speakers_are_asked_for_and_never_invented(tmp_path: Path):
         list_of(path, speaker="b")
 
 
+def test_what_a_source_says_of_the_speech_is_kept(tmp_path: Path):
+    path = tmp_path / "list.csv"
+    path.write_text("audio_file|text|speaker|dialect|age\n1.wav|نص|a|EGY|\n2.wav|نص|a||30\n", encoding="utf-8")
+    rows = [{name: row.get(name) for name in ("dialect", "age")} for row in list_of(path)]
+    assert rows == [{"dialect": "EGY", "age": None}, {"dialect": None, "age": "30"}]
+    assert convert("csv", path, tmp_path / "x.json", 0).ignored_columns == []
+    samples = [{"audio_file": f"{n}.wav", "text": "نص", "speaker": "a", "dialect": "\ud800"} for n in range(2)]
+    (tmp_path / "metadata.json").write_text(json.dumps(samples))
+    with pytest.raises(DataError, match="half of a surrogate pair"):
+        convert("metadata", tmp_path, tmp_path / "x.json", 0)
+
+
 def test_one_recording_in_two_files_is_no_reference(tmp_path: Path):
     path = tmp_path / "list.csv"
     path.write_text("1.wav|نص|a\n1.flac|نص|a\n2.wav|نص|a\n3.wav|نص|b\n3.mp3|نص|b\n", encoding="utf-8")
