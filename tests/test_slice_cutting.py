@@ -13,7 +13,7 @@ import soundfile
 
 from preprocess.slicing.cutting import CutRules, Unit, cut, units_of
 from preprocess.slicing.run import SliceRequest, slice_folder
-from preprocess.slicing.voice_activity import VoiceActivity, _wheel_folder, speech_stretches
+from preprocess.slicing.voice_activity import FRAME_S, VoiceActivity, _wheel_folder, loud_elsewhere, speech_stretches
 from preprocess.sources import SourceRow, read_rows
 
 RATE = 24000
@@ -151,6 +151,16 @@ def test_silence_and_noise_hold_no_speech():
     noise = np.random.default_rng(0).standard_normal(16000 * 10).astype(np.float32) * 0.05
     for wave in (np.zeros(16000 * 10, np.float32), noise, np.zeros(0, np.float32), np.zeros(5, np.float32)):
         assert speech_stretches(*voice.listen([wave])) == []
+
+
+def test_loud_parts_that_are_no_speech_are_told():
+    levels = np.full(1000, -70.0)
+    for start, end, level_db in ((100, 300, -25), (400, 450, -30), (455, 500, -30), (600, 620, -20), (700, 800, -50)):
+        levels[start:end] = level_db
+    speech = [(100 * FRAME_S, 300 * FRAME_S)]
+    assert loud_elsewhere(levels, speech, []) == [(400 * FRAME_S, 500 * FRAME_S)], "of a second and more, near speech"
+    assert loud_elsewhere(levels, speech, [(390 * FRAME_S, 510 * FRAME_S)]) == [], "in a piece"
+    assert [start for start, _ in loud_elsewhere(levels, [], [])] == [100 * FRAME_S, 400 * FRAME_S]
 
 
 def test_speech_without_a_pause_is_skipped_not_cut():

@@ -137,8 +137,13 @@ def test_stage_one_takes_the_list(sentences, tmp_path: Path, run_command, tiny_d
 def test_speech_without_a_text_is_in_no_piece(sentences, tmp_path: Path, capsys):
     lacking = {speaker: (wave, spans[:2] + spans[3:]) for speaker, (wave, spans) in sentences.items()}
     write(tmp_path / "source", lacking, "srt")
+    path = tmp_path / "source" / "spk_05" / "talk.srt"
+    path.write_bytes(path.read_bytes() + b"\n9\n00:50:00,000 --> 00:50:02,000\nof another talk\n")
     rows = cut(tmp_path / "source")
     assert "no_text" in capsys.readouterr().err
+    told = [json.loads(line) for line in (tmp_path / "list" / "skipped.jsonl").read_text().splitlines()]
+    beyond = {"recording": "spk_05/talk.flac", "recording_start_s": 3000.0, "recording_end_s": 3002.0}
+    assert [row for row in told if row["reason"] != "no_text"] == [{**beyond, "reason": "text_without_speech"}]
     for speaker, (_, spans) in sentences.items():
         middle = (spans[2][0] + spans[2][1]) / 2
         for row in rows:

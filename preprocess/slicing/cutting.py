@@ -70,6 +70,8 @@ SKIP_REASONS = {
     "two_speakers": "two speakers share it by the turns of the RTTM",
     "no_speaker": "the RTTM has no turn there",
     "no_text": "the transcript has no text for it, or for less than half of it",
+    "text_without_speech": "the transcript has text there and no speech is heard: wrong times, or another recording's text",
+    "loud_without_speech": "as loud as speech, and none to the network: music, noise, or a voice that it does not hear",
     "asr_no_text": "the recognizer heard no word in it",
     "asr_no_speech": "the recognizer's no-speech probability is above --max-no-speech",
     "asr_repeats": "the recognizer's text repeats itself: compression ratio above --max-compression",

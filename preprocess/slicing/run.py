@@ -16,7 +16,7 @@ import numpy as np
 
 from preprocess.convert import Clip, paired_rows, write_list
 from preprocess.reasons import AudioFault
-from preprocess.slicing.cutting import CutRules, Piece, cut, units_of
+from preprocess.slicing.cutting import CutRules, Piece, Skipped, cut, units_of
 from preprocess.slicing.labelling import labelled
 from preprocess.slicing.pieces_folder import (
     SKIPPED_FILE,
@@ -31,12 +31,13 @@ from preprocess.slicing.recognition import HearingLimits, Recognizer, fields_of,
 from preprocess.slicing.recording import Recording, open_recording, sha256_of
 from preprocess.slicing.recordings_folder import Source, find_recordings, other_files, with_transcripts, with_turns
 from preprocess.slicing.report import Outcome, counts_of, print_outcome
-from preprocess.slicing.voice_activity import FRAME_S, VoiceActivity, speech_stretches
+from preprocess.slicing.transcripts import read_transcript, texts_without_speech
+from preprocess.slicing.voice_activity import FRAME_S, VoiceActivity, loud_elsewhere, speech_stretches
 from shards.errors import DataError
 from shards.folder_lock import hold_folder
 from shards.terminal import print_line, progress_bar
 
-SLICE_RULES = 2  # counted up when the same recording would be cut otherwise
+SLICE_RULES = 3  # counted up when the same recording would be cut, or what is skipped told, otherwise
 # Whose a piece is: the folder's name, or by turns, whose names mean one person in a recording or in all of them.
 Speakers = Literal["folder", "rttm", "rttm-names"]
 
@@ -148,10 +149,16 @@ def cut_recording(
     duration_s = len(probabilities) * FRAME_S
     if recording.num_samples:
         duration_s = min(duration_s, recording.num_samples / recording.sample_rate)
-    units = units_of(speech_stretches(probabilities, levels), request.rules.min_pause_s)
+    stretches = speech_stretches(probabilities, levels)
+    units = units_of(stretches, request.rules.min_pause_s)
     units = [dataclasses.replace(unit, end_s=min(unit.end_s, duration_s)) for unit in units]
     units, texts = labelled(units, source, request.speakers == "rttm-names")
     pieces, skipped = cut(units, duration_s, request.rules)
+    taken = [(part.start_s, part.end_s) for part in [*pieces, *skipped]]
+    skipped += [Skipped(*span, "loud_without_speech") for span in loud_elsewhere(levels, stretches, taken)]
+    if source.transcript:
+        spans = texts_without_speech(read_transcript(source.transcript), [(unit.start_s, unit.end_s) for unit in units])
+        skipped += [Skipped(*span, "text_without_speech") for span in spans]
     written: list[CutPiece] = []
     for number, (piece, samples) in enumerate(pieces_of(recording, pieces)):
         file = str(Path(source.folder) / f"{source.name}-{number:06d}.flac")

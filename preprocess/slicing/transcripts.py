@@ -192,7 +192,7 @@ def texts_of_speech(cues: list[Cue], spans: list[tuple[float, float]]) -> list[S
         overlaps = np.minimum(cue.end_s, ends) - np.maximum(cue.start_s, starts)
         best = int(overlaps.argmax())
         if overlaps[best] < -NEAR_S:
-            continue
+            continue  # told by texts_without_speech
         covered += np.maximum(0.0, overlaps)
         heard = np.flatnonzero(overlaps > MOST_OFF_S)
         if cue.is_word or not len(heard):
@@ -202,3 +202,16 @@ def texts_of_speech(cues: list[Cue], spans: list[tuple[float, float]]) -> list[S
         goes_on[int(heard[0]) : int(heard[-1])] = [True] * int(heard[-1] - heard[0])
     is_covered = covered >= MIN_COVERED * (ends - starts)
     return [SpokenText(" ".join(texts[n]), goes_on[n], bool(is_covered[n])) for n in range(len(spans))]
+
+
+def texts_without_speech(cues: list[Cue], spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """(start_s, end_s) of what `texts_of_speech` skips; words that follow each other are one part."""
+    found: list[tuple[float, float]] = []
+    for cue in cues:
+        if any(min(cue.end_s, end_s) - max(cue.start_s, start_s) >= -NEAR_S for start_s, end_s in spans):
+            continue
+        if found and cue.is_word and cue.start_s - found[-1][1] < NEAR_S:
+            found[-1] = found[-1][0], max(cue.end_s, found[-1][1])
+        else:
+            found.append((cue.start_s, cue.end_s))
+    return found

@@ -35,6 +35,9 @@ BELOW_SPEECH_DB = 35.0
 MAX_EXTENSION_FRAMES = 62  # 2 s
 MAX_HOLE_FRAMES = 7  # 0.22 s, less than any pause that is cut at: quiet inside what a stretch is extended over
 SILENCE_DB = -120.0
+LOUD_DB = 15.0  # below the speech's median level: what lies above is more than noise
+LOUD_ALONE_DB = -45.0  # of full scale, where there is no speech
+MIN_LOUD_FRAMES = 31  # 1 s
 State = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -153,6 +156,30 @@ def speech_stretches(probabilities: np.ndarray, levels: np.ndarray) -> list[tupl
         behind = _reach(audible[end : end + MAX_EXTENSION_FRAMES])
         extended[max(0, start - max(1, before)) : end + max(1, behind)] = True
     return [(start * FRAME_S, end * FRAME_S) for start, end in _runs(extended)]
+
+
+def loud_elsewhere(
+    levels: np.ndarray, speech: Iterable[tuple[float, float]], taken: Iterable[tuple[float, float]]
+) -> list[tuple[float, float]]:
+    """[F] -> (start_s, end_s) of a second or more, nearly as loud as the `speech`, that is neither speech nor `taken`."""
+    is_speech, is_known = _mask(speech, len(levels)), _mask(taken, len(levels))
+    is_known |= is_speech
+    floor_db = float(np.median(levels[is_speech])) - LOUD_DB if is_speech.any() else LOUD_ALONE_DB
+    found: list[tuple[int, int]] = []
+    for start, end in _runs((levels > floor_db) & ~is_known):
+        if found and start - found[-1][1] <= MAX_HOLE_FRAMES and not is_known[found[-1][1] : start].any():
+            found[-1] = found[-1][0], end
+        else:
+            found.append((start, end))
+    return [(start * FRAME_S, end * FRAME_S) for start, end in found if end - start >= MIN_LOUD_FRAMES]
+
+
+def _mask(spans: Iterable[tuple[float, float]], size: int) -> np.ndarray:
+    """[size] bool: the frames that the spans (start_s, end_s) touch."""
+    mask = np.zeros(size, bool)
+    for start_s, end_s in spans:
+        mask[int(start_s / FRAME_S) : int(np.ceil(end_s / FRAME_S))] = True
+    return mask
 
 
 def _reach(audible: np.ndarray) -> int:
