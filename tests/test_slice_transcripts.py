@@ -162,6 +162,15 @@ def test_a_sentence_keeps_its_pauses(tmp_path: Path):
     assert [part.is_covered for part in said] == [True, True, True, False]
 
 
+def test_no_cut_beside_a_word_without_times(tmp_path: Path):
+    timed = [("سنة", 1.0, 1.5), ("1998", None, None), ("ولد", 4.0, 4.4), ("هنا", 6.0, 6.5)]
+    words = [{"word": word, **({} if a is None else {"start": a, "end": b})} for word, a, b in timed]
+    (tmp_path / "x.json").write_text(json.dumps({"segments": [{"start": 1, "end": 6.5, "text": "", "words": words}]}))
+    said = texts_of_speech(read_transcript(tmp_path / "x.json"), [(0.9, 1.6), (2.5, 4.5), (5.9, 6.6)])
+    assert [(part.text, part.goes_on) for part in said] == [("سنة 1998 ولد", True), ("", False), ("هنا", False)]
+    assert all(part.is_covered for part in said)
+
+
 def test_a_corrected_transcript_gives_new_texts(sentences, tmp_path: Path):
     write(tmp_path / "source", sentences, "srt")
     cut(tmp_path / "source")

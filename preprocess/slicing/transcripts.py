@@ -7,6 +7,7 @@ cuts follow the pauses, not them. The price: sentences that overlap, or a file t
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import math
 import re
@@ -63,7 +64,7 @@ def read_transcript(path: Path) -> list[Cue]:
             raise DataError(f"{path}: {excerpt(cue.text)!r} from {cue.start_s:g} s to {cue.end_s:g} s; expected a span")
     cues.sort(key=lambda cue: (cue.start_s, cue.end_s))
     for left, right in pairwise(cues):
-        if not left.is_word and left.end_s - right.start_s > OVERLAP_S:
+        if not left.is_word and not right.is_word and left.end_s - right.start_s > OVERLAP_S:
             both = f"{excerpt(left.text)!r} and {excerpt(right.text)!r}"
             raise DataError(f"{path}: {both} overlap at {right.start_s:g} s; leave one, or correct the times")
     return cues
@@ -107,18 +108,26 @@ def _whisperx(path: Path) -> list[Cue]:
 
 
 def _words(words: list[dict[str, Any]]) -> list[Cue]:
-    """Words without times (digits have none) stay with the one before, at the beginning with the one behind."""
+    """Words without times (digits have none) make one cue with their neighbours, which is never cut inside: where they are said
+    is not known. At the beginning or end of a segment they stay with the one neighbour there.
+    """
     cues: list[Cue] = []
     waiting: list[str] = []
     for word in words:
         text = word["word"].strip()
-        if "start" in word:
-            cues.append(Cue(float(word["start"]), float(word["end"]), " ".join([*waiting, text]), True))
-            waiting = []
-        elif cues:
-            cues[-1] = Cue(cues[-1].start_s, cues[-1].end_s, f"{cues[-1].text} {text}", True)
-        else:
+        if "start" not in word:
             waiting.append(text)
+            continue
+        start_s, end_s = float(word["start"]), float(word["end"])
+        if waiting and cues:
+            before = cues.pop()
+            first_s, last_s = min(before.start_s, start_s), max(before.end_s, end_s)
+            cues.append(Cue(first_s, last_s, " ".join([before.text, *waiting, text])))
+        else:
+            cues.append(Cue(start_s, end_s, " ".join([*waiting, text]), True))
+        waiting = []
+    if waiting:
+        cues[-1] = dataclasses.replace(cues[-1], text=" ".join([cues[-1].text, *waiting]))
     return cues
 
 
