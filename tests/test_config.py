@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 
@@ -63,6 +64,23 @@ def test_what_may_stand_in_a_key_is_said_in_words(setting, choices):
     with pytest.raises(ConfigError, match=choices) as error:
         read_config(TrainConfig, None, [setting])
     assert "typing" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "loss.codebook_weights=[inf,1,1,1,1,1,1,1]",
+        "loss.codebook_weights=[1e308,1e308,1,1,1,1,1,1]",
+        "loss.audio_loss_weight=inf",
+        "train.learning_rate=inf",
+        "train.weight_decay=inf",
+        "train.cache_gb=inf",
+        f"train.seed={2**64}",
+    ],
+)
+def test_numbers_beyond_what_can_be_computed_are_refused(setting: str):
+    with pytest.raises(ConfigError, match=re.escape(setting.split("=")[0]) + r" = .*: Expected `\w+` <= "):
+        read_config(TrainConfig, None, [setting])
 
 
 def test_sections_of_other_commands_are_left_alone(tmp_path: Path):

@@ -11,11 +11,11 @@ from shards.delay_pattern import NUM_CODEBOOKS
 
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 NonNegative = Annotated[int, msgspec.Meta(ge=0)]
-Weight = Annotated[float, msgspec.Meta(ge=0.0)]
+Seed = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]  # numpy's and torch's generators take no longer ones
+# Finite, also when multiplied or summed: TOML has "inf", and what it trains to is not a number.
+Weight = Annotated[float, msgspec.Meta(ge=0.0, le=1e9)]
 Share = Annotated[float, msgspec.Meta(gt=0.0, le=1e9)]
-CodebookWeights = Annotated[
-    list[Annotated[float, msgspec.Meta(gt=0.0)]], msgspec.Meta(min_length=NUM_CODEBOOKS, max_length=NUM_CODEBOOKS)
-]
+CodebookWeights = Annotated[list[Share], msgspec.Meta(min_length=NUM_CODEBOOKS, max_length=NUM_CODEBOOKS)]
 
 
 class DataSource(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -52,7 +52,7 @@ class TrainSection(msgspec.Struct, frozen=True, kw_only=True):
     speaker_temperature: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] = 1.0  # the same of a speaker within one
 
     # Packs and steps
-    seed: NonNegative = 0
+    seed: Seed = 0
     batch_tokens: Positive | Literal["auto"] = 16384  # "auto": the most that fits
     packs_per_step: Positive = 8
     num_epochs: Positive = 3
@@ -62,7 +62,7 @@ class TrainSection(msgspec.Struct, frozen=True, kw_only=True):
     max_references: NonNegative = 0  # of a pack; 0: no limit
 
     # Optimizer
-    learning_rate: Annotated[float, msgspec.Meta(gt=0.0)] = 1e-4
+    learning_rate: Annotated[float, msgspec.Meta(gt=0.0, le=1e38)] = 1e-4  # float32 holds it
     warmup_steps: NonNegative | Literal["auto"] = "auto"  # 3 % of all steps
     schedule: Literal["cosine", "linear", "constant"] = "cosine"  # after the warm-up
     weight_decay: Weight = 0.0
@@ -91,7 +91,7 @@ class TrainSection(msgspec.Struct, frozen=True, kw_only=True):
     num_workers: NonNegative = 2
     max_bad_fraction: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] = 0.001
     cache_dir: str = "~/.cache/higgs-voice-pipeline/shards"  # copies of remote shards
-    cache_gb: Annotated[float, msgspec.Meta(gt=0.0)] = 200.0
+    cache_gb: Annotated[float, msgspec.Meta(gt=0.0, le=1e9)] = 200.0
 
     # Device
     device: Literal["auto", "cpu", "cuda"] = "auto"
