@@ -457,5 +457,5 @@ def test_a_stream_refuses_what_needs_an_index(sets, tmp_path):
     (tmp_path / "a.tar").write_bytes((sets[0] / "shards/000/shard-000000.tar").read_bytes())
     with pytest.raises(ConfigError, match=r"hours are not known"):
         StreamedSource("", section((sets[0], None), (tmp_path, None), data_temperature=0.5, **stream))
-    with pytest.raises(ConfigError, match=r"1 shards in one of train\.data for 2 readers"):
+    with pytest.raises(ConfigError, match=r"1 shards in .*/one/data of train\.data for 2 readers"):
         next(StreamedSource("", section((sets[0], 1.0), (sets[1], 1.0), **stream)).loaded_packs(0, LoaderShare(0, 2)))

@@ -167,8 +167,8 @@ class StreamedSource:
             )
         readers = share.world_size * max(1, share.num_workers)
         lists = self._lists if self._weights else [self.urls]
-        where = " in one of train.data" if len(lists) > 1 else ""
-        fewest = min(len(urls) for urls in lists)
+        fewest, location = min((len(urls), one) for urls, one in zip(lists, self._locations, strict=False))
+        where = f" in {redact(location)} of train.data" if len(lists) > 1 else ""
         if fewest < readers:
             raise ConfigError(
                 f"{fewest} shards{where} for {readers} readers ({share.world_size} ranks of {max(1, share.num_workers)} "
