@@ -13,6 +13,16 @@ class ConfigError(PipelineError):
     """The configuration cannot be used; the message lists every problem found, not only the first."""
 
 
+class CannotHoldOut(ConfigError):
+    """No speaker can be held out of the data that are trained on."""
+
+    def __init__(self, fraction: float, why: str) -> None:
+        super().__init__(
+            f"train.validation_fraction = {fraction}: {why}; name another data set in train.validation_data or set it to 0"
+        )
+        self.why = why
+
+
 class DataError(PipelineError):
     """The input list or an audio file cannot be used."""
 

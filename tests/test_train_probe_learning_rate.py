@@ -110,6 +110,19 @@ def test_without_held_out_data_some_is_held_out(dataset, short_config, tmp_path)
         probe_rates(streamed, dataset, tmp_path / "run", [1e-3], 2)
 
 
+def test_one_speaker_needs_a_data_set_to_validate_with(make_dataset, make_sample, short_config, tmp_path):
+    """Nobody wrote train.validation_fraction, so the message does not say to change it."""
+    (tmp_path / "data").mkdir()
+    alone = make_dataset(tmp_path / "data", [make_sample(seed, 5, 9, speaker="one") for seed in range(4)])
+    with pytest.raises(
+        ConfigError, match=r"^--probe-lr .*only 1 speaker.*name another data set in train\.valid"
+    ) as fault:
+        probe_rates(short_config(), alone, tmp_path / "run", [1e-3], 2)
+    assert "validation_fraction" not in str(fault.value)
+    with pytest.raises(ConfigError, match=r"^train\.validation_fraction = 0\.5: .*or set it to 0"):
+        probe_rates(short_config("train.validation_fraction=0.5"), alone, tmp_path / "run", [1e-3], 2)
+
+
 @pytest.mark.parametrize(
     ("text", "fault"), [("fast", "'fast'"), ("1e-4,", "''"), ("0", "'0'"), ("1e-4,nan", "'nan'"), ("-1", "'-1'")]
 )

@@ -21,7 +21,7 @@ from pathlib import Path
 import msgspec
 import torch
 
-from shards.errors import ConfigError
+from shards.errors import CannotHoldOut, ConfigError
 from train.config import TrainConfig
 from train.data.feed import Feed, WaitingEnded
 from train.data.loader import LoaderShare
@@ -74,6 +74,13 @@ def probe_rates(
             run = set_up(asked, shards, scratch, options, world, lambda: signals.asked(world), signals.ends_waiting)
         except WaitingEnded:
             raise Stopped("stopped by a signal before the first step; nothing is left behind") from None
+        except CannotHoldOut as error:
+            if config.train.validation_fraction:
+                raise
+            raise ConfigError(  # "set it to 0" would not help here
+                f"--probe-lr compares held-out losses, and of these data no speaker can be held out: {error.why}; name "
+                "another data set in train.validation_data"
+            ) from None
         assert run, "no dry run"
         try:
             return try_rates(run, rates)

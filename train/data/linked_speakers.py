@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from shards.errors import ConfigError
+from shards.errors import CannotHoldOut
 from train.data.validation_split import choose_speakers
 
 ONE_SPEAKER = np.dtype([("speaker", "<u8")])
@@ -20,12 +20,13 @@ def choose_linked_speakers(
 ) -> np.ndarray:
     """Held-out speakers [v] uint64, sorted, of index and columns [n] of data sets that begin at `first_rows`.
 
-    Raises ConfigError where all are linked."""
+    Raises CannotHoldOut where all are linked."""
     names, heads = linked_speakers(index["speaker"], [columns["target_audio"], columns["reference_audio"]])
     if len(names) > 1 and len(np.unique(heads)) == 1:
-        raise ConfigError(
-            f"train.validation_fraction = {fraction}: all {len(names)} speakers are linked by clips that they share (the same "
-            "audio under several names), so none can be held out; name a data set in train.validation_data or set it to 0"
+        raise CannotHoldOut(
+            fraction,
+            f"all {len(names)} speakers are linked by clips that they share (the same audio under several names), so none can "
+            "be held out",
         )
     rows = np.empty(len(index), ONE_SPEAKER)
     rows["speaker"] = heads[np.searchsorted(names, index["speaker"])]

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from shards.errors import ConfigError, ShardError
+from shards.errors import CannotHoldOut, ShardError
 from shards.reader import SampleReader
 from shards.sample import Sample
 from shards.sequence import SequenceBuilder
@@ -30,7 +30,7 @@ def choose_speakers(
 
     Speakers are taken in an order given by the seed, each if it brings the share nearer to the fraction; at least one is
     taken, and at least one is left of each data set (`first_rows`: where each begins, and the end; None: one). Raises
-    ConfigError when that cannot be.
+    CannotHoldOut when that cannot be.
     """
     counts: dict[int, int] = {}
     sets_of: dict[int, set[int]] = {}
@@ -47,9 +47,9 @@ def choose_speakers(
         return all(left[data_set] > 1 for data_set in sets_of[speaker])
 
     if len(counts) < 2:
-        raise ConfigError(
-            f"train.validation_fraction = {fraction}: the data set has only {len(counts)} speaker, and held-out speakers "
-            "must be others than those trained on; name another data set in train.validation_data or set it to 0"
+        raise CannotHoldOut(
+            fraction,
+            f"the data set has only {len(counts)} speaker, and held-out speakers must be others than those trained on",
         )
     names = np.array(sorted(counts), np.uint64)
     order = np.argsort(scramble(names, seed), kind="stable")
@@ -65,10 +65,10 @@ def choose_speakers(
     if not taken:  # the smallest share there is
         possible = [speaker for speaker in counts if can_go(speaker)]
         if not possible:
-            raise ConfigError(
-                f"train.validation_fraction = {fraction}: each of the {len(counts)} speakers is the only one of a data set, so "
-                "holding one out would leave nothing of it to train on; name another data set in train.validation_data or "
-                "set it to 0"
+            raise CannotHoldOut(
+                fraction,
+                f"each of the {len(counts)} speakers is the only one of a data set, so holding one out would leave nothing of it "
+                "to train on",
             )
         taken = [min(possible, key=lambda speaker: (counts[speaker], speaker))]
     return np.array(sorted(taken), np.uint64)
