@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save
 from short_run import losses
 
+from preprocess.sound_edits import AudioSection
 from preprocess.text import TextSection
 from shards.config import SECTIONS
 from shards.errors import CheckpointError, PipelineError
@@ -115,7 +116,9 @@ def test_merge_refuses_another_model_than_trained_with(place, what):
 def test_speak_refuses_an_adapter_of_another_model(place, configure, what):
     CHANGES[what](place)
     asked = configure()
-    config = SpeakConfig(model=asked.model, features=asked.features, sequence=asked.sequence, text=TextSection())
+    config = SpeakConfig(
+        model=asked.model, features=asked.features, sequence=asked.sequence, text=TextSection(), audio=AudioSection()
+    )
     adapter = place / "run" / "checkpoints" / "checkpoint-2" / "adapter"
     with pytest.raises(CheckpointError, match=r"trained with another model.*give MODEL and model.codec that it was"):
         load_speaker(place / "model", adapter, config, "cpu")
@@ -162,7 +165,9 @@ def test_a_moved_base_with_equal_content_is_accepted(place, configure, short_dat
     assert (voice["base"], voice["codec"]) == (moved.base, moved.codec)
     config = configure(f"model.base={moved.base}", f"model.codec={moved.codec}")
     adapter = place / "run" / "checkpoints" / "checkpoint-2" / "adapter"
-    speak = SpeakConfig(model=config.model, features=config.features, sequence=config.sequence, text=TextSection())
+    speak = SpeakConfig(
+        model=config.model, features=config.features, sequence=config.sequence, text=TextSection(), audio=AudioSection()
+    )
     load_speaker(place / "renamed base", adapter, speak, "cpu")
     last = train(config, short_data, place / "run", RunOptions())
     assert last
@@ -181,7 +186,9 @@ def test_an_adapter_without_its_checkpoint_is_logged(place, configure, caplog):
 
     logging.getLogger("train").propagate = True
     asked = configure()
-    config = SpeakConfig(model=asked.model, features=asked.features, sequence=asked.sequence, text=TextSection())
+    config = SpeakConfig(
+        model=asked.model, features=asked.features, sequence=asked.sequence, text=TextSection(), audio=AudioSection()
+    )
     alone = shutil.copytree(place / "run" / "checkpoints" / "checkpoint-2" / "adapter", place / "alone")
     load_speaker(place / "model", alone, config, "cpu")
     assert f"{alone}: no identity.json beside it" in caplog.text
