@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from shards.npy_file import parsing
 from shards.sequence import SAMPLE_RATE
 from shards.terminal import print_json, print_line, print_table
 from tools.bench.sides import run_side
@@ -141,8 +142,14 @@ def differences(found: np.ndarray, expected: np.ndarray) -> dict[str, Any]:
 
 def read_codes(path: Path) -> np.ndarray:
     """[8, T] uint16 of all clips in order."""
-    with np.load(path) as file:
-        return np.concatenate([clip for name in file.files for clip in file[name]], axis=1)
+    return np.concatenate([clip for clips in read_arrays(path) for clip in clips], axis=1)
+
+
+def read_arrays(path: Path) -> list[np.ndarray]:
+    """The arrays of an .npz file, in the order in which they were written."""
+    with parsing:
+        file = np.load(path, allow_pickle=False)
+        return [file[name] for name in file.files]
 
 
 def measure(settings: dict[str, Any]) -> dict[str, Any]:
@@ -155,8 +162,7 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
     way, work = Way(**settings["way"]), Path(settings["waves"])
     codec = load_codec(Path(settings["codec"]), way.device, way.precision)  # pyright: ignore[reportArgumentType]
     clock = time.process_time if way.device == "cpu" else time.monotonic
-    with np.load(work / "waves.npz") as file:
-        batches = [file[name] for name in file.files]
+    batches = read_arrays(work / "waves.npz")
     codec.encode(batches[0][0])
     codes: list[np.ndarray] = []
     started = clock()
