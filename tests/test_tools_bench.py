@@ -99,9 +99,9 @@ def test_bench_train_stores_every_figure(monkeypatch, tmp_path, capsys):
     assert "gain" in capsys.readouterr().out
     figures = json.loads(out.read_text())
     assert set(figures["sides"]) == {"ours", "ours, layer by layer", "padded batches of 2", "padded batches of 4"}
-    for side in figures["sides"].values():
-        assert {"samples_per_s", "tokens_per_s", "useful_share", "peak_gb", "matmul_share"} == set(side)
-        assert 0 < side["matmul_share"] < 1
+    for found in figures["sides"].values():
+        assert {"samples_per_s", "tokens_per_s", "useful_share", "peak_gb", "matmul_share"} == set(found)
+        assert 0 < found["matmul_share"] < 1
     assert figures["sides"]["ours"]["useful_share"] == 1.0
     assert figures["sides"]["padded batches of 4"]["useful_share"] < 1.0
     assert figures["gain_over_best_padded"] > 0
