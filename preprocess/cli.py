@@ -180,7 +180,7 @@ def convert_command(
             made = convert(kind, source, chatml, seed, speaker, speaker_from_folder)
         print_line(f"{chatml}: {made.num_rows} rows of {made.num_speakers} speakers")
         if made.ignored_columns:
-            print_line(f"columns that are not used: {', '.join(made.ignored_columns)}")
+            print_line(f"not used: {', '.join(made.ignored_columns)}")
         for lacking, count in sorted(made.skipped_rows.items()):
             print_line(f"skipped: {count} rows without {lacking}")
         if made.lonely_clips:

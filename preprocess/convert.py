@@ -345,7 +345,7 @@ def read_text(path: Path) -> str:
         raise DataError(f"{path}: line {line}: not UTF-8: {encoding_of(data)}") from None
 
 
-Reader = Callable[[Path, list[str]], Iterator[Clip]]  # adds the names of columns that mean nothing here to the list
+Reader = Callable[[Path, list[str]], Iterator[Clip]]  # adds the names of what it does not use to the list
 CSV_COLUMNS = ("audio_file", "text", "speaker", "speaker_name", "speaker_id")
 EXPECTED = {
     "metadata": '{"samples": [{"audio_file": ..., "transcript_file": ..., "speaker_id": ...}]}',

@@ -28,12 +28,14 @@ MAX_MANIFEST_LINE = 4 << 20
 
 def read_ljspeech(path: Path, ignored: list[str]) -> Iterator[Clip]:
     path = path / "metadata.csv" if path.is_dir() else path
+    texts: set[str] = set()
+    thirds: set[str] = set()
     for number, line in _lines(path):
         fields = [field.strip() for field in line.split("|")]
         where = f"{path}: line {number}"
         if len(fields) not in (2, 3) or not fields[0] or not fields[-1]:
             raise DataError(
-                f"{where}: {len(fields)} fields, {excerpt(line)!r}; expected id|text or id|text|normalized text"
+                f"{where}: {len(fields)} fields, {excerpt(line)!r}; expected id|text or id|text|normalized text, none empty"
             )
         name = fields[0] if fields[0].lower().endswith((".wav", ".flac")) else f"{fields[0]}.wav"
         audio = _inside(path.parent / "wavs", name, where)
@@ -41,7 +43,15 @@ def read_ljspeech(path: Path, ignored: list[str]) -> Iterator[Clip]:
             raise DataError(
                 f"{where}: no file {audio}: {excerpt(line)!r} is a header, or wavs/ is not beside metadata.csv"
             )
+        if len(fields) == 3:
+            texts.add(fields[1])
+            thirds.add(fields[2])
         yield Clip(str(audio), fields[-1], None)
+    if texts and 2 * len(thirds) <= len(texts):  # names of speakers stand there, and would be learned as texts
+        raise DataError(
+            f"{path}: {len(thirds)} values in the third column for {len(texts)} texts, first {excerpt(min(thirds))!r}: no texts; "
+            "take it out, or write speakers as csv: audio_file|text|speaker"
+        )
 
 
 def read_common_voice(path: Path, ignored: list[str]) -> Iterator[Clip]:
@@ -92,6 +102,8 @@ def read_kaldi(path: Path, ignored: list[str]) -> Iterator[Clip]:
                 f"{path / 'wav.scp'}: no recording {excerpt(recording)!r}, which utterance {excerpt(name)!r} needs"
             )
         yield Clip(audios[recording], text, speakers[name], offset_s=offset_s, duration_s=duration_s)
+    if lacking := sorted({*speakers, *(segments or {})} - set(texts)):
+        ignored.append(f"{len(lacking)} utterances without a text, first {excerpt(lacking[0])}")
 
 
 def _kaldi_audio(entry: str, where: str) -> str:

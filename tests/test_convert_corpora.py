@@ -100,6 +100,13 @@ def test_kaldi_without_segments_takes_whole_files(data: Path):
     assert "offset" not in (data / "list.jsonl").read_text()
 
 
+def test_kaldi_utterances_without_a_text_are_told(data: Path):
+    kaldi(data)
+    with (data / "segments").open("a") as file:
+        file.write(f"more {NAMES[0]} 1 2\n")
+    assert convert("kaldi", data, data / "list.jsonl", 0).ignored_columns == ["1 utterances without a text, first more"]
+
+
 def write(name: str, content: str):
     return lambda data: (data / name).write_text(content)
 
@@ -113,6 +120,11 @@ def write(name: str, content: str):
         ("ljspeech", write("metadata.csv", "/etc/passwd|نص\n"), "no path inside"),
         ("ljspeech", write("metadata.csv", "spk_00_04.flac|\n"), "2 fields"),
         ("ljspeech", write("metadata.csv", ""), "no clip found"),
+        (
+            "ljspeech",
+            write("metadata.csv", "".join(f"{name}.flac|{text}|sara\n" for name, text in TEXTS.items())),
+            "1 values in the third column for 4 texts, first 'sara'",
+        ),
         ("commonvoice", write("validated.tsv", "speaker\tfile\ttext\na\tb\tc\n"), "the header is 'speaker"),
         ("commonvoice", write("validated.tsv", "client_id\tpath\tsentence\na\t../x.mp3\tنص\n"), "leaves its folder"),
         ("commonvoice", write("validated.tsv", "client_id\tpath\tsentence\na\t/x.mp3\tنص\n"), "no path inside"),

@@ -104,6 +104,14 @@ def test_a_sentence_of_two_speakers_is_in_no_piece(tmp_path: Path):
     assert [part.reason for part in skipped] == ["two_speakers"] * 2
 
 
+@pytest.mark.parametrize("word", ["<unk>", "spn", "c"])
+def test_a_sentence_with_an_aligners_unknown_word_is_skipped(tmp_path: Path, word: str):
+    grid = f'"ooTextFile" "TextGrid" 0 4 <exists> 1 "IntervalTier" "text" 0 4 1 0 4 "a {word} b"'
+    (tmp_path / "x.TextGrid").write_text(grid)
+    units, _ = labelled([Unit(0, 3.6)], Source(tmp_path / "x.wav", "x.wav", "f", "x", tmp_path / "x.TextGrid"))
+    assert [unit.unfit for unit in units] == ["" if word == "c" else "no_text"]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -69,7 +69,7 @@ SKIP_REASONS = {
     "too_short": "shorter than the shortest piece, and too far from its neighbours",
     "two_speakers": "two speakers share it by the turns of the RTTM",
     "no_speaker": "the RTTM has no turn there",
-    "no_text": "the transcript has no text for it, or for less than half of it",
+    "no_text": "the transcript has no text for it, or for less than half of it, or an unknown word (<unk>)",
     "text_without_speech": "the transcript has text there and no speech is heard: wrong times, or another recording's text",
     "loud_without_speech": "as loud as speech, and none to the network: music, noise, or a voice that it does not hear",
     "asr_no_text": "the recognizer heard no word in it",

@@ -14,6 +14,9 @@ from preprocess.slicing.recordings_folder import Source
 from preprocess.slicing.transcripts import read_transcript, texts_of_speech
 from preprocess.slicing.turns import read_turns, speakers_of_speech
 
+# Of forced aligners (MFA writes <unk> and spn): something is said that the text does not have.
+UNKNOWN_WORDS = frozenset({"<unk>", "spn"})
+
 
 def labelled(units: list[Unit], source: Source, is_name_global: bool = False) -> tuple[list[Unit], dict[Unit, str]]:
     """(units with their speakers, texts of the units). Raises DataError.
@@ -46,7 +49,8 @@ def labelled(units: list[Unit], source: Source, is_name_global: bool = False) ->
         reasons = [unit.unfit for unit in inside if unit.unfit]
         if len({unit.label for unit in inside}) > 1:
             reasons.append("two_speakers")
-        if not spoken[sentence[0]].text or not all(spoken[number].is_covered for number in sentence):
+        is_unknown = any(not UNKNOWN_WORDS.isdisjoint(spoken[number].text.split()) for number in sentence)
+        if is_unknown or not spoken[sentence[0]].text or not all(spoken[number].is_covered for number in sentence):
             reasons.append("no_text")
         for number in sentence:
             unit = dataclasses.replace(

@@ -37,7 +37,7 @@ from shards.errors import DataError
 from shards.folder_lock import hold_folder
 from shards.terminal import print_line, progress_bar
 
-SLICE_RULES = 4  # counted up when the same recording would be cut, or what is skipped told, otherwise
+SLICE_RULES = 5  # counted up when the same recording would be cut, or what is skipped told, otherwise
 # Whose a piece is: the folder's name, or by turns, whose names mean one person in a recording or in all of them.
 Speakers = Literal["folder", "rttm", "rttm-names"]
 
