@@ -121,6 +121,7 @@ class SequenceBuilder:
             )
         self.layout = section.layout
         self.reference_text_dropout = section.reference_text_dropout  # > 0: the model knows voices without their text
+        self.reads_reference_text = section.reference_text_dropout < 1  # at 1 it knows no other: a text is left out
         self.uses_whisper = section.conditioning == "whisper+codes"  # "auto" is decided by whoever knows the checkpoint
         self._headers = {
             role: encode_text(tokenizer, f"<|start_header_id|>{role}<|end_header_id|>\n\n")
@@ -158,6 +159,7 @@ class SequenceBuilder:
             if self.reference_text_dropout:
                 has_text = index["num_reference_text_tokens"] > 0
                 has_text = has_text if with_reference_text is None else has_text & with_reference_text
+                has_text &= self.reads_reference_text
                 own = index["num_system_tokens"].astype(np.int64) if self._system is None else 0
                 without = self._voice_fixed_tokens + own + index["num_target_text_tokens"].astype(np.int64)
                 text = np.where(has_text, text, without)
@@ -186,7 +188,7 @@ class SequenceBuilder:
     def _segments(self, sample: Sample, with_reference_text: bool = True) -> list[Segment]:
         if self.layout != "clone":
             return self._as_written(sample)
-        has_text = bool(len(sample.text_item_ids(sample.facts.reference_text)))
+        has_text = self.reads_reference_text and bool(len(sample.text_item_ids(sample.facts.reference_text)))
         without = self.reference_text_dropout and not (has_text and with_reference_text)
         return self._clone_without_text(sample) if without else self._clone(sample)
 

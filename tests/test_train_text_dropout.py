@@ -20,6 +20,8 @@ from shards.config import RELEASED_SYSTEM_PROMPT, SequenceSection, read_config
 from shards.errors import ConfigError, PipelineError
 from shards.index import INDEX_DTYPE
 from shards.label_shift import IGNORE
+from shards.manifest import open_dataset
+from shards.reader import SampleReader
 from shards.sequence import EOT, SequenceBuilder
 from tools.checkpoints.merge import merge_checkpoint
 from tools.inference import HiggsAudioInference
@@ -203,6 +205,31 @@ def test_speech_without_text_is_asked_as_it_was_trained(tokenizer, make_sample):
     assert off != on, "a model that was not trained so is asked as before"
     with_text = cloning_sample(tokenizer, "مرحبا", sample.reference_codes, asked)
     assert builders[0].prompt(with_text).token_ids.tolist() == builders[1].prompt(with_text).token_ids.tolist()
+
+
+def test_a_voice_never_trained_with_text_is_never_asked_with_one(tokenizer, tiny_speaker, make_sample, caplog):
+    """At a share of 1: held-out losses, the vote, lengths and speech all have the one form that was trained."""
+    sample = make_sample(4, 6, 9)
+    builder = SequenceBuilder(tokenizer, SequenceSection(reference_text_dropout=1.0))
+    trained = builder.training(sample, False).token_ids.tolist()
+    assert builder.training(sample).token_ids.tolist() == trained
+    prompt = builder.prompt(sample).token_ids.tolist()
+    assert prompt == trained[: len(prompt)]
+    asked = sample.facts.texts[sample.facts.target_text].removeprefix(INSTRUCTION)
+    with_text = cloning_sample(tokenizer, "مرحبا", sample.reference_codes, asked)
+    without = cloning_sample(tokenizer, None, sample.reference_codes, asked)
+    assert builder.prompt(with_text).token_ids.tolist() == builder.prompt(without).token_ids.tolist()
+    speaker = dataclasses.replace(tiny_speaker, builder=builder)
+    speaker.reference([], "مرحبا", codes=sample.reference_codes)
+    assert "the reference's text is not used" in caplog.text
+
+
+def test_lengths_of_a_share_of_one_are_those_built(dataset, tokenizer):
+    builder = SequenceBuilder(tokenizer, SequenceSection(reference_text_dropout=1.0))
+    _, index = open_dataset(dataset)
+    lengths = builder.lengths(index)
+    built = [len(builder.training(SampleReader(dataset).read(row))) for row in index]
+    assert lengths.tolist() == built
 
 
 def test_turns_as_they_were_written_are_never_changed(tokenizer):

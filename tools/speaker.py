@@ -7,6 +7,7 @@ remembers. A merged folder is not spoken with a codec other than the one it was 
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from tools.checkpoints.model_folder import Voice
     from tools.reference import Reference
     from train.model.decoder import HiggsAudio
+
+log = logging.getLogger("speak")
 
 
 class SpeakConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -61,6 +64,8 @@ class Speaker:
 
         recordings = edited_recordings(recordings, self.edits)
         said = None if text is None else prompt_text(text, self.rules, "the reference's text")
+        if said and not self.builder.reads_reference_text:
+            log.warning("the reference's text is not used: this voice was trained without (reference_text_dropout = 1)")
         warn_of_garbled(said or "", "the reference's text")
         if codes is None:
             codes = self.codec.encode(joined_wave(recordings, CODEC_RATE))
