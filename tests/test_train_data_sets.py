@@ -437,7 +437,8 @@ def test_a_mixed_run_goes_on_but_not_with_other_weights(sets, short_config, tmp_
 
 
 def test_a_stream_gives_each_list_its_share_at_any_time(sets, builder):
-    source = StreamedSource("", section((sets[0], 1.0), (sets[1], 3.0), loader="stream", max_steps=9, shuffle_buffer=4))
+    stream = {"loader": "stream", "max_steps": 9, "shuffle_buffer": 4, "num_workers": 0}
+    source = StreamedSource("", section((sets[0], 1.0), (sets[1], 3.0), **stream))
     source.prepare(builder)
     small = {hash64(name) for name in open_dataset(sets[1])[0].speakers}
     frames, counted = np.zeros(2), np.zeros(2)

@@ -29,6 +29,7 @@ from train.data.streamed_source import StreamedSamples, StreamedSource
 from train.world import ALONE, World
 
 SETTINGS = {"loader": "stream", "max_steps": 10, "batch_tokens": 700, "packs_per_step": 2, "shuffle_buffer": 8}
+SETTINGS["num_workers"] = 0  # as the shares that these tests take
 
 
 @pytest.fixture(scope="module")
@@ -232,6 +233,8 @@ def test_settings_that_need_an_index_are_refused(foreign, builder, values, messa
 def test_too_few_shards_for_the_readers_are_refused_with_numbers(foreign, builder):
     with pytest.raises(ConfigError, match=r"3 shards for 4 readers \(2 ranks of 2 loader processes\)"):
         open_stream(foreign, builder).loaded_packs(0, LoaderShare(0, 2, 2))
+    with pytest.raises(ConfigError, match=r"3 shards for 4 readers \(1 ranks of 4 loader processes\)"):
+        open_stream(foreign, builder, num_workers=4)  # before a model is loaded
 
 
 @pytest.mark.slow

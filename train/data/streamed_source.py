@@ -151,6 +151,19 @@ class StreamedSource:
         if batch_tokens:
             self._section = msgspec.structs.replace(self._section, batch_tokens=batch_tokens)
         self.total_steps = self._section.max_steps
+        self._require_shards_for(world.size, self._section.num_workers)
+
+    def _require_shards_for(self, world_size: int, num_workers: int) -> None:
+        """Every reader needs a shard of its own, of each data set that is mixed in. Raises ConfigError."""
+        readers = world_size * max(1, num_workers)
+        lists, names = (self._lists, self._locations) if self._weights else ([self.urls], [""])
+        fewest, location = min((len(urls), name) for urls, name in zip(lists, names, strict=True))
+        where = f" in {redact(location)} of train.data" if len(lists) > 1 else ""
+        if fewest < readers:
+            raise ConfigError(
+                f"{fewest} shards{where} for {readers} readers ({world_size} ranks of {max(1, num_workers)} loader processes): "
+                "every reader needs a shard of its own; lower train.num_workers or write smaller shards"
+            )
 
     def describe(self) -> None:
         log.info("stream of %d shards, %d steps; codec and tokenizer are not checked", len(self.urls), self.total_steps)
@@ -165,15 +178,8 @@ class StreamedSource:
             raise ConfigError(
                 f"train.packs_per_step = {self._section.packs_per_step} cannot be shared by {share.world_size} ranks"
             )
-        readers = share.world_size * max(1, share.num_workers)
+        self._require_shards_for(share.world_size, share.num_workers)
         lists = self._lists if self._weights else [self.urls]
-        fewest, location = min((len(urls), one) for urls, one in zip(lists, self._locations, strict=False))
-        where = f" in {redact(location)} of train.data" if len(lists) > 1 else ""
-        if fewest < readers:
-            raise ConfigError(
-                f"{fewest} shards{where} for {readers} readers ({share.world_size} ranks of {max(1, share.num_workers)} "
-                "loader processes): every reader needs a shard of its own; lower train.num_workers or write smaller shards"
-            )
         passes = Passes()
         streams: list[Iterable[RawSample]] = [
             StreamedSamples(urls, self._section.seed, first_step, share, passes) for urls in lists
