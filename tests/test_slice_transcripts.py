@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from preprocess.slicing.recordings_folder import find_recordings, warn_of_named_speakers, with_transcripts
 from preprocess.slicing.run import SliceRequest, slice_folder
 from preprocess.slicing.transcripts import Cue, read_transcript, texts_of_speech
 from preprocess.sources import SourceRow, find_pair, read_rows
@@ -222,6 +223,27 @@ def test_transcripts_that_are_not_understood_are_one_line(tmp_path: Path, name: 
     with pytest.raises(DataError, match=message) as fault:
         read_transcript(tmp_path / name)
     assert "\n" not in str(fault.value)
+
+
+@pytest.mark.parametrize("second", ["Sara", "Omar"])
+@pytest.mark.parametrize("form", ["vtt", "json", "json by words"])
+def test_several_names_in_a_transcript_are_told(tmp_path: Path, capsys, form: str, second: str):
+    """They would all be learned as one voice, the folder's."""
+    path = tmp_path / f"talk.{form.split()[0]}"
+    if form == "vtt":
+        cues = f"00:01.000 --> 00:02.000\n<v.loud Sara>a</v>\n\n00:03.000 --> 00:04.000\n<v {second}>b\n"
+        path.write_text(f"WEBVTT\n\n{cues}")
+    else:
+        said = [{"start": n, "end": n + 1, "text": name, "speaker": name} for n, name in enumerate(("Sara", second))]
+        words = [{"word": one["text"], **one} for one in said]
+        segments = said if form == "json" else [{"start": 0, "end": 2, "text": "a b", "words": words}]
+        path.write_text(json.dumps({"segments": segments}))
+    (tmp_path / "talk.wav").touch()
+    sources = with_transcripts(find_recordings(tmp_path), is_needed=True)
+    warn_of_named_speakers(sources)
+    told = capsys.readouterr()
+    assert ("1 of 1 transcripts name several speakers" in told.out + told.err) == (second == "Omar")
+    assert "Traceback" not in told.err
 
 
 def test_missing_and_double_transcripts_are_refused_first(sentences, tmp_path: Path):

@@ -223,7 +223,9 @@ def test_no_audio_of_validation_data_is_heard_in_training(
     own = [make_sample(300 + number, 6, 12 + number, speaker=f"speaker-{number % 4}") for number in range(8)]
     held_out = [with_clips(sample, f"held out {n} reference", f"held out {n}") for n, sample in enumerate(own)]
     trained = list(SampleReader(dataset).read_all(read_index(dataset / "index.npy")))
-    held_out[:3] = [with_reference_of(sample, other) for sample, other in zip(held_out[:3], trained[16:19], strict=True)]
+    held_out[:3] = [
+        with_reference_of(sample, other) for sample, other in zip(held_out[:3], trained[16:19], strict=True)
+    ]
     folder = make_dataset(tmp_path / "held-out", held_out)
     if known != "codes":
         write_columns(folder, held_out)

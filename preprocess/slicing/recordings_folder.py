@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from preprocess.convert import AUDIO_SUFFIXES
-from preprocess.slicing.transcripts import SUFFIXES, read_transcript, transcript_of
+from preprocess.slicing.transcripts import SUFFIXES, read_transcript, speakers_named, transcript_of
 from preprocess.slicing.turns import read_turns, turns_file_of
 from shards.errors import DataError
+from shards.printable import excerpt
+from shards.terminal import print_line
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,19 @@ def with_transcripts(sources: list[Source], is_needed: bool) -> list[Source]:
         if source.transcript:
             read_transcript(source.transcript)
     return found
+
+
+def warn_of_named_speakers(sources: list[Source]) -> None:
+    """Where transcripts name several speakers of a recording and its folder is taken for one voice."""
+    named = {source.transcript: speakers_named(source.transcript) for source in sources if source.transcript}
+    several = [(path, names) for path, names in named.items() if len(names) > 1]
+    if several:
+        path, names = several[0]
+        print_line(
+            f"warning: {len(several)} of {len(named)} transcripts name several speakers, first {path}: "
+            f"{excerpt(', '.join(names))}; the folder's name is taken for all of them. Where they are several voices, write who "
+            "speaks when into an .rttm beside each recording and give --speakers rttm"
+        )
 
 
 def with_turns(sources: list[Source]) -> list[Source]:

@@ -29,7 +29,14 @@ from preprocess.slicing.pieces_folder import (
 )
 from preprocess.slicing.recognition import HearingLimits, Recognizer, fields_of, hear_pieces
 from preprocess.slicing.recording import Recording, open_recording, sha256_of
-from preprocess.slicing.recordings_folder import Source, find_recordings, other_files, with_transcripts, with_turns
+from preprocess.slicing.recordings_folder import (
+    Source,
+    find_recordings,
+    other_files,
+    warn_of_named_speakers,
+    with_transcripts,
+    with_turns,
+)
 from preprocess.slicing.report import Outcome, counts_of, print_outcome
 from preprocess.slicing.transcripts import read_transcript, texts_without_speech
 from preprocess.slicing.voice_activity import FRAME_S, VoiceActivity, loud_elsewhere, speech_stretches
@@ -70,7 +77,9 @@ def slice_folder(request: SliceRequest, recognizer: Recognizer | None = None) ->
     others = other_files(request.source, sources)
     if not request.without_text:
         sources = with_transcripts(sources, is_needed=recognizer is None)
-    if request.speakers != "folder":
+    if request.speakers == "folder":
+        warn_of_named_speakers(sources)
+    else:
         sources = with_turns(sources)
     voice = VoiceActivity()
     folder = PiecesFolder(request.pieces)

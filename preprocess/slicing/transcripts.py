@@ -27,6 +27,7 @@ SUFFIXES = (".srt", ".vtt", ".TextGrid", ".textgrid", ".json")
 TIME = r"(?:(\d+):)?(\d{1,2}):(\d{2})[,.](\d{3})"
 ARROW = re.compile(rf"{TIME}\s*-->\s*{TIME}")
 TAG = re.compile(r"</?[A-Za-z][^<>]*>|<\d[\d:.]*>|\{\\[^}]*\}")  # <i>, <v Name>, VTT's times of words, {\an8}
+VTT_SPEAKER = re.compile(r"<v(?:\.[^\s>]*)?\s+([^>]+)>")
 VTT_BLOCKS = re.compile(r"WEBVTT|NOTE|STYLE|REGION|X-TIMESTAMP")
 OVERLAP_S = 0.05  # of two sentences; more is two texts at once
 NEAR_S = 0.5  # a word this far from any speech is skipped
@@ -68,6 +69,18 @@ def read_transcript(path: Path) -> list[Cue]:
             both = f"{excerpt(left.text)!r} and {excerpt(right.text)!r}"
             raise DataError(f"{path}: {both} overlap at {right.start_s:g} s; leave one, or correct the times")
     return cues
+
+
+def speakers_named(path: Path) -> list[str]:
+    """Whom a transcript names: VTT's <v Name>, WhisperX's "speaker". `slice` does not go by them. Of a readable transcript."""
+    text = read_any_text(path)
+    if path.suffix.lower() == ".vtt":
+        return sorted({html.unescape(name).strip() for name in VTT_SPEAKER.findall(text)})
+    if path.suffix.lower() != ".json":
+        return []
+    segments = STRICT.decode(text)["segments"]
+    parts = [*segments, *(word for segment in segments for word in segment.get("words") or [])]
+    return sorted({str(part["speaker"]) for part in parts if part.get("speaker")})
 
 
 def _subtitles(path: Path) -> list[Cue]:
