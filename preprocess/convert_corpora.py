@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from preprocess.convert import SPOKEN_WITH, Clip, read_text, spoken_with
+from preprocess.clip_list import SPOKEN_WITH, Clip, read_text, spoken_with
 from preprocess.list_encoding import UNREADABLE, open_list
 from preprocess.list_row import STRICT
 from shards.errors import DataError

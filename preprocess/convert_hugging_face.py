@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from preprocess.convert import AUDIO_SUFFIXES, SPOKEN_WITH, Clip
+from preprocess.clip_list import AUDIO_SUFFIXES, SPOKEN_WITH, Clip
 from shards.errors import DataError
 from shards.json_file import read_json_object
 from shards.printable import excerpt, first_line

@@ -23,7 +23,7 @@ from preprocess.audio import mixed
 from preprocess.audio_containers import missing, unread
 from preprocess.audio_decoders import BLOCK, KNOWN_FORMS, SoundStream
 from preprocess.audio_kinds import CONVERT, Kind, check_form, kind_of, unknown
-from preprocess.convert import is_unicode
+from preprocess.clip_list import is_unicode
 from preprocess.reasons import AudioFault
 
 VAD_RATE = 16000

@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from preprocess.convert import AUDIO_SUFFIXES
+from preprocess.clip_list import AUDIO_SUFFIXES
 from preprocess.slicing.transcripts import SUFFIXES, read_transcript, speakers_named, transcript_of
 from preprocess.slicing.turns import read_turns, turns_file_of
 from shards.errors import DataError

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 
-from preprocess.convert import Clip, paired_rows, write_list
+from preprocess.clip_list import Clip, paired_rows, write_list
 from preprocess.reasons import AudioFault
 from preprocess.slicing.cutting import CutRules, Piece, Skipped, cut, units_of
 from preprocess.slicing.labelling import labelled

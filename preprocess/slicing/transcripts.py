@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from preprocess.convert import read_text
+from preprocess.clip_list import read_text
 from preprocess.list_row import STRICT
 from shards.errors import DataError
 from shards.printable import excerpt

@@ -155,7 +155,7 @@ def prepare(settings: Settings, work: Path) -> tuple[Path, float]:
 
 
 def row_of(work: Path, kind: str, reference: int, target: int) -> dict[str, Any]:
-    from preprocess.convert import Clip, chat_row
+    from preprocess.clip_list import Clip, chat_row
 
     clips = work / "clips"
     return chat_row(

@@ -59,7 +59,7 @@ def read_clips(source: Path, num_frames: int, base: Path = Path(), most: int | N
 
 
 def _folder(folder: Path) -> Iterator[tuple[Path, Segment]]:
-    from preprocess.convert import AUDIO_SUFFIXES
+    from preprocess.clip_list import AUDIO_SUFFIXES
     from preprocess.segment import WHOLE
 
     for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES):

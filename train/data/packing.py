@@ -13,6 +13,8 @@ from typing import Generic, Literal, TypeVar
 
 import numpy as np
 
+from train.config import TrainSection
+
 OPEN_PACKS = 8  # fill 97.3 / 98.7 / 99.4 % at 4k / 8k / 16k tokens; 32 open packs gain up to 0.1 (NOTES.md)
 CLOSE_BELOW = 64  # tokens of room no real sample fits into
 CHUNK = 1 << 16  # samples turned into Python numbers together
@@ -117,3 +119,16 @@ class OnlinePacks(Generic[Item]):
         else:
             self._open.append((room, columns - supervised, items))
         return closed
+
+
+def plan_settings(section: TrainSection) -> PlanSettings:
+    assert isinstance(section.batch_tokens, int), '"auto" is settled before anything is planned'
+    return PlanSettings(
+        seed=section.seed,
+        batch_tokens=section.batch_tokens,
+        packs_per_step=section.packs_per_step,
+        max_supervised_tokens=section.max_supervised_tokens,
+        max_references=section.max_references,
+        window_samples=section.shuffle_window,
+        order=section.order,
+    )

@@ -26,7 +26,9 @@ from train.data.feed import DamageLimits
 from train.data.heaviest_pack import FIRST_REMOTE_SAMPLES, FIRST_SAMPLES, PackSource, PlannedPacks
 from train.data.held_out_rows import hold_out
 from train.data.loader import LoadedPack, LoaderShare, load_planned_packs, read_pack
-from train.data.plan import Keep, Planner, PlanSettings
+from train.data.packing import PlanSettings, plan_settings
+from train.data.plan import Keep, Planner
+from train.data.plan_log import log_plan
 from train.data.references import SpeakerReferences, draw_references
 from train.data.same_audio import without_places
 from train.data.source import HeldOut
@@ -252,49 +254,7 @@ class PlannedSource:
         return choose_samples(self.reader, self.index, self._held_out, num_samples, builder)
 
     def describe(self) -> None:
-        planner, section = self.planner, self._section
-        num_packs = planner.num_packs(0)
-        num_tokens = planner.epoch_tokens(0)
-        log.info(
-            "%d samples, %d tokens: %d packs of up to %d tokens (%.1f %% full), %d steps an epoch, %d steps in all",
-            planner.epoch_samples(0),
-            num_tokens,
-            num_packs,
-            planner.settings.batch_tokens,
-            100 * num_tokens / (num_packs * planner.settings.batch_tokens),
-            planner.num_steps(0),
-            self.total_steps,
-        )
-        for share in planner.shares(0):
-            log.info("the first epoch has of %s", share)
-            if not share.num_samples:
-                log.warning("%s: its share is less than a sample, so none of it comes; raise its weight", share.name)
-        for name, rows in zip(self.data_sets, pairwise(self._data.first_rows), strict=True):
-            if len(self.data_sets) > 1 and not planner.takes_any(*rows):
-                log.warning("%s: no sample of it takes part: all are too long for train.batch_tokens", name)
-        if references := planner.references:
-            log.info(
-                "references are drawn each epoch; %d of %d samples keep the reference of the list: their speaker has no "
-                "other clip",
-                references.num_listed,
-                references.num_trained,
-            )
-        fillers = planner.num_steps(0) * section.packs_per_step - num_packs
-        if fillers:
-            log.info("the last step of the first epoch is filled up with %d empty packs", fillers)
-        if planner.num_too_long:
-            rows = planner.too_long_rows
-            keys = ", ".join(self.reader.key_of(self.index[row], planner.position_of(row)) for row in rows)
-            keys += ", ..." if planner.num_too_long > len(rows) else ""
-            log.info(
-                "skipped: %d samples longer than train.batch_tokens = %d%s: %s",
-                planner.num_too_long,
-                section.batch_tokens,
-                f" or with more targets than train.max_supervised_tokens = {section.max_supervised_tokens}"
-                if section.max_supervised_tokens
-                else "",
-                keys,
-            )
+        log_plan(self.planner, self._section, self.total_steps, self._data)
 
     def loaded_packs(self, first_step: int, share: LoaderShare) -> Iterator[LoadedPack]:
         on_window = self._fetches(self.planner)
@@ -360,17 +320,4 @@ def validation_source(section: TrainSection) -> PlannedSource | None:
         )
     return PlannedSource(
         section.validation_data, msgspec.structs.replace(section, validation_data="", data=[], reference="as_listed")
-    )
-
-
-def plan_settings(section: TrainSection) -> PlanSettings:
-    assert isinstance(section.batch_tokens, int), '"auto" is settled before anything is planned'
-    return PlanSettings(
-        seed=section.seed,
-        batch_tokens=section.batch_tokens,
-        packs_per_step=section.packs_per_step,
-        max_supervised_tokens=section.max_supervised_tokens,
-        max_references=section.max_references,
-        window_samples=section.shuffle_window,
-        order=section.order,
     )
