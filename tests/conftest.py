@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -42,6 +43,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="minutes of more of the same: pytest -m long"))
     place = {name: position for position, name in enumerate(FIRST)}
     items.sort(key=lambda item: place.get(item.path.name, len(FIRST)))
+
+
+@pytest.fixture(autouse=True)
+def training_log_reaches_the_root():
+    """A run in this process keeps its log from the root; pytest then listens there, and twice once a test opens it again."""
+    logging.getLogger("train").propagate = True
 
 
 @pytest.fixture(scope="session")
