@@ -147,8 +147,7 @@ def read_codes(path: Path) -> np.ndarray:
 
 def read_arrays(path: Path) -> list[np.ndarray]:
     """The arrays of an .npz file, in the order in which they were written."""
-    with parsing:
-        file = np.load(path, allow_pickle=False)
+    with parsing, np.load(path, allow_pickle=False) as file:
         return [file[name] for name in file.files]
 
 
