@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Literal
 
@@ -127,6 +131,38 @@ def test_the_host_reports_what_was_really_taken():
     assert 0.99 * size < peak - before < 1.2 * size + 50 * MB
     assert memory.in_use() < before + 0.2 * size, "and given back"
     assert memory.room(0.5) - memory.in_use() < memory.room(1.0) - memory.in_use()
+
+
+TAKEN_AGAIN = """
+import resource
+import sys
+from train.heap import keep_freed_memory
+if sys.argv[1] == "keeps":
+    keep_freed_memory()
+for _ in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    del [bytearray(64 << 20)][:]
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="what is said to glibc")
+def test_freed_memory_is_kept_unless_the_user_says_otherwise(repository):
+    """64 MB taken and freed three times, in processes of their own: how many pages the system had to clear for the last."""
+
+    def faults(argument: str, **variables: str) -> int:
+        env = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+        command = [sys.executable, "-c", TAKEN_AGAIN, argument]
+        done = subprocess.run(
+            command, cwd=repository, env={**env, **variables}, capture_output=True, text=True, check=True
+        )
+        return int(done.stdout.split()[-1])
+
+    few, most = 8, 16  # 64 MB are 16,384 pages, or 32 huge ones
+    assert faults("keeps") < few
+    assert faults("keeps", MALLOC_MMAP_THRESHOLD_="1048576") > most
+    assert faults("keeps", GLIBC_TUNABLES="glibc.malloc.mmap_threshold=1048576") > most
+    assert faults("") > most
 
 
 # --- through the real loop ------------------------------------------------------------------------------------------

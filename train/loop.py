@@ -20,6 +20,7 @@ from train.data.feed import Feed, WaitingEnded
 from train.data.loader import LoaderShare, dead_loader
 from train.data_progress import DataProgress
 from train.evaluation.curve_monitor import CurveMonitor
+from train.heap import keep_freed_memory
 from train.run import Run, RunOptions
 from train.run_folder import checkpoint_folders
 from train.run_folder.metrics import console_line, held_out_history, log
@@ -43,6 +44,8 @@ def train(config: TrainConfig, shards: str | Path, run_dir: Path, options: RunOp
 def on_every_rank(config: TrainConfig) -> Iterator[tuple[World, StopSignal]]:
     """This process among the ranks until the block ends; what goes wrong with a device or a rank ends it in one line."""
     world = join(config.train.device)
+    if world.device.type == "cpu":
+        keep_freed_memory()
     try:
         with StopSignal() as signals:
             yield world, signals

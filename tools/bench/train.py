@@ -1,9 +1,10 @@
 """What `bench train` measures: our step against what a user would run today, on the same samples, in one run.
 
 Today's way is transformers' class with peft (dropout 0.05) on right-padded batches of 2 and 4, text and audio labels. Ours is
-`train.step.train_step` on packs. Same seeded samples, rank, threads and sizes; loss, backward and optimizer are timed, data
-is ready beforehand; on a CPU time is the processor's, so that neighbours do not count, shared by the threads. Every side runs
-in a process of its own, so that its peak memory is its own; sides take turns.
+`train.step.train_step` on packs, in a process that keeps the memory it frees, as `train` does on a CPU. Same seeded samples,
+rank, threads and sizes; loss, backward and optimizer are timed, data is ready beforehand; on a CPU time is the processor's, so
+that neighbours do not count, shared by the threads. Every side runs in a process of its own, so that its peak memory is its own;
+sides take turns.
 """
 
 from __future__ import annotations
@@ -153,6 +154,7 @@ def prepare_ours(sequences: list[Any], settings: Settings, fuses: bool) -> tuple
 
     from train.config import LoraSection, LossSection, TrainSection
     from train.data.packing import PlanSettings, best_fit
+    from train.heap import keep_freed_memory
     from train.model.attention import choose_attention
     from train.model.batch import pack
     from train.model.build import prepare_blocks
@@ -166,6 +168,8 @@ def prepare_ours(sequences: list[Any], settings: Settings, fuses: bool) -> tuple
 
     world = join(settings.device)
     on_gpu = settings.device == "cuda"
+    if not on_gpu:
+        keep_freed_memory()
     with torch.device("meta"):
         model = HiggsAudio(model_config(settings.size))
     fill_randomly(model, settings.device, settings.seed)
