@@ -21,7 +21,7 @@ from train.model.attention import (
     Documents,
     Gather,
     PaddedDocuments,
-    attend_alone,
+    attend_separately,
 )
 from train.model.batch import PackedBatch
 from train.model.decoder import Backbone, DecoderLayer
@@ -103,8 +103,7 @@ class SeparateInOrder(NamedTuple):
     lengths: list[int]
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        documents = zip(*(x.split(self.lengths) for x in (q, k, v)), strict=True)
-        return torch.cat([part for document in documents for part in attend_alone(*document)])
+        return attend_separately(q, k, v, self.lengths)
 
 
 def in_sentence_order(documents: Documents, kind: AttentionKind) -> Attend:

@@ -28,7 +28,9 @@ AttentionKind = Literal["padded", "separate", "varlen"]
 CAUSAL = (-1, 0)  # of varlen_attn: everything before, nothing after
 # torch 2.11 takes fewer key-value heads without a word, later ones need enable_gqa.
 GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-CHUNK = 128  # queries; 64 to 128 take 0.70-0.75 of the time of all at once (documents of 300-640, one core, NOTES.md)
+CHUNK = 64  # queries; 64 to 128 take 0.70-0.75 of the time of all at once (documents of 300-640, one core, NOTES.md)
+ATTEND_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+ATTEND_ON_CPU_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 # Of the largest value. In bf16 two sound kernels were 0.009-0.013 apart (CPU, three head sizes), a wrong mask or a missing
 # gradient 1.
 AGREE_WITHIN = 0.05
@@ -92,26 +94,68 @@ class SeparateDocuments(NamedTuple):
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [R, H, E], k and v [R, G, E] -> [R, H, E]."""
-        rows = (Gather.apply(x, self.order, self.place).split(self.lengths) for x in (q, k, v))  # pyright: ignore
-        outputs = [part for document in zip(*rows, strict=True) for part in attend_alone(*document)]
-        return Gather.apply(torch.cat(outputs), self.place, self.order)  # pyright: ignore
+        q, k, v = (Gather.apply(x, self.order, self.place) for x in (q, k, v))  # pyright: ignore
+        return Gather.apply(attend_separately(q, k, v, self.lengths), self.place, self.order)  # pyright: ignore
 
 
-def attend_alone(q: Tensor, k: Tensor, v: Tensor) -> Iterator[Tensor]:
-    """One document, q [n, H, E], k and v [n, G, E] -> [at most CHUNK, H, E] after [at most CHUNK, H, E].
+def attend_separately(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
+    """Documents one behind another on a CPU, q [R, H, E], k and v [R, G, E] -> [R, H, E]."""
+    return Separately.apply(q, k, v, lengths)  # pyright: ignore
 
-    PyTorch's CPU kernel reads keys in blocks of 512, later ones too, so short chunks of queries meet fewer of them.
+
+class Separately(torch.autograd.Function):
+    """The CPU's kernel for CHUNK queries after CHUNK queries of every document.
+
+    It reads keys in blocks of 512, later ones too, so short chunks of queries meet fewer of them. It is called by its own name:
+    of chunks that autograd cuts, each would fill its whole document with zeros for a gradient, to be added up.
     """
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, heads, n, E]
-    num_rows = q.shape[2]
-    for start in range(0, num_rows, CHUNK):
-        end = min(start + CHUNK, num_rows)
-        chunk, keys, values = q[:, :, start:end], k[:, :, :end], v[:, :, :end]
-        later = None
-        if start:
-            later = q.new_full((end - start, end), float("-inf")).triu(start + 1)
-        out = F.scaled_dot_product_attention(chunk, keys, values, later, is_causal=later is None, enable_gqa=True)
-        yield out[0].transpose(0, 1)
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
+        out, sums = torch.empty_like(q), []  # no graph is ever compiled of this one, so it may write in place
+        for rows, seen in chunks(lengths):
+            given = heads_first(q[rows]), heads_first(k[seen]), heads_first(v[seen])
+            part, sum_of_rows = ATTEND_ON_CPU(*given, attn_mask=later_keys(q, rows, seen))
+            out[rows] = part[0].transpose(0, 1)
+            sums.append(sum_of_rows)
+        ctx.save_for_backward(q, k, v, out, *sums)
+        ctx.lengths = lengths
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # pyright: ignore
+        q, k, v, out, *sums = ctx.saved_tensors
+        grad = grad.contiguous()
+        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for (rows, seen), sum_of_rows in zip(chunks(ctx.lengths), sums, strict=True):
+            given = (heads_first(x) for x in (grad[rows], q[rows], k[seen], v[seen], out[rows]))
+            mask = later_keys(q, rows, seen)
+            of_q, of_k, of_v = ATTEND_ON_CPU_BACKWARD(*given, sum_of_rows, 0.0, False, attn_mask=mask)
+            grad_q[rows] = of_q[0].transpose(0, 1)
+            grad_k[seen] += of_k[0].transpose(0, 1)
+            grad_v[seen] += of_v[0].transpose(0, 1)
+        return grad_q, grad_k, grad_v, None
+
+
+def chunks(lengths: list[int]) -> Iterator[tuple[slice, slice]]:
+    """Queries, and the keys up to the last of them, in their document."""
+    first = 0
+    for length in lengths:
+        for start in range(first, first + length, CHUNK):
+            end = min(start + CHUNK, first + length)
+            yield slice(start, end), slice(first, end)
+        first += length
+
+
+def heads_first(x: Tensor) -> Tensor:
+    """[n, heads, E] -> [1, heads, n, E]."""
+    return x.transpose(0, 1)[None]
+
+
+def later_keys(q: Tensor, rows: slice, seen: slice) -> Tensor:
+    """Minus infinity where a key is later than the query: [queries, keys]."""
+    hidden = q.new_full((rows.stop - rows.start, seen.stop - seen.start), float("-inf"))
+    return hidden.triu(rows.start - seen.start + 1)
 
 
 class PaddedDocuments(NamedTuple):

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from train.model.attention import attend_alone
+from train.model.attention import attend_separately
 from train.model.config import ModelConfig
 
 SMALLEST_BUCKET = 256
@@ -128,7 +128,7 @@ class PromptRows:
         q, k, v = (x[self._order] for x in (q, k, v))
         self._rows[layer, :, : len(k)] = torch.cat((k, v), dim=1).transpose(0, 1)
         if q.device.type == "cpu":
-            seen = torch.cat(list(attend_alone(q, k, v)))
+            seen = attend_separately(q, k, v, [len(q)])
         else:
             queries, keys, values = (x.transpose(0, 1)[None] for x in (q, k, v))
             seen = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=True)[0].transpose(
