@@ -5,8 +5,8 @@ sums. peft keeps its modules, names and files; only the calls differ. q, k, v re
 are added by the product that makes them, and backward keeps the rows, their products with A and, of a feed-forward network,
 gate and up: what else it needs it computes again.
 
-The surprising decision: nothing is done in place in a forward, even where it would save a copy. torch 2.11 then gives zero
-gradients without a word when compiled (pytorch#180642). Dropout, DoRA and LoRA of another dtype than the rows are peft's own
+The surprising decision: nothing is done in place in a forward that is compiled, even where it would save a copy. torch 2.11 then
+gives zero gradients without a word (pytorch#180642). Dropout, DoRA and LoRA of another dtype than the rows are peft's own
 work, which `is_fusable` leaves to it.
 
 Letters: R rows, r rank; a layer has W [out, in], and A [r, in], B [out, r] if it is adapted.
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from train.model.products import product
+from train.model.products import plus_product, product
 
 ADAPTER = "default"  # peft's name of the only one
 
@@ -83,7 +83,7 @@ class Projections(torch.autograd.Function):
         outputs = []
         for weight, _, up, scaling in layers:
             out = product(x, cast("Tensor", weight))
-            outputs.append(out if up is None else torch.addmm(out, next(parts), up.T, alpha=scaling))
+            outputs.append(out if up is None else plus_product(out, next(parts), up, scaling))
         ctx.scalings = scalings
         # The rows are for the gradients of A only: with nothing adapted here, nothing is kept.
         ctx.save_for_backward(x if downs else None, rows, *weights)
@@ -127,7 +127,7 @@ class SwigluDown(torch.autograd.Function):
         out, rows = product(hidden, weight), None
         if a is not None and b is not None:
             rows = product(hidden, a)
-            out = torch.addmm(out, rows, b.T, alpha=scaling)
+            out = plus_product(out, rows, b, scaling)
         ctx.scaling = scaling
         ctx.save_for_backward(gate, up, rows, weight, a, b)
         return out

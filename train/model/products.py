@@ -24,6 +24,13 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
+def plus_product(total: Tensor, x: Tensor, weight: Tensor, scale: float) -> Tensor:
+    """total [R, out] + scale x [R, in] weight^T; `total` is used up. No gradient is recorded."""
+    if torch.compiler.is_compiling():  # in place, torch 2.11 would give zero gradients without a word (pytorch#180642)
+        return torch.addmm(total, x, weight.T, alpha=scale)
+    return total.addmm_(x, weight.T, alpha=scale)
+
+
 @cache
 def takes_onednn() -> bool:
     """On AMD processors, if this build of torch has oneDNN's product of plain tensors."""
