@@ -18,7 +18,7 @@ from preprocess.features import stored_mel
 from shards.artifacts import WHISPER_FEATURES
 from shards.encoders import codec_on_cpu
 from shards.encoders.codec import Codec, codec_model, fill, load_codec
-from shards.encoders.codec_on_cpu import TiledBlock, is_strided_block, quicken
+from shards.encoders.codec_on_cpu import Changes, ChannelsLastConv, TiledBlock, is_strided_block, quicken
 from shards.errors import CheckpointError
 from shards.mel import rebuild_mel
 
@@ -164,16 +164,25 @@ def unchanged(folder: Path):
     return model.eval()
 
 
-def quickened(folder: Path, tile_bytes: int, with_linears: bool):
+def quickened(folder: Path, tile_bytes: int, changes: Changes):
     model = unchanged(folder)
-    quicken(model, tile_bytes, with_linears)
+    quicken(model, tile_bytes, changes)
     return model
 
 
-@pytest.mark.parametrize(("with_linears", "every"), [(True, 6), (False, 18)])
-def test_the_faster_encoder_gives_the_same_codes(tiny_dir, plain, repository, with_linears, every):
-    """Sample clips, and lengths from one frame on that end within, at and behind a tile."""
-    other = Codec(quickened(tiny_dir / "codec", 1 << 15, with_linears), "cpu")
+@pytest.mark.parametrize(
+    ("linears", "convolutions", "numpy_sine", "every"),
+    [(True, True, True, 6), (True, False, False, 18), (False, True, False, 18), (False, False, True, 18)],
+)
+def test_the_faster_encoder_gives_the_same_codes(
+    tiny_dir, plain, repository, linears, convolutions, numpy_sine, every, monkeypatch
+):
+    """Sample clips, and lengths from one frame on that end within, at and behind a tile; whatever processor this is."""
+    other = Codec(quickened(tiny_dir / "codec", 1 << 15, Changes(linears, convolutions)), "cpu")
+    monkeypatch.setattr(codec_on_cpu, "has_avx512", lambda: numpy_sine)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # what decides; the products keep theirs
+    parts = list(other._model.modules())
+    assert sum(isinstance(part, ChannelsLastConv) for part in parts) == (7 * codec_on_cpu.NUM_TILED + 1) * convolutions
     paths = sorted((repository / "tests/data/arabic-mini").glob("*.flac"))
     assert len(paths) == 72
     waves = [decode(path.read_bytes(), AudioLimits()).wave for path in paths[::every]]
@@ -197,7 +206,7 @@ def test_a_tile_sees_all_that_its_outputs_depend_on(tiny_dir, num_samples):
 
 
 def test_where_codes_would_differ_the_plain_encoder_is_kept(tiny_dir, plain, wave, monkeypatch, caplog):
-    def inexact(model, with_linears=None) -> None:
+    def inexact(model, changes=None) -> None:
         setattr(model, "fc" if hasattr(model, "fc") else "fc_prior", torch.nn.Identity())
 
     monkeypatch.setattr(codec_on_cpu, "quicken", inexact)
@@ -207,29 +216,86 @@ def test_where_codes_would_differ_the_plain_encoder_is_kept(tiny_dir, plain, wav
 
 
 @pytest.mark.parametrize(
-    ("fault", "num_tiled", "said"),
+    ("faults", "kept", "said"),
     [
-        ("linears", codec_on_cpu.NUM_TILED, "oneDNN's linear layers give other codes for noise; MKL's are used"),
-        ("tiles", 0, "the plain one is used"),
+        ({"linears"}, {"tiles", "convolutions"}, ["oneDNN's linear layers give other codes for noise; MKL's are used"]),
+        (
+            {"convolutions"},
+            {"tiles", "linears"},
+            ["convolutions over channels side by side give other codes for noise"],
+        ),
+        ({"linears", "convolutions"}, {"tiles"}, ["oneDNN's linear layers", "channels side by side"]),
+        ({"tiles"}, set(), ["the plain one is used"]),
     ],
 )
-def test_what_is_inexact_here_is_left_out_and_told(tiny_dir, plain, wave, monkeypatch, fault, num_tiled, said):
-    """A processor whose product, or whose sine over tiles, is off by a percent."""
-    monkeypatch.setattr(codec_on_cpu, "is_amd", lambda: True)
-    if fault == "linears":
+def test_what_is_inexact_here_is_left_out_and_told(tiny_dir, plain, wave, monkeypatch, faults, kept, said):
+    """A processor whose products, whose convolutions in another layout or whose sine over tiles are off by a percent."""
+    monkeypatch.setattr(codec_on_cpu, "worthwhile", lambda: Changes(linears=True, convolutions=True))
+    if "linears" in faults:
         exact = codec_on_cpu.OneDnnLinear.forward
         monkeypatch.setattr(codec_on_cpu.OneDnnLinear, "forward", lambda layer, x: 1.01 * exact(layer, x))
-    else:
+    if "convolutions" in faults:
+        convolved = ChannelsLastConv.convolved
+        monkeypatch.setattr(ChannelsLastConv, "convolved", lambda conv, x, padding: 1.01 * convolved(conv, x, padding))
+    if "tiles" in faults:
         snaked = codec_on_cpu.snaked
         monkeypatch.setattr(codec_on_cpu, "snaked", lambda x, snake: 1.01 * snaked(x, snake))
     told: list[str] = []
     codec = load_codec(tiny_dir / "codec", tell=told.append)
-    assert len(told) == 1
-    assert said in told[0]
+    assert len(told) == len(said)
+    assert all(part in line for part, line in zip(said, told, strict=True)), told
+    kinds = {"tiles": TiledBlock, "linears": codec_on_cpu.OneDnnLinear, "convolutions": ChannelsLastConv}
     parts = list(codec._model.modules())
-    assert sum(isinstance(part, TiledBlock) for part in parts) == num_tiled
-    assert not any(isinstance(part, codec_on_cpu.OneDnnLinear) for part in parts)
+    assert {kind for kind, of in kinds.items() if any(isinstance(part, of) for part in parts)} == kept
     np.testing.assert_array_equal(codec.encode(wave), plain.encode(wave))
+
+
+@pytest.mark.parametrize(
+    "form", [(8, 12, 7, 1, 9, 27, 1), (8, 16, 16, 8, 1, 4, 1), (12, 12, 8, 1, 1, 4, 3), (4, 8, 1, 1, 1, 0, 1)]
+)
+@pytest.mark.parametrize("num_samples", [1, 63, 64, 500])
+def test_convolutions_in_another_layout_are_the_same_sums(form, num_samples):
+    channels, out, kernel, stride, dilation, padding, groups = form
+    conv = torch.nn.Conv1d(channels, out, kernel, stride, padding, dilation, groups)
+    other = codec_on_cpu.channels_last(conv)
+    assert other is not None
+    x = torch.randn(2, channels, max(num_samples, kernel), generator=torch.Generator().manual_seed(0))
+    expected, found = conv(x), other(x)
+    assert found.stride(1) == 1 or found.shape[2] == 1, "the next layer reads what this one wrote, without a copy"
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    rows = x.transpose(1, 2).contiguous().transpose(1, 2)
+    torch.testing.assert_close(other(rows), expected, rtol=0, atol=1e-5)
+
+
+def test_a_convolution_whose_weight_is_made_anew_is_left_alone():
+    conv = torch.nn.Conv1d(4, 4, 3, padding=1)
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        torch.nn.utils.weight_norm(conv)
+    assert codec_on_cpu.channels_last(conv) is None
+    assert codec_on_cpu.channels_last(torch.nn.Conv1d(4, 4, 3, padding="same")) is None
+    assert codec_on_cpu.channels_last(torch.nn.Conv1d(4, 4, 3, padding=1, padding_mode="reflect")) is None
+    assert codec_on_cpu.channels_last(torch.nn.Linear(4, 4)) is None
+
+
+def test_numpy_computes_the_sine_of_one_thread_in_float32_alone(monkeypatch):
+    """Anything else stays torch's: several threads share it there, and gradients know of it."""
+    monkeypatch.setattr(codec_on_cpu, "has_avx512", lambda: True)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    calls: list[int] = []
+    sine = np.sin
+    monkeypatch.setattr(np, "sin", lambda x, out: (calls.append(x.size), sine(x, out=out)))
+    x = 100 * torch.randn(1, 6, 50, generator=torch.Generator().manual_seed(0))
+    for values in (x.clone(), x.transpose(1, 2).contiguous().transpose(1, 2)):
+        codec_on_cpu.sine_in_place(values)
+        torch.testing.assert_close(values, x.sin(), rtol=0, atol=1e-6)
+    assert calls == [300, 300]
+    codec_on_cpu.sine_in_place(x.bfloat16())
+    codec_on_cpu.sine_in_place(x.clone().requires_grad_().mul(1))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    codec_on_cpu.sine_in_place(x.clone())
+    monkeypatch.setattr(codec_on_cpu, "has_avx512", lambda: False)
+    codec_on_cpu.sine_in_place(x.clone())
+    assert calls == [300, 300]
 
 
 def test_the_loaded_codec_is_the_faster_one(codec):

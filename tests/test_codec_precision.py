@@ -166,7 +166,7 @@ def test_inspect_decodes_a_bf16_data_set_and_says_what_it_is(bf16_job, tiny_dir,
 
 
 def test_what_every_worker_says_of_its_codec_is_told_once(tiny_dir, arabic_mini, tmp_path, monkeypatch, capsys):
-    def inexact(model, with_linears=None) -> None:
+    def inexact(model, changes=None) -> None:
         setattr(model, "fc" if hasattr(model, "fc") else "fc_prior", torch.nn.Identity())
 
     monkeypatch.setattr(codec_on_cpu, "quicken", inexact)

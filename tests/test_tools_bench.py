@@ -23,6 +23,15 @@ def test_bench_preprocess_stores_every_figure(run_command, tmp_path):
     assert len(codec["audio_s_per_core_s"]["ours"]) == len(codec["lengths_s"]) == len(codec["gain"])
     assert codec["num_codes_that_differ"] == 0
     assert codec["num_distinct_codes"] > 100, "codes of empty codebooks are all equal, which shows nothing"
+    names = [
+        "HuBERT, convolutions",
+        "HuBERT, transformer",
+        "semantic encoder",
+        *(f"acoustic block {n}" for n in range(5)),
+    ]
+    assert [part["part"] for part in codec["parts"]] == names
+    assert all(part["gflop"] > 0 and set(part["ms"]) == {"ours", "plain"} for part in codec["parts"])
+    assert "acoustic block 0" in result.stdout
     assert set(jobs["audio_s_per_s"]) == set(jobs["parallel_efficiency"]) == set(jobs["busy_cores"]) == {"1", "2"}
     assert jobs["deduplication_gain"] > 0
     assert jobs["gain_over_plain_loop"] > 0

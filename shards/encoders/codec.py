@@ -109,7 +109,7 @@ def load_codec(
 
     is_bf16 = precision == "bf16"
     if device == "cpu":
-        model = _faster_on_cpu(build, with_linears=False if is_bf16 else None, tell=tell)
+        model = _faster_on_cpu(build, in_float32=not is_bf16, tell=tell)
     else:
         model = build()
     if is_bf16:
@@ -122,13 +122,14 @@ def load_codec(
     return Codec(model, device)
 
 
-def _faster_on_cpu(build: Callable[[], nn.Module], with_linears: bool | None, tell: Callable[[str], None]) -> Any:
+def _faster_on_cpu(build: Callable[[], nn.Module], in_float32: bool, tell: Callable[[str], None]) -> Any:
     import torch
 
-    from shards.encoders.codec_on_cpu import faster
+    from shards.encoders.codec_on_cpu import Changes, faster
 
     noise = 0.1 * torch.randn(1, 1, CHECK_FRAMES * HOP, generator=torch.Generator().manual_seed(0))
-    return faster(build, noise, with_linears, tell)
+    # What oneDNN packs is float32; autocast chooses by itself.
+    return faster(build, noise, None if in_float32 else Changes(linears=False, convolutions=False), tell)
 
 
 def _pickled_tensors(path: Path) -> dict[str, Tensor]:

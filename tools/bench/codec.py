@@ -1,9 +1,9 @@
 """What `bench preprocess` measures of the codec: the encoder as the workers run it against the model as it is published.
 
 In: a codec folder. Out: audio seconds per core second of one thread at several lengths, the share of codes that differ, peak
-memory, and this core's float32 product rate, which bounds both sides. Each side runs in a process of its own, with the memory
-settings its users have: ours with those that stage one gives its workers, the plain one with none. Sides take turns, so that
-a change of the machine's speed meets both.
+memory, the rate of each part, and this core's float32 product rate, which bounds them all. Each side runs in a process of its
+own, with the memory settings its users have: ours with those that stage one gives its workers, the plain one with none. Sides
+take turns, so that a change of the machine's speed meets both. Operations are counted in the plain model, timed in both.
 """
 
 from __future__ import annotations
@@ -12,15 +12,21 @@ import json
 import resource
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from shards.terminal import print_json
 
+if TYPE_CHECKING:
+    from shards.encoders.codec import Codec
+
 LENGTHS_S = (2.0, 4.0, 8.0, 15.0, 30.0)
 SIDES = ("ours", "plain")
+PARTS_S = 4.0  # of audio, by which parts are timed
+PARTS_REPEATS = 3
 FLOP_PER_AUDIO_S = 31.97e9  # of the released sizes, by torch.utils.flop_counter
 
 
@@ -49,17 +55,28 @@ def bench_codec(folder: Path, rounds: int, lengths_s: tuple[float, ...] = LENGTH
         "num_codes": len(ours),
         "num_codes_that_differ": int((ours != plain).sum()),
         "num_distinct_codes": len(np.unique(ours)),
+        "parts": rates_of_parts(results),
         "peak_mb": {side: max(result["peak_mb"] for result in results[side]) for side in SIDES},
         "product_gflops": float(np.median([result["product_gflops"] for result in results["ours"]])),
         "all_rounds": {side: [result["rates"] for result in results[side]] for side in SIDES},
     }
 
 
+def rates_of_parts(results: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Of each part: GFLOP and milliseconds (of both sides, medians) for a second of audio, GFLOP/s of ours."""
+    rows = []
+    for name, flop in results["plain"][0]["flop_of_parts"].items():
+        ms = {side: float(np.median([one["ms_of_parts"][name] for one in results[side]])) for side in SIDES}
+        gflop = flop / 1e9 / PARTS_S
+        rows.append({"part": name, "gflop": gflop, "ms": ms, "gflops": 1e3 * gflop / ms["ours"]})
+    return rows
+
+
 def measure(side: str, settings: dict[str, Any]) -> dict[str, Any]:
     """One side in this process: audio seconds per second of processor time, once per length after one warm-up."""
     import torch
 
-    from shards.encoders.codec import Codec, load_codec
+    from shards.encoders.codec import load_codec
     from shards.sequence import SAMPLE_RATE
 
     torch.set_num_threads(1)
@@ -72,12 +89,63 @@ def measure(side: str, settings: dict[str, Any]) -> dict[str, Any]:
         started = time.process_time()
         codes.append(codec.encode(wave).tolist())
         rates.append(len(wave) / SAMPLE_RATE / (time.process_time() - started))
+    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    parts = calls_of_parts(codec, speech_of(PARTS_S, seed=0))
     return {
         "rates": rates,
         "codes": codes,
-        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_mb": peak_mb,
+        "ms_of_parts": {name: processor_ms(call) / PARTS_S for name, call in parts.items()},
+        "flop_of_parts": {name: counted_flop(call) for name, call in parts.items()} if side == "plain" else {},
         "product_gflops": product_gflops(),
     }
+
+
+def calls_of_parts(codec: Codec, wave: np.ndarray) -> dict[str, Callable[[], Any]]:
+    """Each part of the encoder, called with what it is given while `wave` [S] is encoded; parts do not overlap."""
+    model: Any = codec._model
+    hubert = model.semantic_model
+    modules = {
+        "HuBERT, convolutions": hubert.feature_extractor,
+        "HuBERT, transformer": hubert.encoder,
+        "semantic encoder": model.encoder_semantic,
+    }
+    modules |= {f"acoustic block {place}": block for place, block in enumerate(model.acoustic_encoder.block)}
+    calls: dict[str, Callable[[], Any]] = {}
+
+    def note(name: str) -> Any:
+        def hook(module: Any, given: Any, named: Any) -> None:
+            calls[name] = lambda: module.forward(*given, **named)
+
+        return hook
+
+    hooks = [module.register_forward_pre_hook(note(name), with_kwargs=True) for name, module in modules.items()]
+    codec.encode(wave)
+    for hook in hooks:
+        hook.remove()
+    return calls
+
+
+def processor_ms(call: Callable[[], Any]) -> float:
+    """The least of some, after one to warm up."""
+    import torch
+
+    took = []
+    with torch.inference_mode():
+        for _ in range(1 + PARTS_REPEATS):
+            started = time.process_time()
+            call()
+            took.append(1e3 * (time.process_time() - started))
+    return min(took[1:])
+
+
+def counted_flop(call: Callable[[], Any]) -> int:
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
 
 
 def plain_codec(folder: Path) -> Any:

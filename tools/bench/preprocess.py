@@ -298,6 +298,10 @@ def print_figures(figures: dict[str, Any], out: Path) -> None:
             share = rate * FLOP_PER_AUDIO_S / 1e9 / codec["product_gflops"]
             beside += f"; {share:.0%} of this core's {codec['product_gflops']:.0f} GFLOP/s"
         rows.append((f"codec, one core, clips of {length_s:g} s", f"{rate:.2f} audio-s per core-s", beside))
+    for part in codec["parts"]:
+        share = f"; {part['gflops'] / codec['product_gflops']:.0%}" if figures["settings"]["codec"] == "full" else ""
+        times = f"{part['ms']['ours']:.1f} ms per audio-s, {part['ms']['plain']:.1f} without changes"
+        rows.append((f"- {part['part']}", times, f"{part['gflops']:.0f} GFLOP/s{share}"))
     different = f"{codec['num_codes_that_differ']} of {codec['num_codes']} codes"
     peaks = f"peak {codec['peak_mb']['ours']:.0f} MB, {codec['peak_mb']['plain']:.0f} MB without changes"
     rows.append(("codes that differ between the two", different, peaks))
