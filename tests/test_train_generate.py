@@ -273,7 +273,8 @@ def test_the_audio_path_says_what_the_modules_say(
             positions = len(prompt) + torch.arange(10)
             said.append([path(columns[i], positions[i : i + 1], cache, len(prompt) + i + 1) for i in range(10)])
     for ours, modules in zip(*said, strict=True):
-        torch.testing.assert_close(ours, modules, rtol=1e-4, atol=1e-4)
+        # Sums in another order: 1e-5 of the largest logit apart with AVX-512 and this adapter, which makes rows far from small.
+        torch.testing.assert_close(ours, modules, rtol=0, atol=2e-5 * modules.abs().max().item())
 
 
 def test_weights_in_training_stay_where_they_are(model_dir):

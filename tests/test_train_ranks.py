@@ -106,12 +106,15 @@ def adapter(run: Path) -> dict:
     return load_file(run / "checkpoints" / f"checkpoint-{STEPS}" / "adapter" / "adapter_model.safetensors")
 
 
-def same_adapter(found: Path, expected: Path, atol: float = 1e-6) -> None:
+def same_adapter(found: Path, expected: Path, strays: int = 0) -> None:
+    """Every weight within 1e-6, but for at most so many `strays` of all, which stay within a tenth of one step of 1e-3."""
     one, other = adapter(expected), adapter(found)
     assert {name: tensor.shape for name, tensor in one.items()} == {name: t.shape for name, t in other.items()}
-    for name in one:
-        # AdamW divides by the root of tiny second moments; summation order shows there first.
-        np.testing.assert_allclose(one[name].numpy(), other[name].numpy(), rtol=0, atol=atol, err_msg=name)
+    apart = {name: (one[name] - other[name]).abs() for name in one}
+    beyond = {name: int((far > 1e-6).sum()) for name, far in apart.items()}
+    worst = max(apart, key=lambda name: apart[name].max())
+    assert sum(beyond.values()) <= strays, (worst, apart[worst].max(), beyond)
+    assert apart[worst].max() < 1e-4, worst
 
 
 @pytest.fixture(scope="module")
@@ -140,10 +143,11 @@ def test_ranks_accumulation_and_options_do_not_change_a_step(alone, train_run, g
     run = train_run("run", gpus, *settings)
     same_history(run, history(alone))
     same_metrics_of_data_sets(run, alone)
-    # Layer by layer and compiled each sum has another order, on AMD processors another library's: weights whose gradient is
-    # near nothing were 1.04e-6 apart after five steps of 1e-3.
+    # Layer by layer and compiled each sum has another order, on AMD processors another library's. AdamW divides by the root of
+    # tiny second moments, so a weight whose gradient is near nothing goes where rounding says: one of all was 1.2e-5 apart after
+    # five steps of 1e-3 (AVX-512). One pack counted 1 % less in one step moves hundreds beyond 1e-6.
     sums_otherwise = {"train.fused_lora=off", "train.compile=aot_eager"} & set(settings)
-    same_adapter(run, alone, atol=5e-6 if sums_otherwise else 1e-6)
+    same_adapter(run, alone, strays=2 if sums_otherwise else 0)
     assert len(adapter(run)) == 2 * (4 * 10 + 1)  # ten linear layers in each of four, and the audio head
     if (gpus, settings) == (2, []):  # what two ranks wrote is merged as what one has written
         merge_checkpoint(run, tmp_path / "of-two")
