@@ -26,6 +26,7 @@ INLINE_KEYS = frozenset({"rawaudio", "audiobytes", "audiodata", "inputaudio", "a
 PART_KEYS = frozenset(
     {"offset", "duration", "start", "end", "starttime", "endtime", "startsec", "endsec", "starts", "ends"}
 )
+USUAL_KEYS = frozenset({"type", "text", "audio_url", "offset", "duration"})  # of an item that needs no closer look
 HINTS = {
     "data": "the audio itself stands in the list: write it to a file",
     "file": "write the plain path, without file://",
@@ -41,9 +42,8 @@ def not_a_file(row: Any) -> str | None:
 def part_in_other_words(row: Any) -> str | None:
     """Why a part of a file that an audio item of a row names would not be taken; None where it names none, or as it must."""
     for item in _items(row):
-        for key, value in item.items() if "audio_url" in item else ():
-            plain = key.lower().replace("_", "").replace("-", "")
-            if plain in PART_KEYS and key not in ("offset", "duration") and type(value) in (int, float):
+        for key, value in item.items() if "audio_url" in item and not item.keys() <= USUAL_KEYS else ():
+            if _plain(key) in PART_KEYS and key not in USUAL_KEYS and type(value) in (int, float):
                 return f"{key[:20]} of an audio item; a part of a file is named by offset and duration, in seconds"
     return None
 
@@ -52,12 +52,18 @@ def _items(row: Any) -> Iterator[dict[str, Any]]:
     messages = row.get("messages") if isinstance(row, dict) else None
     for message in messages if isinstance(messages, list) else []:
         content = message.get("content") if isinstance(message, dict) else None
-        yield from (item for item in (content if isinstance(content, list) else []) if isinstance(item, dict))
+        for item in content if isinstance(content, list) else ():
+            if isinstance(item, dict):
+                yield item
+
+
+def _plain(key: str) -> str:
+    return key.lower().replace("_", "").replace("-", "")
 
 
 def _fault_of_item(item: dict[str, Any]) -> str | None:
-    for key, value in item.items():
-        if value and key.lower().replace("_", "").replace("-", "") in INLINE_KEYS:
+    for key, value in item.items() if not item.keys() <= USUAL_KEYS else ():
+        if value and _plain(key) in INLINE_KEYS:
             return f"{key} holds the audio itself; {SUPPORTED}: write it to a file"
     url = item.get("audio_url")
     return fault_of_url(url) if isinstance(url, str) else None
