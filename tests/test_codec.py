@@ -174,13 +174,9 @@ def quickened(folder: Path, tile_bytes: int, changes: Changes):
     ("linears", "convolutions", "numpy_sine", "every"),
     [(True, True, True, 6), (True, False, False, 18), (False, True, False, 18), (False, False, True, 18)],
 )
-def test_the_faster_encoder_gives_the_same_codes(
-    tiny_dir, plain, repository, linears, convolutions, numpy_sine, every, monkeypatch
-):
+def test_the_faster_encoder_gives_the_same_codes(tiny_dir, plain, repository, linears, convolutions, numpy_sine, every):
     """Sample clips, and lengths from one frame on that end within, at and behind a tile; whatever processor this is."""
-    other = Codec(quickened(tiny_dir / "codec", 1 << 15, Changes(linears, convolutions)), "cpu")
-    monkeypatch.setattr(codec_on_cpu, "has_avx512", lambda: numpy_sine)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # what decides; the products keep theirs
+    other = Codec(quickened(tiny_dir / "codec", 1 << 15, Changes(linears, convolutions, numpy_sine)), "cpu")
     parts = list(other._model.modules())
     assert sum(isinstance(part, ChannelsLastConv) for part in parts) == (7 * codec_on_cpu.NUM_TILED + 1) * convolutions
     paths = sorted((repository / "tests/data/arabic-mini").glob("*.flac"))
@@ -218,19 +214,29 @@ def test_where_codes_would_differ_the_plain_encoder_is_kept(tiny_dir, plain, wav
 @pytest.mark.parametrize(
     ("faults", "kept", "said"),
     [
-        ({"linears"}, {"tiles", "convolutions"}, ["oneDNN's linear layers give other codes for noise; MKL's are used"]),
+        (set(), {"tiles", "linears", "convolutions", "sine"}, []),
+        (
+            {"linears"},
+            {"tiles", "convolutions", "sine"},
+            ["oneDNN's linear layers give other codes for noise; MKL's are used"],
+        ),
         (
             {"convolutions"},
-            {"tiles", "linears"},
+            {"tiles", "linears", "sine"},
             ["convolutions over channels side by side give other codes for noise"],
         ),
-        ({"linears", "convolutions"}, {"tiles"}, ["oneDNN's linear layers", "channels side by side"]),
+        ({"sine"}, {"tiles", "linears", "convolutions"}, ["numpy's sine gives other codes for noise; torch's is used"]),
+        ({"linears", "convolutions"}, {"tiles", "sine"}, ["oneDNN's linear layers", "channels side by side"]),
+        ({"linears", "convolutions", "sine"}, {"tiles"}, ["linear layers", "channels side by side", "numpy's sine"]),
         ({"tiles"}, set(), ["the plain one is used"]),
     ],
 )
 def test_what_is_inexact_here_is_left_out_and_told(tiny_dir, plain, wave, monkeypatch, faults, kept, said):
     """A processor whose products, whose convolutions in another layout or whose sine over tiles are off by a percent."""
-    monkeypatch.setattr(codec_on_cpu, "worthwhile", lambda: Changes(linears=True, convolutions=True))
+    monkeypatch.setattr(codec_on_cpu, "worthwhile", lambda: Changes(linears=True, convolutions=True, sine=True))
+    sine = np.sin
+    if "sine" in faults:
+        monkeypatch.setattr(np, "sin", lambda x, **to: sine(1.01 * x, **to))
     if "linears" in faults:
         exact = codec_on_cpu.OneDnnLinear.forward
         monkeypatch.setattr(codec_on_cpu.OneDnnLinear, "forward", lambda layer, x: 1.01 * exact(layer, x))
@@ -246,7 +252,8 @@ def test_what_is_inexact_here_is_left_out_and_told(tiny_dir, plain, wave, monkey
     assert all(part in line for part, line in zip(said, told, strict=True)), told
     kinds = {"tiles": TiledBlock, "linears": codec_on_cpu.OneDnnLinear, "convolutions": ChannelsLastConv}
     parts = list(codec._model.modules())
-    assert {kind for kind, of in kinds.items() if any(isinstance(part, of) for part in parts)} == kept
+    found = {kind for kind, of in kinds.items() if any(isinstance(part, of) for part in parts)}
+    assert found | {"sine" for part in parts if getattr(part, "uses_numpy", False)} == kept
     np.testing.assert_array_equal(codec.encode(wave), plain.encode(wave))
 
 
@@ -277,25 +284,33 @@ def test_a_convolution_whose_weight_is_made_anew_is_left_alone():
     assert codec_on_cpu.channels_last(torch.nn.Linear(4, 4)) is None
 
 
-def test_numpy_computes_the_sine_of_one_thread_in_float32_alone(monkeypatch):
-    """Anything else stays torch's: several threads share it there, and gradients know of it."""
-    monkeypatch.setattr(codec_on_cpu, "has_avx512", lambda: True)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+def test_numpy_computes_the_sine_in_float32_alone(monkeypatch):
+    """Anything else stays torch's: numpy knows no bfloat16 and no gradients."""
     calls: list[int] = []
     sine = np.sin
     monkeypatch.setattr(np, "sin", lambda x, out: (calls.append(x.size), sine(x, out=out)))
-    x = 100 * torch.randn(1, 6, 50, generator=torch.Generator().manual_seed(0))
-    for values in (x.clone(), x.transpose(1, 2).contiguous().transpose(1, 2)):
-        codec_on_cpu.sine_in_place(values)
-        torch.testing.assert_close(values, x.sin(), rtol=0, atol=1e-6)
+    alpha = torch.full((1, 6, 1), 2.0)
+    theirs, numpys = (codec_on_cpu.Snake(SimpleNamespace(alpha=alpha), uses_numpy) for uses_numpy in (False, True))
+    x = 30 * torch.randn(1, 6, 50, generator=torch.Generator().manual_seed(0))
+    for rows in (x, x.transpose(1, 2).contiguous().transpose(1, 2)):
+        torch.testing.assert_close(numpys(rows), theirs(rows), rtol=1e-6, atol=1e-6)
     assert calls == [300, 300]
-    codec_on_cpu.sine_in_place(x.bfloat16())
-    codec_on_cpu.sine_in_place(x.clone().requires_grad_().mul(1))
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    codec_on_cpu.sine_in_place(x.clone())
-    monkeypatch.setattr(codec_on_cpu, "has_avx512", lambda: False)
-    codec_on_cpu.sine_in_place(x.clone())
+    halves = [
+        codec_on_cpu.Snake(SimpleNamespace(alpha=alpha.bfloat16()), uses_numpy)(x.bfloat16())
+        for uses_numpy in (False, True)
+    ]
+    assert torch.equal(*halves)
+    learned = x.clone().requires_grad_()
+    numpys(learned).sum().backward()
+    torch.testing.assert_close(learned.grad, 1 + (4 * x).sin(), rtol=1e-3, atol=1e-3)
     assert calls == [300, 300]
+
+
+@pytest.mark.parametrize(("is_wide", "threads", "chosen"), [(True, 1, True), (True, 2, False), (False, 1, False)])
+def test_the_sine_is_numpys_for_one_thread_with_avx512(monkeypatch, is_wide, threads, chosen):
+    monkeypatch.setattr(codec_on_cpu, "has_avx512", lambda: is_wide)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert codec_on_cpu.worthwhile() == Changes(codec_on_cpu.is_amd(), convolutions=is_wide, sine=chosen)
 
 
 def test_the_loaded_codec_is_the_faster_one(codec):

@@ -18,7 +18,7 @@ from shards.config import SequenceSection
 from shards.sequence import SequenceBuilder
 from train.config import LoraSection, LossSection
 from train.model import attention
-from train.model.attention import AGREE_WITHIN, Documents, choose_attention, disagreement
+from train.model.attention import AGREE_WITHIN, Documents, attend_separately, choose_attention, disagreement
 from train.model.batch import PackedBatch, pack
 from train.model.build import prepare_blocks
 from train.model.lora import add_lora, lora_parameters
@@ -179,6 +179,53 @@ def test_the_kernel_is_used_only_where_it_runs_and_agrees(model_dir, monkeypatch
         with caplog.at_level(logging.WARNING, logger="train"):
             assert choose_attention(config, cuda, torch.bfloat16, is_compiled=True) == kind
         assert (logged in caplog.text) if logged else not caplog.text
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (4, 1)])
+@pytest.mark.parametrize("lengths", [[1], [63, 64, 65], [2, 513], [300, 1, 129]], ids=str)
+def test_documents_one_by_one_are_the_formula(heads, groups, lengths):
+    """Values and gradients against softmax written out, in float64."""
+    draw = torch.Generator().manual_seed(0)
+    shapes = [(sum(lengths), heads, 8), (sum(lengths), groups, 8), (sum(lengths), groups, 8)]
+    inputs = [torch.randn(shape, generator=draw, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    weight = torch.randn(sum(lengths), heads, 8, generator=draw, dtype=torch.float64)
+    found = attend_separately(*inputs, lengths=lengths)
+    expected = torch.cat([written_out(*document) for document in zip(*(x.split(lengths) for x in inputs), strict=True)])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+    gradients = (torch.autograd.grad((out * weight).sum(), inputs) for out in (found, expected))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+
+
+def written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """One document: q [n, H, E], k and v [n, G, E] -> [n, H, E]."""
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    scores = torch.einsum("qhe,khe->hqk", q, k) / q.shape[2] ** 0.5
+    scores = scores.masked_fill(torch.ones(scores.shape[1:], dtype=torch.bool).triu(1), float("-inf"))
+    return torch.einsum("hqk,khe->qhe", scores.softmax(dim=-1), v)
+
+
+def test_gradients_of_many_chunks_are_not_rounded_one_by_one():
+    """A key of a long document in bf16 is seen by 24 chunks of queries: no worse than the kernel called once."""
+    draw = torch.Generator().manual_seed(0)
+    exact = [torch.randn(1500, 4, 32, generator=draw).bfloat16().double().requires_grad_() for _ in range(3)]
+    rough = [x.detach().bfloat16().requires_grad_() for x in exact]
+    weight = torch.randn(1500, 4, 32, generator=draw).bfloat16()
+    expected = torch.autograd.grad((attend_separately(*exact, lengths=[1500]) * weight.double()).sum(), exact)
+    found = torch.autograd.grad((attend_separately(*rough, lengths=[1500]) * weight).sum(), rough)
+    for ours, theirs in zip(found[1:], expected[1:], strict=True):
+        off = (ours.double() - theirs).norm() / theirs.norm()
+        assert off < 0.006, "0.004-0.005 in float32 sums; 0.008 where each chunk is rounded to bf16"
+
+
+def test_what_the_kernel_would_not_look_at_is_refused():
+    q, k, v = (torch.randn(70, 4, 8) for _ in range(3))
+    with pytest.raises(AssertionError, match="rows of no document"):
+        attend_separately(q, k, v, [40])
+    with pytest.raises(AssertionError, match="side by side"):
+        attend_separately(torch.randn(70, 8, 4).transpose(1, 2), k, v, [70])
+    with pytest.raises(Exception, match="without a word"):
+        torch.compile(attend_separately, backend="eager", fullgraph=True)(q, k, v, [70])
 
 
 def test_documents_go_to_a_device_whole(batches):

@@ -165,6 +165,39 @@ def test_freed_memory_is_kept_unless_the_user_says_otherwise(repository):
     assert faults("") > most
 
 
+HELD_BY_A_CHILD = """
+import os
+from pathlib import Path
+from webdataset.pipeline import DataPipeline
+from train.data import loader
+from train.heap import keep_freed_memory
+
+def held_mb():
+    lines = Path(f"/proc/{os.getpid()}/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) // 1024
+
+def packs():
+    yield held_mb()
+
+loader.share_memory = lambda pack: pack
+before = held_mb()
+keep_freed_memory()
+del [bytearray(400 << 20)][:]
+print(held_mb() - before, next(loader.run_pipeline(DataPipeline(packs), 1)) - before)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="what is said to glibc")
+def test_loader_processes_do_not_hold_what_their_parent_freed(repository):
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    command = [sys.executable, "-c", HELD_BY_A_CHILD]
+    done = subprocess.run(command, cwd=repository, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    parent, child = map(int, done.stdout.split())
+    assert parent > 390, "400 MB freed and kept"
+    assert child < 100, done.stdout
+
+
 # --- through the real loop ------------------------------------------------------------------------------------------
 
 

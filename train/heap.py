@@ -4,12 +4,14 @@ In: the environment. Out: glibc, told for this process. A step frees and takes a
 which glibc gives back; each time the system maps and clears their pages anew, 240,000 page faults a step at the sizes of
 `bench train` and a tenth of its time (NOTES.md). Stage one's workers do the same by variables (`preprocess.workers`), which
 only a process that is yet to start would read. The price: the heaviest pack's memory stays taken until the process ends, and
-a few percent more where blocks of other sizes leave gaps. Settings of the user's own stay in force.
+a few percent more where blocks of other sizes leave gaps. Settings of the user's own stay in force. Before a fork what is free
+is given back, once: a child would hold on to all of it while its parent fills pages of its own.
 """
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 from collections.abc import Mapping
 
@@ -24,3 +26,11 @@ def keep_freed_memory(environment: Mapping[str, str] = os.environ) -> None:
     if mallopt and not told and "glibc.malloc" not in environment.get("GLIBC_TUNABLES", ""):
         mallopt(MMAP_MAX, 0)
         mallopt(TRIM_THRESHOLD, NEVER)
+
+
+def give_back_freed_memory() -> None:
+    """To the system, all that is free now; under glibc, elsewhere nothing."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim:
+        trim(0)

@@ -9,8 +9,6 @@ last probe is the budget itself. The price is the time of two to five steps at t
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import logging
 import math
 import os
@@ -24,6 +22,7 @@ import torch
 from shards.errors import ConfigError
 from train.config import TrainConfig
 from train.data.heaviest_pack import PackCosts, PackSource
+from train.heap import give_back_freed_memory
 from train.model.batch import PackedBatch
 from train.model.build import compile_backend
 from train.model.decoder import DecoderLayer, HiggsAudio
@@ -239,13 +238,8 @@ class DeviceMemory:
 class HostMemory:
     """This process's part of the machine's memory, from Linux's /proc (man proc: VmHWM, clear_refs)."""
 
-    def __init__(self) -> None:
-        self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
-
     def in_use(self) -> int:
-        gc.collect()
-        if self._trim:
-            self._trim(0)  # what was freed, but not given back to the system
+        give_back_freed_memory()
         return self._field("/proc/self/status", "VmRSS")
 
     def room(self, share: float) -> int:

@@ -129,7 +129,7 @@ def _faster_on_cpu(build: Callable[[], nn.Module], in_float32: bool, tell: Calla
 
     noise = 0.1 * torch.randn(1, 1, CHECK_FRAMES * HOP, generator=torch.Generator().manual_seed(0))
     # What oneDNN packs is float32; autocast chooses by itself.
-    return faster(build, noise, None if in_float32 else Changes(linears=False, convolutions=False), tell)
+    return faster(build, noise, None if in_float32 else Changes(), tell)
 
 
 def _pickled_tensors(path: Path) -> dict[str, Tensor]:

@@ -2,10 +2,10 @@
 
 In: a codec model of either implementation. Out: the same model, whose first acoustic blocks run over tiles that stay in the
 cache, whose linear layers run in oneDNN and, with AVX-512, whose convolutions of tiles and of HuBERT's positions read channels
-side by side in memory. A tile reads its exact surroundings, so each of its outputs is the same sum of the same numbers as before;
-the other changes add in another order, which moves embeddings in the last bits. Since nothing may be exact on a machine that
-nobody has seen, `faster` encodes noise both ways and leaves out what changes a code or moves features. The price is that check at
-each load, about a second.
+side by side in memory and whose sine is numpy's. A tile reads its exact surroundings, so by itself it sums the same numbers as
+before; the other changes move embeddings in the last bits. Since nothing may be exact on a machine that nobody has seen,
+`faster` encodes noise both ways and leaves out what changes a code or moves features. The price is that check at each load, a
+second or so.
 
 Why: at 24 kHz and 64 channels an activation is 6 MB for each second of audio. Every pass over it leaves the cache, and above
 glibc's largest mmap threshold (32 MB) each pass maps fresh pages. torch hands linear layers and pointwise convolutions to MKL,
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +33,24 @@ NUM_TILED = 2  # blocks at 24 kHz and 3 kHz; the later ones are small enough
 
 @dataclass(frozen=True)
 class Changes:
-    """What adds in another order than torch does; tiles are always taken."""
+    """What gives other last bits than torch's way; tiles are always taken."""
 
-    linears: bool  # by oneDNN
-    convolutions: bool  # over channels side by side
+    linears: bool = False  # by oneDNN
+    convolutions: bool = False  # over channels side by side
+    sine: bool = False  # numpy's
+
+
+LEFT_OUT = {
+    "linears": "oneDNN's linear layers give other codes for noise; MKL's are used",
+    "convolutions": "convolutions over channels side by side give other codes for noise; torch's usual ones are used",
+    "sine": "numpy's sine gives other codes for noise; torch's is used",
+}
 
 
 def worthwhile() -> Changes:
-    """MKL's products are slow on AMD; the other layout gains with AVX-512 alone (NOTES.md)."""
-    return Changes(linears=is_amd(), convolutions=has_avx512())
+    """MKL's products are slow on AMD; the other layout gains with AVX-512 alone, and so does numpy's sine: 1.9 G/s on Zen 4
+    against 0.8 of torch, with AVX2 (Zen 2) 0.5 against 0.6. Several threads share torch's. (NOTES.md)"""
+    return Changes(is_amd(), has_avx512(), sine=has_avx512() and torch.get_num_threads() == 1)
 
 
 class TiledBlock(nn.Module):
@@ -91,27 +101,23 @@ class TiledBlock(nn.Module):
 
 
 def snaked(x: Tensor, snake: Any) -> Tensor:
-    """x + sin(alpha x)^2 / alpha [n, C, S], one new tensor in place of four; rounded as the module rounds."""
+    """x + sin(alpha x)^2 / alpha [n, C, S], one new tensor in place of four; with torch's sine rounded as the module rounds."""
     out = x * snake.alpha
-    sine_in_place(out)
-    return out.square_().mul_((snake.alpha + 1e-9).reciprocal()).add_(x)
-
-
-def sine_in_place(x: Tensor) -> None:
-    """By numpy where it has AVX-512, on one thread: 1.9 G/s on Zen 4 against 0.8 of torch; with AVX2 (Zen 2) 0.5 against 0.6."""
-    if x.dtype == torch.float32 and not x.requires_grad and torch.get_num_threads() == 1 and has_avx512():
-        values = x.numpy()
+    if snake.uses_numpy and out.dtype == torch.float32 and not out.requires_grad:
+        values = out.numpy()
         np.sin(values, out=values)
     else:
-        x.sin_()
+        out.sin_()
+    return out.square_().mul_((snake.alpha + 1e-9).reciprocal()).add_(x)
 
 
 class Snake(nn.Module):
     """`snaked` in the place of an implementation's own module."""
 
-    def __init__(self, snake: Any) -> None:
+    def __init__(self, snake: Any, uses_numpy: bool) -> None:
         super().__init__()
         self.alpha = snake.alpha
+        self.uses_numpy = uses_numpy
 
     def forward(self, x: Tensor) -> Tensor:
         return snaked(x, self)
@@ -174,7 +180,7 @@ def quicken(model: Any, tile_bytes: int = TILE_BYTES, changes: Changes | None = 
     places = [place for place, block in enumerate(blocks) if is_strided_block(block)]
     for place in places[:NUM_TILED]:
         blocks[place] = TiledBlock(blocks[place], tile_bytes)
-    replace(encoder, lambda part: Snake(part) if hasattr(part, "alpha") and not isinstance(part, Snake) else None)
+    replace(encoder, lambda part: Snake(part, changes.sine) if hasattr(part, "alpha") else None)
     if changes.linears:
         replace(model.semantic_model, lambda part: OneDnnLinear(part) if type(part) is nn.Linear else None)
     if changes.convolutions:  # all others are as near to the product rate as they are
@@ -210,12 +216,9 @@ def faster(build: Callable[[], Any], wave: Tensor, wanted: Changes | None, tell:
     for changes in fewer_and_fewer(wanted):
         quicken(model, changes=changes)
         if is_same(encoded(model, wave), expected):
-            if wanted.linears > changes.linears:
-                tell("codec: on this processor oneDNN's linear layers give other codes for noise; MKL's are used")
-            if wanted.convolutions > changes.convolutions:
-                tell(
-                    "codec: on this processor convolutions over channels side by side give other codes for noise; left out"
-                )
+            for name, said in LEFT_OUT.items():
+                if getattr(wanted, name) and not getattr(changes, name):
+                    tell(f"codec: on this processor {said}")
             return model
         model = build()
     tell(
@@ -225,9 +228,10 @@ def faster(build: Callable[[], Any], wave: Tensor, wanted: Changes | None, tell:
 
 
 def fewer_and_fewer(wanted: Changes) -> list[Changes]:
-    """All that is wanted first, none at last, each once."""
-    ways = [(True, True), (True, False), (False, True), (False, False)]
-    return list(dict.fromkeys(Changes(wanted.linears and a, wanted.convolutions and b) for a, b in ways))
+    """All that is wanted first, none at last, each once; more before fewer."""
+    given = (wanted.linears, wanted.convolutions, wanted.sine)
+    ways = sorted(product(*((True, False) if one else (False,) for one in given)), key=sum, reverse=True)
+    return [Changes(*way) for way in ways]
 
 
 def encoded(model: Any, wave: Tensor) -> tuple[Tensor, Tensor]:

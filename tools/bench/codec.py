@@ -27,7 +27,8 @@ LENGTHS_S = (2.0, 4.0, 8.0, 15.0, 30.0)
 SIDES = ("ours", "plain")
 PARTS_S = 4.0  # of audio, by which parts are timed
 PARTS_REPEATS = 3
-FLOP_PER_AUDIO_S = 31.97e9  # of the released sizes, by torch.utils.flop_counter
+FLOP_PER_AUDIO_S = 31.97e9  # of the released sizes without attention, by torch.utils.flop_counter
+ATTENTION_FLOP = 92.16e6  # more for each second of the clip: 4 * 50^2 positions a second squared * 768 * 12 layers
 
 
 def bench_codec(folder: Path, rounds: int, lengths_s: tuple[float, ...] = LENGTHS_S) -> dict[str, Any]:
@@ -139,11 +140,18 @@ def processor_ms(call: Callable[[], Any]) -> float:
     return min(took[1:])
 
 
+def flop_per_audio_s(clip_s: float) -> float:
+    """Of the whole encoder at the released sizes."""
+    return FLOP_PER_AUDIO_S + ATTENTION_FLOP * clip_s
+
+
 def counted_flop(call: Callable[[], Any]) -> int:
+    """With attention as two products: the CPU's kernel for both would not be counted (torch 2.11)."""
     import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops()
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from shards.terminal import print_line, print_table
-from tools.bench.codec import FLOP_PER_AUDIO_S, LENGTHS_S, bench_codec
+from tools.bench.codec import LENGTHS_S, bench_codec, flop_per_audio_s
 
 BUSY_CORES = 0.1  # of other work: more of it is said beside the efficiency, which it lowers
 # Each times itself, so that imports and loading models do not count.
@@ -295,7 +295,7 @@ def print_figures(figures: dict[str, Any], out: Path) -> None:
     ):
         beside = f"{gain:.2f} x the encoder without changes"
         if figures["settings"]["codec"] == "full":
-            share = rate * FLOP_PER_AUDIO_S / 1e9 / codec["product_gflops"]
+            share = rate * flop_per_audio_s(length_s) / 1e9 / codec["product_gflops"]
             beside += f"; {share:.0%} of this core's {codec['product_gflops']:.0f} GFLOP/s"
         rows.append((f"codec, one core, clips of {length_s:g} s", f"{rate:.2f} audio-s per core-s", beside))
     for part in codec["parts"]:

@@ -40,6 +40,7 @@ from train.data.loader_processes import (
 from train.data.plan import Planner
 from train.data.references import LISTED, with_reference
 from train.data.text_dropout import TextDropout
+from train.heap import give_back_freed_memory
 from train.model.batch import PackedBatch, pack
 
 # One text and one audio position without targets: every branch of the model runs, and nothing is learned.
@@ -329,6 +330,8 @@ def run_pipeline(pipeline: DataPipeline, num_workers: int) -> Iterator[LoadedPac
         worker_init_fn=only_the_parent_ends if num_workers else None,
     )
     require_semaphores(num_workers)
+    if num_workers:
+        give_back_freed_memory()  # of the measured packs, which every loader process would keep
     iterator = iter(loader)
     try:
         for loaded in iterator:

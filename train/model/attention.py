@@ -99,7 +99,10 @@ class SeparateDocuments(NamedTuple):
 
 
 def attend_separately(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
-    """Documents one behind another on a CPU, q [R, H, E], k and v [R, G, E] -> [R, H, E]."""
+    """Documents one behind another on a CPU, q [R, H, E], k and v [R, G, E], each row in one piece -> [R, H, E]."""
+    assert sum(lengths) == len(q), "rows of no document would be what the memory held before"
+    assert all(x.stride(-1) == 1 for x in (q, k, v)), "the kernel reads a head's numbers side by side without looking"
+    assert not torch.compiler.is_compiling(), "its gradients would be wrong without a word (pytorch#180642)"
     return Separately.apply(q, k, v, lengths)  # pyright: ignore
 
 
@@ -112,7 +115,7 @@ class Separately(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
-        out, sums = torch.empty_like(q), []  # no graph is ever compiled of this one, so it may write in place
+        out, sums = torch.empty_like(q), []  # not compiled, so it may write in place
         for rows, seen in chunks(lengths):
             given = heads_first(q[rows]), heads_first(k[seen]), heads_first(v[seen])
             part, sum_of_rows = ATTEND_ON_CPU(*given, attn_mask=later_keys(q, rows, seen))
@@ -126,7 +129,9 @@ class Separately(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # pyright: ignore
         q, k, v, out, *sums = ctx.saved_tensors
         grad = grad.contiguous()
-        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        grad_q = torch.empty_like(q)
+        wide = torch.promote_types(k.dtype, torch.float32)  # many chunks add to one key: in bf16 each would round
+        grad_k, grad_v = torch.zeros_like(k, dtype=wide), torch.zeros_like(v, dtype=wide)
         for (rows, seen), sum_of_rows in zip(chunks(ctx.lengths), sums, strict=True):
             given = (heads_first(x) for x in (grad[rows], q[rows], k[seen], v[seen], out[rows]))
             mask = later_keys(q, rows, seen)
@@ -134,7 +139,7 @@ class Separately(torch.autograd.Function):
             grad_q[rows] = of_q[0].transpose(0, 1)
             grad_k[seen] += of_k[0].transpose(0, 1)
             grad_v[seen] += of_v[0].transpose(0, 1)
-        return grad_q, grad_k, grad_v, None
+        return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None
 
 
 def chunks(lengths: list[int]) -> Iterator[tuple[slice, slice]]:
