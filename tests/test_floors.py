@@ -26,7 +26,7 @@ WINGS = {
     "evaluation": {"evaluation", "data", "model"},
     "run_folder": {"run_folder", "model"},
 }
-SPINE_FOR_WINGS = {"config", "world"}
+SPINE_FOR_WINGS = {"config", "heap", "world"}
 TORCH_IN_SHARDS = "encoders"  # the only folder of `shards` that may import torch
 DRAWERS = {"utils", "util", "common", "helpers", "helper", "manager", "misc"}
 # Everything that is shown passes shards/terminal.py, which makes it printable. Exceptions hold no text from outside: stage
