@@ -231,7 +231,7 @@ def test_where_codes_would_differ_the_plain_encoder_is_kept(tiny_dir, plain, wav
         ({"tiles"}, set(), ["the plain one is used"]),
     ],
 )
-def test_what_is_inexact_here_is_left_out_and_told(tiny_dir, plain, wave, monkeypatch, faults, kept, said):
+def test_what_is_inexact_here_is_left_out_and_logged(tiny_dir, plain, wave, monkeypatch, faults, kept, said):
     """A processor whose products, whose convolutions in another layout or whose sine over tiles are off by a percent."""
     monkeypatch.setattr(codec_on_cpu, "worthwhile", lambda: Changes(linears=True, convolutions=True, sine=True))
     sine = np.sin
@@ -246,10 +246,10 @@ def test_what_is_inexact_here_is_left_out_and_told(tiny_dir, plain, wave, monkey
     if "tiles" in faults:
         snaked = codec_on_cpu.snaked
         monkeypatch.setattr(codec_on_cpu, "snaked", lambda x, snake: 1.01 * snaked(x, snake))
-    told: list[str] = []
-    codec = load_codec(tiny_dir / "codec", tell=told.append)
-    assert len(told) == len(said)
-    assert all(part in line for part, line in zip(said, told, strict=True)), told
+    messages: list[str] = []
+    codec = load_codec(tiny_dir / "codec", tell=messages.append)
+    assert len(messages) == len(said)
+    assert all(part in line for part, line in zip(said, messages, strict=True)), messages
     kinds = {"tiles": TiledBlock, "linears": codec_on_cpu.OneDnnLinear, "convolutions": ChannelsLastConv}
     parts = list(codec._model.modules())
     found = {kind for kind, of in kinds.items() if any(isinstance(part, of) for part in parts)}

@@ -9,7 +9,8 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Literal
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -20,6 +21,7 @@ from shards.config import SequenceSection, read_config
 from shards.errors import ConfigError
 from shards.reader import SampleReader
 from shards.sequence import SequenceBuilder
+from train import heap, loop
 from train.config import TrainConfig, TrainSection
 from train.data.heaviest_pack import PackCosts, PlannedPacks
 from train.data.loader import LoaderShare
@@ -146,7 +148,10 @@ for _ in range(3):
 """
 
 
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="what is said to glibc")
+@pytest.mark.skipif(
+    not hasattr(ctypes.CDLL(None), "mallopt"),
+    reason="glibc alone has mallopt; without it: test_without_glibc_nothing_is_changed",
+)
 def test_freed_memory_is_kept_unless_the_user_says_otherwise(repository):
     """64 MB taken and freed three times, in processes of their own: how many pages the system had to clear for the last."""
 
@@ -163,6 +168,42 @@ def test_freed_memory_is_kept_unless_the_user_says_otherwise(repository):
     assert faults("keeps", MALLOC_MMAP_THRESHOLD_="1048576") > most
     assert faults("keeps", GLIBC_TUNABLES="glibc.malloc.mmap_threshold=1048576") > most
     assert faults("") > most
+
+
+def test_without_glibc_nothing_is_changed(monkeypatch):
+    """musl and macOS: a C library without mallopt and malloc_trim."""
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: SimpleNamespace())
+    heap.keep_freed_memory({})
+    heap.give_back_freed_memory()
+
+
+@pytest.mark.parametrize(
+    ("environment", "is_kept"),
+    [
+        ({}, True),
+        ({"PATH": "/bin", "GLIBC_TUNABLES": "glibc.rtld.nns=4"}, True),
+        ({"MALLOC_ARENA_MAX": "2"}, False),
+        ({"GLIBC_TUNABLES": "glibc.rtld.nns=4:glibc.malloc.hugetlb=1"}, False),
+    ],
+    ids=str,
+)
+def test_malloc_settings_of_the_users_own_stay_in_force(monkeypatch, environment, is_kept):
+    calls: list[tuple[int, int]] = []
+    library = SimpleNamespace(mallopt=lambda parameter, value: calls.append((parameter, value)))
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: library)
+    heap.keep_freed_memory(environment)
+    assert calls == ([(heap.MMAP_MAX, 0), (heap.TRIM_THRESHOLD, heap.NEVER)] if is_kept else [])
+
+
+@pytest.mark.parametrize(("device", "is_kept"), [("cpu", True), ("cuda", False)])
+def test_a_rank_keeps_freed_memory_on_a_cpu_alone(monkeypatch, device, is_kept):
+    calls: list[str] = []
+    world = SimpleNamespace(device=torch.device(device), rank=0, size=1)
+    monkeypatch.setattr(loop, "join", lambda _: world)
+    monkeypatch.setattr(loop, "keep_freed_memory", lambda: calls.append("kept"))
+    config: Any = SimpleNamespace(train=SimpleNamespace(device=device))
+    with loop.on_every_rank(config):
+        assert calls == ["kept"] * is_kept
 
 
 HELD_BY_A_CHILD = """
@@ -187,7 +228,10 @@ print(held_mb() - before, next(loader.run_pipeline(DataPipeline(packs), 1)) - be
 """
 
 
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="what is said to glibc")
+@pytest.mark.skipif(
+    not hasattr(ctypes.CDLL(None), "mallopt"),
+    reason="glibc alone has mallopt; without it: test_without_glibc_nothing_is_changed",
+)
 def test_loader_processes_do_not_hold_what_their_parent_freed(repository):
     env = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
     command = [sys.executable, "-c", HELD_BY_A_CHILD]
