@@ -11,8 +11,8 @@ import torch
 
 from shards.errors import PipelineError, ShardError
 from train.config import LoraSection, LossSection
-from train.data.loader import FILLER, LoadedPack
 from train.data.source import HeldOut
+from train.data.stages import FILLER, LoadedPack
 from train.evaluation.held_out import Evaluation
 from train.model.batch import pack
 from train.model.fsdp import apply_fsdp

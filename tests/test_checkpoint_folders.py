@@ -22,8 +22,8 @@ from shards.sequence import SequenceBuilder
 from shards.writer import write_json
 from tools.checkpoints.merge import find_checkpoint, merge_checkpoint
 from train.config import LossSection
-from train.data.loader import FILLER, LoadedPack
 from train.data.source import HeldOut
+from train.data.stages import FILLER, LoadedPack
 from train.evaluation.curve_monitor import CurveMonitor
 from train.evaluation.held_out import Evaluation
 from train.loop import RunOptions, train

@@ -24,8 +24,8 @@ from shards.printable import file_name
 from shards.reader import split_members
 from shards.sample import compress, pack_sample, unpack_sample, write_npy
 from shards.sequence import SequenceBuilder
-from train.data.loader import RawSample, build_sequences, collate
 from train.data.shard_urls import shard_urls
+from train.data.stages import RawSample, build_sequences, collate
 from train.evaluation.listening import Listening
 from train.world import ALONE
 

@@ -15,8 +15,8 @@ from shards.config import SequenceSection
 from shards.sample import pack_sample
 from shards.sequence import SequenceBuilder
 from train.data import foreign_tars
-from train.data.loader import build_sequences
 from train.data.shard_urls import read_shards
+from train.data.stages import build_sequences
 
 NUM_SAMPLES = 3
 

@@ -13,8 +13,8 @@ import pytest
 from train_process import TRAIN, Started, environment, train_arguments, train_command
 
 from shards.errors import PipelineError, ShardError
-from train.data.loader import BuiltSample
 from train.data.loader_processes import dead_loader
+from train.data.stages import BuiltSample
 from train.data.streamed_source import Passes, StreamedSource
 from train.loop import RunOptions, train
 from train.signals import Stopped

@@ -11,7 +11,7 @@ import torch
 from shards.config import SequenceSection
 from shards.sequence import SequenceBuilder
 from train.config import LoraSection, LossSection
-from train.data.loader import FILLER
+from train.data.stages import FILLER
 from train.model.batch import pack
 from train.model.build import prepare_blocks
 from train.model.decoder import DecoderLayer, WhisperEmbeddings

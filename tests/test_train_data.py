@@ -20,9 +20,10 @@ from shards.reader import SampleReader
 from shards.sequence import SequenceBuilder
 from train.config import LossSection, TrainSection
 from train.data.feed import MAX_LOGGED_FAULTS, DamageLimits, Feed
-from train.data.loader import FILLER, LoadedPack, LoaderShare
+from train.data.loader import LoaderShare
 from train.data.loader_processes import dead_loader
 from train.data.planned_source import PlannedSource
+from train.data.stages import FILLER, LoadedPack
 from train.model.batch import pack
 from train.model.loss import LossCounts, step_losses
 from train.model.weights import load_model

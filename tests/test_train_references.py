@@ -20,10 +20,11 @@ from shards.reader import SampleReader
 from shards.sample import unpack_sample
 from shards.sequence import SequenceBuilder
 from train.config import DataSource, TrainSection
-from train.data.loader import LoaderShare, PlannedSamples, RawSample, with_donor
+from train.data.loader import LoaderShare, PlannedSamples
 from train.data.plan import Planner, PlanSettings
 from train.data.planned_source import PlannedSource
 from train.data.references import LISTED, SpeakerReferences
+from train.data.stages import RawSample, with_donor
 from train.data.streamed_source import StreamedSource
 from train.world import ALONE
 

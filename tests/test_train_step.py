@@ -15,8 +15,8 @@ from shards.errors import ConfigError, PipelineError
 from shards.label_shift import IGNORE
 from shards.sequence import SequenceBuilder
 from train.config import LossSection, TrainConfig
-from train.data.loader import LoadedPack
 from train.data.source import HeldOut
+from train.data.stages import LoadedPack
 from train.evaluation.held_out import Evaluation
 from train.model.batch import pack
 from train.model.lora import add_lora, lora_parameters

@@ -23,8 +23,9 @@ from shards.sample import pack_sample
 from shards.sequence import SequenceBuilder
 from train.config import TrainSection
 from train.data.feed import DamageLimits, Feed
-from train.data.loader import LoadedPack, LoaderShare
+from train.data.loader import LoaderShare
 from train.data.shard_urls import shard_urls
+from train.data.stages import LoadedPack
 from train.data.streamed_source import StreamedSamples, StreamedSource
 from train.world import ALONE, World
 

@@ -139,7 +139,7 @@ def test_stored_states_equal_the_tower(model_dir, decided, samples, tokenizer, w
 
 def test_a_filler_pack_still_uses_the_projection(model_dir, decided):
     """Sharded ranks must give gradients of the same weights, on zero rows if need be."""
-    from train.data.loader import FILLER
+    from train.data.stages import FILLER
 
     model = load_model(model_dir, torch.float32, conditioning=decided)
     add_lora(model, LoraSection(rank=4, alpha=4), "base", seed=0, conditioning=decided)

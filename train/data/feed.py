@@ -18,7 +18,7 @@ import msgspec
 import torch
 
 from shards.errors import PipelineError
-from train.data.loader import LoadedPack
+from train.data.stages import LoadedPack
 from train.model.batch import PackedBatch
 from train.model.loss import LossCounts
 from train.world import World

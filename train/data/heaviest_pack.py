@@ -20,10 +20,10 @@ from shards.errors import ShardError
 from shards.label_shift import IGNORE
 from shards.reader import SampleReader
 from shards.sequence import Sequence, SequenceBuilder
-from train.data.loader import read_pack
 from train.data.packing import PlanSettings
 from train.data.plan import CHUNK, Planner
 from train.data.references import SpeakerReferences
+from train.data.stages import read_pack
 from train.data.text_dropout import TextDropout
 from train.model.attention import AttentionKind
 from train.model.batch import PackedBatch, pack

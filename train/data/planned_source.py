@@ -25,13 +25,14 @@ from train.data.data_sets import common_text_rules, join, mixing_of, open_set, r
 from train.data.feed import DamageLimits
 from train.data.heaviest_pack import FIRST_REMOTE_SAMPLES, FIRST_SAMPLES, PackSource, PlannedPacks
 from train.data.held_out_rows import hold_out
-from train.data.loader import LoadedPack, LoaderShare, load_planned_packs, read_pack
+from train.data.loader import LoaderShare, load_planned_packs
 from train.data.packing import PlanSettings, plan_settings
 from train.data.plan import Keep, Planner
 from train.data.plan_log import log_plan
 from train.data.references import SpeakerReferences, draw_references
 from train.data.same_audio import without_places
 from train.data.source import HeldOut
+from train.data.stages import LoadedPack, read_pack
 from train.data.text_dropout import TextDropout
 from train.data.validation_overlap import MAX_NAMED, OpenData, require_apart
 from train.data.validation_split import choose_samples

@@ -19,7 +19,7 @@ from webdataset.shardlists import expand_urls
 from shards.errors import ConfigError
 from shards.writer import TAR_BLOCK
 from train.data.foreign_tars import tar_samples
-from train.data.loader import RawSample
+from train.data.stages import RawSample
 
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 LOCAL = "local://"  # fsspec's name for this machine's files

@@ -16,7 +16,8 @@ from shards.sample import Sample
 from shards.sequence import SequenceBuilder
 from train.data.feed import DamageLimits
 from train.data.heaviest_pack import PackSource
-from train.data.loader import LoadedPack, LoaderShare
+from train.data.loader import LoaderShare
+from train.data.stages import LoadedPack
 from train.model.batch import PackedBatch
 from train.model.conditioning import Conditioning
 from train.world import World

@@ -16,7 +16,7 @@ from shards.manifest import Dataset
 from shards.sample import read_npy
 from train.config import TrainSection
 from train.data.data_sets import data_weights
-from train.data.loader import RawSample
+from train.data.stages import RawSample
 
 
 class MixedSamples(torch.utils.data.IterableDataset):

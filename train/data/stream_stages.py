@@ -20,9 +20,10 @@ from webdataset.filters import shuffle
 from shards.errors import PipelineError, ShardError
 from shards.label_shift import IGNORE
 from train.config import TrainSection
-from train.data.loader import BuiltSample, Fault, LoadedPack, LoaderShare, RawSample, collate
+from train.data.loader import LoaderShare
 from train.data.packing import OPEN_PACKS, OnlinePacks, plan_settings
 from train.data.shard_urls import read_shards
+from train.data.stages import BuiltSample, Fault, LoadedPack, RawSample, collate
 
 MAX_ASIDE = 1000  # samples too long for a pack that wait to be reported with the next one
 

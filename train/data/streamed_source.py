@@ -26,20 +26,12 @@ from train.config import TrainSection
 from train.data.data_sets import require_compatible, require_distinct, short_names
 from train.data.feed import DamageLimits
 from train.data.heaviest_pack import PackSource, StreamedPacks
-from train.data.loader import (
-    BuiltSample,
-    Fault,
-    LoadedPack,
-    LoaderShare,
-    RawSample,
-    build_sequences,
-    collate,
-    run_pipeline,
-)
+from train.data.loader import LoaderShare, run_pipeline
 from train.data.packing import plan_settings
 from train.data.planned_source import validation_source
 from train.data.shard_urls import read_shards, shard_urls
 from train.data.source import HeldOut
+from train.data.stages import BuiltSample, Fault, LoadedPack, RawSample, build_sequences, collate
 from train.data.stream_mixing import MixedSamples, stream_weights
 from train.data.stream_stages import Passes, StreamedSamples, numbered, pack_online, shuffled
 from train.data.text_dropout import TextDropout

@@ -20,8 +20,8 @@ from shards.delay_pattern import NUM_CODEBOOKS
 from shards.errors import PipelineError
 from train.config import LossSection
 from train.data.feed import prefetch
-from train.data.loader import LoadedPack
 from train.data.source import HeldOut
+from train.data.stages import LoadedPack
 from train.model.batch import PackedBatch
 from train.model.loss import LossCounts, LossSums, losses_of_sets, step_losses
 from train.world import World
